@@ -1,0 +1,28 @@
+"""Kernels for gradient-based sparse fine-tuning: per-row top-K selection, bitmask packing, masked Adam.
+
+Every operation takes 2-D neuron views (one row per output neuron) and runs on three backends: ``reference`` (plain
+torch, the specification), ``native`` (C++ on the CPU) and ``triton`` (CUDA). :func:`use_backend` overrides the choice.
+"""
+
+from gradsel_kernels._checks import Layout
+from gradsel_kernels._version import __version__
+from gradsel_kernels.adam import masked_adam_
+from gradsel_kernels.backends import show_config, use_backend
+from gradsel_kernels.bitmask import bits_to_cols, pack_bits, unpack_bits
+from gradsel_kernels.rows import gather_rows, scatter_rows_
+from gradsel_kernels.topk import topk_rows, topk_rows_bits
+
+__all__ = [
+    "Layout",
+    "__version__",
+    "bits_to_cols",
+    "gather_rows",
+    "masked_adam_",
+    "pack_bits",
+    "scatter_rows_",
+    "show_config",
+    "topk_rows",
+    "topk_rows_bits",
+    "unpack_bits",
+    "use_backend",
+]

@@ -1,0 +1,252 @@
+"""Argument checks, one per operator, run before any backend sees a tensor.
+
+They look at dtypes, shapes, strides and devices only, never at values, so that they cost no synchronisation and hold
+for fake tensors too. Indices out of range are found by the backends (see :mod:`gradsel_kernels.reference`).
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+WORD = 32
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_INDEX_LIMIT = 2**31
+
+
+class Layout(IntEnum):
+    """How the selected entries of one tensor are written down; ``rows`` and ``cols`` are those of the neuron view."""
+
+    ALL = 0  #: every entry; the index tensor is empty
+    COLS = 1  #: int32 [rows, k], the columns of each row
+    BITS = 2  #: int32 [rows, ceil(cols / 32)], the packed bitmask
+    FLAT = 3  #: int32 or int64 [nnz], row * cols + column
+
+
+def words(n: int) -> int:
+    """Number of 32-bit words that hold ``n`` bits."""
+    return (n + WORD - 1) // WORD
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+
+
+def _matrix(name: str, tensor: Tensor, what: str) -> None:
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got a sparse one ({tensor.layout}); call .to_dense() first")
+    if tensor.ndim != 2:
+        raise ValueError(
+            f"{name} must be a 2-D {what}, got {_describe(tensor)}; view it as [neurons, inputs], "
+            f"for example weight.flatten(1)"
+        )
+    if tensor.shape[1] >= _INDEX_LIMIT:
+        raise ValueError(f"{name} has {tensor.shape[1]} columns; column numbers are int32, so at most 2**31 - 1")
+
+
+def _floating(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in FLOATS:
+        extra = "; complex tensors are not supported" if tensor.dtype.is_complex else ""
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}{extra}")
+
+
+def _dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    if tensor.dtype is not dtype:
+        raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
+
+
+def _same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise ValueError(f"{name} is on {tensor.device}, but {other_name} is on {other.device}; move one of them")
+
+
+def _no_overlap(name: str, tensor: Tensor) -> None:
+    if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        raise ValueError(f"{name} is written in place but is an expanded view (stride 0); pass the tensor itself")
+
+
+def topk_rows(grad: Tensor, k: int) -> None:
+    _matrix("grad", grad, "neuron view [rows, cols]")
+    _floating("grad", grad)
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+
+
+def pack_bits(mask: Tensor) -> None:
+    _matrix("mask", mask, "mask [rows, cols]")
+    _dtype("mask", mask, torch.bool)
+
+
+def unpack_bits(bits: Tensor, n: int) -> None:
+    _matrix("bits", bits, "packed bitmask [rows, words]")
+    _dtype("bits", bits, torch.int32)
+    if n < 0 or words(n) != bits.shape[1]:
+        raise ValueError(
+            f"n = {n} columns need {words(max(n, 0))} words a row, but bits has {bits.shape[1]}: "
+            f"it holds {max(0, WORD * (bits.shape[1] - 1) + 1)} to {WORD * bits.shape[1]} columns"
+        )
+
+
+def bits_to_cols(bits: Tensor, k: int) -> None:
+    _matrix("bits", bits, "packed bitmask [rows, words]")
+    _dtype("bits", bits, torch.int32)
+    if k < 0:
+        raise ValueError(f"k must not be negative, got {k}")
+
+
+def gather_rows(weight: Tensor, cols: Tensor) -> None:
+    _matrix("weight", weight, "neuron view [rows, cols]")
+    _floating("weight", weight)
+    _matrix("cols", cols, "tensor of columns [rows, k]")
+    _dtype("cols", cols, torch.int32)
+    _same_device("cols", cols, "weight", weight)
+    if cols.shape[0] != weight.shape[0]:
+        raise ValueError(f"cols has {cols.shape[0]} rows, but weight has {weight.shape[0]}; one row of columns a neuron")
+
+
+def scatter_rows_(weight: Tensor, cols: Tensor, values: Tensor) -> None:
+    gather_rows(weight, cols)
+    _no_overlap("weight", weight)
+    _floating("values", values)
+    _same_device("values", values, "weight", weight)
+    if values.shape != cols.shape:
+        raise ValueError(f"values must have the shape of cols {list(cols.shape)}, got {list(values.shape)}")
+
+
+def masked_adam_(
+    weights: list[Tensor],
+    values: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    indices: list[Tensor],
+    layouts: list[int],
+    **hyperparameters: float,
+) -> None:
+    count = len(weights)
+    for name, tensors in (
+        ("grads", grads),
+        ("exp_avgs", exp_avgs),
+        ("exp_avg_sqs", exp_avg_sqs),
+        ("steps", steps),
+        ("indices", indices),
+        ("layouts", layouts),
+    ):
+        if len(tensors) != count:
+            raise ValueError(f"{name} has {len(tensors)} entries, but weights has {count}; pass one for each tensor")
+    for name, tensors in (("values", values), ("max_exp_avg_sqs", max_exp_avg_sqs)):
+        if tensors and len(tensors) != count:
+            raise ValueError(f"{name} has {len(tensors)} entries; pass none, or one for each of the {count} weights")
+    for i in range(count):
+        try:
+            _adam_item(
+                weights[i],
+                values[i] if values else None,
+                grads[i],
+                exp_avgs[i],
+                exp_avg_sqs[i],
+                max_exp_avg_sqs[i] if max_exp_avg_sqs else None,
+                steps[i],
+                indices[i],
+                layouts[i],
+            )
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"tensor {i}: {error}") from None
+
+
+def _adam_item(
+    weight: Tensor,
+    value: Tensor | None,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None,
+    step: Tensor,
+    index: Tensor,
+    layout: int,
+) -> None:
+    shape = exp_avg.shape
+    dtype = exp_avg.dtype
+    nnz = exp_avg.numel()
+    if dtype is not torch.float32 and dtype is not torch.float64:
+        raise TypeError(f"exp_avg must be float32 (float64 for float64 weights), got {dtype}")
+    for name, tensor in (("exp_avg_sq", exp_avg_sq), ("max_exp_avg_sq", max_exp_avg_sq), ("values", value)):
+        if tensor is None or (name == "values" and tensor.numel() == 0):
+            continue
+        if tensor.dtype is not dtype or tensor.shape != shape:
+            raise ValueError(f"{name} must match exp_avg ({dtype} {list(shape)}), got {_describe(tensor)}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+        _same_device(name, tensor, "exp_avg", exp_avg)
+    if not exp_avg.is_contiguous():
+        raise ValueError(f"exp_avg must be contiguous, got strides {exp_avg.stride()}")
+    if step.numel() != 1 or step.dtype not in (torch.float32, torch.float64) or step.device != exp_avg.device:
+        raise ValueError(f"step must be one float on {exp_avg.device}, got {_describe(step)}")
+
+    rows, cols = _adam_layout(index, layout, shape, nnz)
+    compact = value is not None and value.numel() != 0
+    if weight.numel() != 0:
+        if weight.dtype not in FLOATS or (weight.dtype is torch.float64 and dtype is not torch.float64):
+            raise TypeError(f"weight is {weight.dtype}, which a state of {dtype} cannot train")
+        _same_device("weight", weight, "exp_avg", exp_avg)
+        _no_overlap("weight", weight)
+        _dense_view("weight", weight, layout, rows, cols, nnz)
+    elif nnz and not compact:
+        raise ValueError("there are neither values nor a weight to update; pass one of them")
+    elif nnz and grad.shape != shape:
+        raise ValueError(f"without a weight the gradient must be compact {list(shape)}, got {list(grad.shape)}")
+
+    if grad.layout is not torch.strided:
+        raise TypeError(f"grad must be dense, got {grad.layout}; Adam does not support sparse gradients")
+    _floating("grad", grad)
+    _same_device("grad", grad, "exp_avg", exp_avg)
+    if grad.shape == shape and layout != Layout.ALL:
+        if not grad.is_contiguous():
+            raise ValueError(f"a compact grad must be contiguous, got strides {grad.stride()}")
+    elif grad.shape != (weight.shape if weight.numel() else shape):
+        raise ValueError(
+            f"grad must be dense with the shape of the weight {list(weight.shape)} or compact {list(shape)}, "
+            f"got {list(grad.shape)}"
+        )
+    else:
+        _dense_view("grad", grad, layout, rows, cols, nnz)
+
+
+def _adam_layout(index: Tensor, layout: int, shape: torch.Size, nnz: int) -> tuple[int | None, int | None]:
+    """Checks the index tensor of one layout; returns what it says about (rows, words of a row)."""
+    if layout == Layout.ALL:
+        return None, None
+    if not index.is_contiguous():
+        raise ValueError(f"indices must be contiguous, got strides {index.stride()}")
+    if layout == Layout.FLAT:
+        if index.dtype not in (torch.int32, torch.int64) or index.numel() != nnz:
+            raise ValueError(f"flat indices must be {nnz} int32 or int64 (the size of exp_avg), got {_describe(index)}")
+        return None, None
+    if layout not in (Layout.COLS, Layout.BITS):
+        raise ValueError(f"unknown layout {layout}; layouts are {', '.join(f'{x.value} ({x.name})' for x in Layout)}")
+    if index.dtype is not torch.int32 or index.ndim != 2:
+        raise ValueError(f"indices must be int32 [rows, k] (COLS) or [rows, words] (BITS), got {_describe(index)}")
+    if layout == Layout.COLS and index.shape != shape:
+        raise ValueError(f"columns must have the shape of exp_avg {list(shape)}, got {list(index.shape)}")
+    return index.shape[0], index.shape[1] if layout == Layout.BITS else None
+
+
+def _dense_view(name: str, tensor: Tensor, layout: int, rows: int | None, row_words: int | None, nnz: int) -> None:
+    """A dense tensor is contiguous, whatever its shape, or any 2-D view; the mask must fit its rows."""
+    if tensor.ndim > 2 and not tensor.is_contiguous():
+        raise ValueError(f"{name} has {tensor.ndim} dimensions and strides {tensor.stride()}; pass a 2-D view of it")
+    if layout == Layout.ALL and tensor.numel() != nnz:
+        raise ValueError(f"{name} has {tensor.numel()} entries, but exp_avg has {nnz}; without a mask they are equal")
+    if rows is None:
+        return
+    if (tensor.shape[0] if tensor.ndim == 2 else rows) != rows or (rows and tensor.numel() % rows):
+        raise ValueError(f"the mask is for {rows} rows, but {name} is {list(tensor.shape)}")
+    if row_words is not None and rows and words(tensor.numel() // rows) != row_words:
+        raise ValueError(
+            f"the mask has {row_words} words a row, but {name} has {tensor.numel() // rows} columns, "
+            f"which need {words(tensor.numel() // rows)}"
+        )

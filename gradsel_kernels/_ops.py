@@ -1,0 +1,90 @@
+"""Every operator of the library: its schema and its fake implementation, and nothing else.
+
+The operators live under ``torch.ops.gradsel_kernels``. The public functions of this package are thin, documented
+wrappers around them; the backends in :mod:`gradsel_kernels.backends` supply what runs. A fake is the operator's
+check (:mod:`gradsel_kernels._checks`) followed by the allocation of its outputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gradsel_kernels import _checks
+
+NAMESPACE = "gradsel_kernels"
+library = torch.library.Library(NAMESPACE, "DEF")
+
+SCHEMAS = {
+    "topk_rows": "(Tensor grad, SymInt k) -> Tensor",
+    "topk_rows_bits": "(Tensor grad, SymInt k) -> (Tensor, Tensor)",
+    "pack_bits": "(Tensor mask) -> Tensor",
+    "unpack_bits": "(Tensor bits, SymInt n) -> Tensor",
+    "bits_to_cols": "(Tensor bits, SymInt k) -> Tensor",
+    "gather_rows": "(Tensor weight, Tensor cols) -> Tensor",
+    "scatter_rows_": "(Tensor(a!) weight, Tensor cols, Tensor values) -> ()",
+    "masked_adam_": (
+        "(Tensor(a!)[] weights, Tensor(b!)[] values, Tensor[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, "
+        "Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] steps, Tensor[] indices, int[] layouts, *, float lr, float beta1, "
+        "float beta2, float eps, float weight_decay, bool decoupled_weight_decay, bool maximize) -> ()"
+    ),
+}
+
+for _name, _schema in SCHEMAS.items():
+    library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _fake(function):
+    torch.library.register_fake(f"{NAMESPACE}::{function.__name__}", function, lib=library)
+    return function
+
+
+@_fake
+def topk_rows(grad: Tensor, k: int) -> Tensor:
+    _checks.topk_rows(grad, k)
+    return grad.new_empty((grad.shape[0], min(k, grad.shape[1])), dtype=torch.int32)
+
+
+@_fake
+def topk_rows_bits(grad: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    _checks.topk_rows(grad, k)
+    cols = grad.new_empty((grad.shape[0], min(k, grad.shape[1])), dtype=torch.int32)
+    return cols, grad.new_empty((grad.shape[0], _checks.words(grad.shape[1])), dtype=torch.int32)
+
+
+@_fake
+def pack_bits(mask: Tensor) -> Tensor:
+    _checks.pack_bits(mask)
+    return mask.new_empty((mask.shape[0], _checks.words(mask.shape[1])), dtype=torch.int32)
+
+
+@_fake
+def unpack_bits(bits: Tensor, n: int) -> Tensor:
+    _checks.unpack_bits(bits, n)
+    return bits.new_empty((bits.shape[0], n), dtype=torch.bool)
+
+
+@_fake
+def bits_to_cols(bits: Tensor, k: int) -> Tensor:
+    _checks.bits_to_cols(bits, k)
+    return bits.new_empty((bits.shape[0], k), dtype=torch.int32)
+
+
+@_fake
+def gather_rows(weight: Tensor, cols: Tensor) -> Tensor:
+    _checks.gather_rows(weight, cols)
+    return weight.new_empty(cols.shape)
+
+
+@_fake
+def scatter_rows_(weight: Tensor, cols: Tensor, values: Tensor) -> None:
+    _checks.scatter_rows_(weight, cols, values)
+
+
+@_fake
+def masked_adam_(
+    weights, values, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, indices, layouts, **hyperparameters
+) -> None:
+    _checks.masked_adam_(
+        weights, values, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, indices, layouts, **hyperparameters
+    )

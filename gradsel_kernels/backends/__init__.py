@@ -1,0 +1,157 @@
+"""The backends and how an operator finds one.
+
+Each backend is a module with one function per operator, of the operator's name and signature, a ``DEVICES`` tuple
+(device types it serves unasked) and ``why_off()``. The torch dispatcher calls :func:`_entry`'s kernel for CPU and
+CUDA tensors alike; it runs the operator's checks, then the backend that :func:`use_backend` forced, or else the first
+one in :data:`ORDER` that serves the device.
+"""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import sys
+import threading
+import warnings
+from types import ModuleType, TracebackType
+
+import torch
+from torch import Tensor
+
+from gradsel_kernels import _checks
+from gradsel_kernels._ops import NAMESPACE, SCHEMAS, library
+from gradsel_kernels._version import __version__
+
+#: Backends by preference. The last one serves every device.
+ORDER = ("native", "triton", "reference")
+
+_modules: dict[str, ModuleType] = {}
+_forced: str | None = None
+_told: set[str] = set()
+_lock = threading.Lock()
+
+
+def backend(name: str) -> ModuleType:
+    """The module of a backend, imported at first use (importing Triton takes half a second)."""
+    if name not in _modules:
+        _modules[name] = importlib.import_module(f"gradsel_kernels.backends.{name}")
+    return _modules[name]
+
+
+def _resolve(device: torch.device) -> ModuleType:
+    if _forced is not None:
+        module = backend(_forced)
+        reason = module.why_off(device)
+        if reason:
+            raise RuntimeError(f"the {_forced} backend was asked for with use_backend, but it cannot run: {reason}")
+        return module
+    for name in ORDER:
+        module = backend(name) if name != "triton" or device.type == "cuda" else None
+        if module is None or device.type not in module.DEVICES:
+            continue
+        reason = module.why_off(device)
+        if not reason:
+            return module
+        _tell_once(name, reason)
+    raise RuntimeError(f"no backend runs on {device}")
+
+
+def _tell_once(name: str, reason: str) -> None:
+    with _lock:
+        if name in _told:
+            return
+        _told.add(name)
+    warnings.warn(
+        f"gradsel_kernels runs without its {name} backend: {reason} Results are the same, but the operations fall "
+        "back to plain torch: selection is about 10 and the optimizer step about 50 times slower. "
+        "gradsel_kernels.show_config() has the details.",
+        RuntimeWarning,
+        stacklevel=5,
+    )
+
+
+class _Forced:
+    """What :func:`use_backend` returns: leaving it as a context manager restores the backend of before."""
+
+    def __init__(self, previous: str | None) -> None:
+        self._previous = previous
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _forced
+        _forced = self._previous
+
+
+def use_backend(name: str | None) -> _Forced:
+    """Runs every operation on one backend, for tests and benchmarks.
+
+    Args:
+        name: ``"reference"``, ``"native"`` or ``"triton"``; None (or ``"auto"``) gives the choice back to the device.
+
+    The setting holds at once and for the whole process, threads of the autograd engine included. Used as a context
+    manager, it ends with the block. A backend that cannot run says why when an operation is called.
+    """
+    global _forced
+    if name == "auto":
+        name = None
+    if name is not None and name not in ORDER:
+        raise ValueError(f"unknown backend {name!r}; choose one of {', '.join(sorted(ORDER))}, or None")
+    previous, _forced = _forced, name
+    return _Forced(previous)
+
+
+def _entry(op: str):
+    """The kernel registered with the torch dispatcher for one operator."""
+    check = getattr(_checks, "topk_rows" if op == "topk_rows_bits" else op)
+    mutates = op.endswith("_")
+
+    def kernel(*args, **kwargs):
+        check(*args, **kwargs)
+        first = args[0] if isinstance(args[0], Tensor) else args[3][0] if args[3] else None
+        if first is None:  # an empty list of tensors
+            return None
+        result = getattr(_resolve(first.device), op)(*args, **kwargs)
+        if mutates:
+            _bump_versions(args)
+        return result
+
+    return kernel
+
+
+def _bump_versions(args: tuple) -> None:
+    """Tells autograd that the weight of scatter_rows_, or the weights and values of masked_adam_, have changed."""
+    written = [args[0]] if isinstance(args[0], Tensor) else [*args[0], *args[1]]
+    torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
+
+
+for _op in SCHEMAS:
+    for _key in ("CPU", "CUDA"):
+        library.impl(_op, _entry(_op), _key)
+
+
+def config() -> str:
+    """The text that :func:`show_config` prints."""
+    lines = [
+        f"gradsel_kernels {__version__}",
+        f"  python    {platform.python_version()} on {sys.platform} ({platform.machine()})",
+        f"  torch     {torch.__version__}, {torch.get_num_threads()} threads, CUDA "
+        + (torch.cuda.get_device_name() if torch.cuda.is_available() else "not available"),
+        f"  operators torch.ops.{NAMESPACE}: {', '.join(SCHEMAS)}",
+        f"  in use    {_forced or 'chosen by device'}",
+    ]
+    for name in ORDER:
+        module = backend(name)
+        device = torch.device(module.DEVICES[0])
+        reason = module.why_off(device)
+        state = f"off: {reason}" if reason else f"on: {module.about()}"
+        lines.append(f"  {name:<9} {'/'.join(module.DEVICES)}, {state}")
+    return "\n".join(lines)
+
+
+def show_config() -> None:
+    """Prints versions, the backends, what each one uses, and why one is off."""
+    print(config())

@@ -1,0 +1,58 @@
+"""Packed bitmasks: bit j of the int32 word w of a row stands for column 32 w + j; spare bits are zero."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """Packs a boolean mask, one bit an entry.
+
+    Args:
+        mask: bool [rows, n], any strides.
+
+    Returns:
+        int32 [rows, ceil(n / 32)].
+    """
+    return torch.ops.gradsel_kernels.pack_bits(mask)
+
+
+def unpack_bits(bits: Tensor, n: int) -> Tensor:
+    """The inverse of :func:`pack_bits`.
+
+    Args:
+        bits: int32 [rows, ceil(n / 32)], any strides.
+        n: columns of the mask. Bits past the last column are ignored.
+
+    Returns:
+        bool [rows, n].
+    """
+    return torch.ops.gradsel_kernels.unpack_bits(bits, n)
+
+
+def bits_to_cols(bits: Tensor, k: int) -> Tensor:
+    """The set columns of a bitmask that has ``k`` of them in every row.
+
+    Args:
+        bits: int32 [rows, words], any strides.
+        k: set bits in each row.
+
+    Returns:
+        int32 [rows, k], ascending in each row.
+
+    Raises:
+        ValueError: a row has more or fewer than ``k`` bits set. Finding out synchronises a CUDA device.
+    """
+    cols = torch.ops.gradsel_kernels.bits_to_cols(bits, k + 1)  # one more than asked for shows a row that has more
+    wrong = cols[:, k] >= 0
+    if k:
+        wrong = wrong | (cols[:, k - 1] < 0)
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        more = int(cols[row, k]) >= 0
+        raise ValueError(
+            f"every row must have k = {k} bits set, but row {row} has {'more' if more else 'fewer'}; "
+            "masks whose rows differ are flat: unpack_bits(bits, n).flatten().nonzero()"
+        )
+    return cols[:, :k].contiguous()

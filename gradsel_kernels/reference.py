@@ -1,0 +1,196 @@
+"""The specification: every operation in plain torch, on any device.
+
+Nothing here is fast. Each function is written to be read, and the other backends are tested against it. Arguments
+have passed :mod:`gradsel_kernels._checks`; what those cannot see (values of indices) is checked here.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from gradsel_kernels._checks import WORD, Layout, words
+
+
+def topk_rows(grad: Tensor, k: int) -> Tensor:
+    """Columns of the ``k`` largest magnitudes of each row: ties to the lowest column, NaN above infinity."""
+    order = torch.sort(grad.abs(), dim=1, descending=True, stable=True).indices
+    return order[:, :k].sort(dim=1).values.to(torch.int32)
+
+
+def topk_rows_bits(grad: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    cols = topk_rows(grad, k)
+    mask = torch.zeros(grad.shape, dtype=torch.bool, device=grad.device)
+    return cols, pack_bits(mask.scatter_(1, cols.long(), True))
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """Bit j of word w of a row is column 32 w + j; the bits past the last column are zero."""
+    rows, n = mask.shape
+    padded = torch.zeros((rows, words(n) * WORD), dtype=torch.int64, device=mask.device)
+    padded[:, :n] = mask
+    weights = torch.ones(WORD, dtype=torch.int64, device=mask.device) << torch.arange(WORD, device=mask.device)
+    return (padded.view(rows, words(n), WORD) * weights).sum(2).to(torch.int32)  # wraps bit 31 into the sign
+
+
+def unpack_bits(bits: Tensor, n: int) -> Tensor:
+    lanes = torch.arange(WORD, dtype=torch.int32, device=bits.device)
+    return ((bits.unsqueeze(2) >> lanes) & 1).bool().view(bits.shape[0], bits.shape[1] * WORD)[:, :n].contiguous()
+
+
+def bits_to_cols(bits: Tensor, k: int) -> Tensor:
+    """The first ``k`` set columns of each row, ascending; -1 where a row has fewer."""
+    mask = unpack_bits(bits, bits.shape[1] * WORD)
+    rank = mask.cumsum(1) - 1
+    row, col = (mask & (rank < k)).nonzero(as_tuple=True)
+    cols = torch.full((bits.shape[0], k), -1, dtype=torch.int32, device=bits.device)
+    cols[row, rank[row, col]] = col.to(torch.int32)
+    return cols
+
+
+def check_range(name: str, index: Tensor, end: int) -> None:
+    """Refuses indices outside 0 .. end - 1, before anything is read or written with them."""
+    if index.numel() and (int(index.min()) < 0 or int(index.max()) >= end):
+        found = f"{int(index.min())} to {int(index.max())}"
+        raise IndexError(f"{name} must lie in 0 to {end - 1}, found {found}")
+
+
+def gather_rows(weight: Tensor, cols: Tensor) -> Tensor:
+    check_range("cols", cols, weight.shape[1])
+    return weight.gather(1, cols.long())
+
+
+def scatter_rows_(weight: Tensor, cols: Tensor, values: Tensor) -> None:
+    check_range("cols", cols, weight.shape[1])
+    weight.scatter_(1, cols.long(), values.to(weight.dtype))
+
+
+def masked_adam_(
+    weights: list[Tensor],
+    values: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    indices: list[Tensor],
+    layouts: list[int],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled_weight_decay: bool,
+    maximize: bool,
+) -> None:
+    """One step of Adam on the selected entries of every tensor; everything else is left as it is, to the bit."""
+    views = [
+        _as_rows(weight, index, layout) if weight.numel() else None
+        for weight, index, layout in zip(weights, indices, layouts, strict=True)
+    ]
+    entries = [  # all of them first: an index out of range is found before anything has changed
+        None if view is None else _selected(view, indices[i], layouts[i], exp_avgs[i].numel(), f"tensor {i}: indices")
+        for i, view in enumerate(views)
+    ]
+    for i, (view, entry) in enumerate(zip(views, entries, strict=True)):
+        state = exp_avgs[i]
+        grad = grads[i]
+        if entry is not None and grad.shape != state.shape:
+            grad = _as_rows(grad, indices[i], layouts[i])[entry]
+        grad = grad.to(state.dtype).reshape(state.shape)
+        if values and values[i].numel():
+            param = values[i]
+        elif view is not None:
+            param = view[entry].to(state.dtype).reshape(state.shape)
+        else:
+            param = torch.empty_like(state)  # nothing selected: only the step counts
+        adam_math(
+            param,
+            grad,
+            state,
+            exp_avg_sqs[i],
+            max_exp_avg_sqs[i] if max_exp_avg_sqs else None,
+            steps[i],
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            weight_decay=weight_decay,
+            decoupled_weight_decay=decoupled_weight_decay,
+            maximize=maximize,
+        )
+        if view is not None:
+            view[entry] = param.reshape(-1).to(view.dtype)
+
+
+def adam_math(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None,
+    step: Tensor,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled_weight_decay: bool,
+    maximize: bool,
+) -> None:
+    """Adam (Kingma and Ba 2015, Alg. 1) and AdamW (Loshchilov and Hutter 2019, Alg. 2), in place on compact tensors.
+
+    The order of operations is that of ``torch.optim.Adam(foreach=False, fused=False)``, so the results are bit-equal
+    to it in float32 and float64. Bias corrections are computed in double precision.
+    """
+    step += 1
+    t = step.item()
+    if maximize:
+        grad = -grad
+    if weight_decay != 0:
+        if decoupled_weight_decay:
+            param.mul_(1 - lr * weight_decay)
+        else:
+            grad = grad.add(param, alpha=weight_decay)
+    exp_avg.lerp_(grad, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    step_size = lr / (1 - beta1**t)
+    root_of_correction = math.sqrt(1 - beta2**t)
+    if max_exp_avg_sq is None:
+        second_moment = exp_avg_sq
+    else:
+        second_moment = torch.maximum(max_exp_avg_sq, exp_avg_sq, out=max_exp_avg_sq)
+    denominator = (second_moment.sqrt() / root_of_correction).add_(eps)
+    param.addcdiv_(exp_avg, denominator, value=-step_size)
+
+
+def _as_rows(tensor: Tensor, index: Tensor, layout: int) -> Tensor:
+    """The neuron view [rows, cols] of a dense tensor: itself if 2-D, else its memory cut into the mask's rows."""
+    if layout in (Layout.COLS, Layout.BITS) and tensor.ndim != 2:
+        return tensor.view(index.shape[0], -1)
+    return tensor if tensor.ndim == 2 else tensor.view(1, -1)
+
+
+def _selected(view: Tensor, index: Tensor, layout: int, nnz: int, name: str) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the selected entries of a neuron view, in mask order, each int64 [nnz]."""
+    rows, cols = view.shape
+    if layout == Layout.ALL:
+        flat = torch.arange(nnz, device=view.device)
+    elif layout == Layout.FLAT:
+        check_range(name, index, rows * cols)
+        flat = index.reshape(-1).long()
+    elif layout == Layout.COLS:
+        check_range(name, index, cols)
+        flat = (torch.arange(rows, device=view.device).unsqueeze(1) * cols + index).reshape(-1)
+    else:
+        mask = unpack_bits(index, index.shape[1] * WORD)
+        if bool(mask[:, cols:].any()):
+            raise IndexError(f"{name} has bits set past the last of {cols} columns")
+        if int(mask.sum()) != nnz:
+            raise ValueError(f"{name} has {int(mask.sum())} bits set, but exp_avg has {nnz} entries")
+        flat = mask[:, :cols].reshape(-1).nonzero().reshape(-1)
+    return flat // cols, flat % cols

@@ -1,0 +1,41 @@
+"""Reading and writing the selected entries of a neuron view."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def gather_rows(weight: Tensor, cols: Tensor) -> Tensor:
+    """The selected entries of each row: ``out[r, j] = weight[r, cols[r, j]]``.
+
+    Args:
+        weight: [rows, n] in float32, bfloat16, float16 or float64, any strides.
+        cols: int32 [rows, k], any strides.
+
+    Returns:
+        [rows, k] in the dtype of ``weight``. Not differentiable.
+
+    Raises:
+        IndexError: a column lies outside 0 to n - 1. On CUDA tensors the columns are trusted instead: looking would
+            synchronise the device. An entry out of range then reads as NaN, and memory outside is never touched.
+    """
+    return torch.ops.gradsel_kernels.gather_rows(weight, cols)
+
+
+def scatter_rows_(weight: Tensor, cols: Tensor, values: Tensor) -> Tensor:
+    """Writes the selected entries of each row in place: ``weight[r, cols[r, j]] = values[r, j]``.
+
+    Args:
+        weight: [rows, n], any strides that do not overlap. Everything that ``cols`` does not name keeps its bits.
+        cols: int32 [rows, k], distinct within a row.
+        values: [rows, k], rounded to the dtype of ``weight`` (to nearest even).
+
+    Returns:
+        ``weight``.
+
+    Raises:
+        IndexError: a column lies outside 0 to n - 1; ``weight`` is unchanged. On CUDA tensors such an entry is skipped.
+    """
+    torch.ops.gradsel_kernels.scatter_rows_(weight, cols, values)
+    return weight
