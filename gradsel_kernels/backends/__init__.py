@@ -1,9 +1,9 @@
 """The backends and how an operator finds one.
 
-Each backend is a module with one function per operator, of the operator's name and signature, a ``DEVICES`` tuple
-(device types it serves unasked) and ``why_off()``. The torch dispatcher calls :func:`_entry`'s kernel for CPU and
-CUDA tensors alike; it runs the operator's checks, then the backend that :func:`use_backend` forced, or else the first
-one in :data:`ORDER` that serves the device.
+Each backend is a module with one function per operator, of the operator's name and signature, and two more:
+``why_off(device)`` says in plain words why it cannot run there, ``about()`` what it uses. The torch dispatcher calls
+:func:`_entry`'s kernel on every device; it runs the operator's checks, then the backend that :func:`use_backend` forced,
+or else the one in :data:`PREFERRED` for the device, or else the reference.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from gradsel_kernels import _checks
 from gradsel_kernels._ops import NAMESPACE, SCHEMAS, library
 from gradsel_kernels._version import __version__
 
-#: Backends by preference. The last one serves every device.
-ORDER = ("native", "triton", "reference")
+#: Fast backends, and the device type that each one serves unasked; the reference serves the rest.
+PREFERRED = {"native": "cpu", "triton": "cuda"}
+NAMES = (*PREFERRED, "reference")
 
 _modules: dict[str, ModuleType] = {}
 _forced: str | None = None
@@ -45,15 +46,13 @@ def _resolve(device: torch.device) -> ModuleType:
         if reason:
             raise RuntimeError(f"the {_forced} backend was asked for with use_backend, but it cannot run: {reason}")
         return module
-    for name in ORDER:
-        module = backend(name) if name != "triton" or device.type == "cuda" else None
-        if module is None or device.type not in module.DEVICES:
-            continue
-        reason = module.why_off(device)
-        if not reason:
-            return module
-        _tell_once(name, reason)
-    raise RuntimeError(f"no backend runs on {device}")
+    for name, device_type in PREFERRED.items():
+        if device.type == device_type:
+            reason = backend(name).why_off(device)
+            if not reason:
+                return backend(name)
+            _tell_once(name, reason)
+    return backend("reference")
 
 
 def _tell_once(name: str, reason: str) -> None:
@@ -98,8 +97,8 @@ def use_backend(name: str | None) -> _Forced:
     global _forced
     if name == "auto":
         name = None
-    if name is not None and name not in ORDER:
-        raise ValueError(f"unknown backend {name!r}; choose one of {', '.join(sorted(ORDER))}, or None")
+    if name is not None and name not in NAMES:
+        raise ValueError(f"unknown backend {name!r}; choose one of {', '.join(NAMES)}, or None")
     previous, _forced = _forced, name
     return _Forced(previous)
 
@@ -128,9 +127,8 @@ def _bump_versions(args: tuple) -> None:
     torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
 
 
-for _op in SCHEMAS:
-    for _key in ("CPU", "CUDA"):
-        library.impl(_op, _entry(_op), _key)
+for _op in SCHEMAS:  # for every device and layout at once: what cannot run is refused by the checks, in our words
+    library.impl(_op, _entry(_op), "CompositeExplicitAutograd")
 
 
 def config() -> str:
@@ -143,12 +141,11 @@ def config() -> str:
         f"  operators torch.ops.{NAMESPACE}: {', '.join(SCHEMAS)}",
         f"  in use    {_forced or 'chosen by device'}",
     ]
-    for name in ORDER:
+    for name in NAMES:
         module = backend(name)
-        device = torch.device(module.DEVICES[0])
-        reason = module.why_off(device)
-        state = f"off: {reason}" if reason else f"on: {module.about()}"
-        lines.append(f"  {name:<9} {'/'.join(module.DEVICES)}, {state}")
+        device_type = PREFERRED.get(name, "any")
+        reason = module.why_off(torch.device("cpu" if device_type == "any" else device_type))
+        lines.append(f"  {name:<9} {device_type}, " + (f"off: {reason}" if reason else f"on: {module.about()}"))
     return "\n".join(lines)
 
 

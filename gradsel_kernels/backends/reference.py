@@ -16,7 +16,6 @@ from gradsel_kernels.reference import (
 )
 
 __all__ = [
-    "DEVICES",
     "about",
     "bits_to_cols",
     "gather_rows",
@@ -28,8 +27,6 @@ __all__ = [
     "unpack_bits",
     "why_off",
 ]
-
-DEVICES = ("cpu", "cuda")
 
 
 def why_off(device: torch.device) -> str | None:

@@ -1,0 +1,78 @@
+"""Packing, unpacking and column lists of every backend against the specification."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import gradsel_kernels as gk
+from gradsel_kernels import reference
+from tests.kernels import cases
+
+SHAPES = [*cases.SHAPES, *cases.LONG_SHAPES[:1]]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("view", cases.VIEWS, ids=lambda v: v.__name__)
+def test_pack_and_unpack(fast, shape, view):
+    for density in (0.0, 0.02, 0.5, 1.0):
+        mask = cases.random_mask(*shape, density)
+        bits = gk.pack_bits(view(mask).to(fast))
+        assert bits.dtype == torch.int32
+        assert torch.equal(bits.cpu(), reference.pack_bits(mask))
+        back = gk.unpack_bits(view(bits) if view is not cases.transposed else bits, shape[1])
+        assert back.dtype == torch.bool
+        assert torch.equal(back.cpu(), mask)
+
+
+def test_word_layout():
+    mask = torch.zeros(1, 70, dtype=torch.bool)
+    mask[0, [0, 5, 31, 32, 69]] = True
+    assert reference.pack_bits(mask).tolist() == [[(1 << 0 | 1 << 5) - 2**31, 1, 1 << 5]]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bits_to_cols(fast, shape):
+    rows, n = shape
+    for k in (0, 1, 3, 40, n):
+        cols = cases.random_cols(rows, n, k)
+        mask = torch.zeros(rows, n, dtype=torch.bool).scatter_(1, cols.long(), True)
+        bits = reference.pack_bits(mask).to(fast)
+        assert torch.equal(gk.bits_to_cols(bits, min(k, n)).cpu(), cols)
+        spaced = cases.spaced(bits)
+        assert torch.equal(gk.bits_to_cols(spaced, min(k, n)).cpu(), cols)
+
+
+def test_operator_pads_short_rows_and_cuts_long_ones(fast):
+    mask = torch.tensor([[1, 0, 1, 1], [0, 0, 0, 1], [0, 0, 0, 0]], dtype=torch.bool)
+    bits = reference.pack_bits(mask).to(fast)
+    assert torch.ops.gradsel_kernels.bits_to_cols(bits, 2).tolist() == [[0, 2], [3, -1], [-1, -1]]
+
+
+@pytest.mark.parametrize(("row", "word"), [([1, 1, 1, 0], "more"), ([0, 0, 0, 1], "fewer")])
+def test_rows_of_another_count_are_refused(fast, row, word):
+    bits = reference.pack_bits(torch.tensor([[1, 1, 0, 0], row], dtype=torch.bool)).to(fast)
+    with pytest.raises(ValueError, match=f"k = 2 bits set, but row 1 has {word}"):
+        gk.bits_to_cols(bits, 2)
+
+
+def test_spare_bits_are_ignored_when_unpacking(fast):
+    bits = torch.full((2, 1), -1, dtype=torch.int32, device=fast)
+    assert gk.unpack_bits(bits, 5).tolist() == [[True] * 5] * 2
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: gk.pack_bits(torch.ones(2, 3)), TypeError, "mask must be torch.bool, got torch.float32"),
+        (lambda: gk.pack_bits(torch.ones(3, dtype=torch.bool)), ValueError, "mask must be a 2-D"),
+        (lambda: gk.unpack_bits(torch.ones(2, 2), 40), TypeError, "bits must be torch.int32"),
+        (lambda: gk.unpack_bits(torch.ones(2, 2, dtype=torch.int32), 65), ValueError, "holds 33 to 64 columns"),
+        (lambda: gk.unpack_bits(torch.ones(2, 2, dtype=torch.int32), 32), ValueError, "need 1 words a row"),
+        (lambda: gk.bits_to_cols(torch.ones(2, 2, dtype=torch.int64), 1), TypeError, "bits must be torch.int32"),
+        (lambda: gk.bits_to_cols(torch.ones(2, 2, dtype=torch.int32), -2), ValueError, "k must not be negative"),
+    ],
+)
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

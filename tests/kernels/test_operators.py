@@ -1,0 +1,122 @@
+"""The operators as torch.library sees them: schemas, fakes, torch.compile; and the choice of a backend."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import gradsel_kernels as gk
+from gradsel_kernels._ops import SCHEMAS
+from tests.kernels import cases
+from tests.kernels.test_adam import everything
+
+OPS = torch.ops.gradsel_kernels
+
+
+def sample_inputs(op: str, device: str):
+    weight = torch.randn(6, 70, device=device)
+    cols = cases.random_cols(6, 70, 3).to(device)
+    mask = cases.random_mask(6, 70).to(device)
+    bits = gk.pack_bits(mask)
+    if op.startswith("topk"):
+        return [(weight, 3), (weight.t(), 90), (weight.half(), 1)]
+    if op == "pack_bits":
+        return [(mask,), (mask.t(),)]
+    if op == "unpack_bits":
+        return [(bits, 70)]
+    if op == "bits_to_cols":
+        return [(bits, 4)]
+    if op == "gather_rows":
+        return [(weight, cols), (weight.t().contiguous().t(), cols)]
+    if op == "scatter_rows_":
+        return [(weight, cols, torch.randn(6, 3, device=device))]
+    problem = everything(torch.float32).to(device)
+    nothing = torch.empty(0, device=device)
+
+    def fill(tensors):
+        return [torch.empty(0, device=device) if t is None else t for t in tensors]
+
+    return [
+        (
+            problem.weights,
+            fill(problem.values),
+            problem.grads,
+            problem.exp_avgs,
+            problem.exp_avg_sqs,
+            [],
+            problem.steps,
+            [nothing if t is None else t for t in problem.indices],
+            [int(x) for x in problem.layouts],
+        )
+    ]
+
+
+ADAM = dict(lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0, decoupled_weight_decay=False, maximize=False)
+
+
+@pytest.mark.parametrize("op", SCHEMAS)
+def test_opcheck(fast, op):
+    for args in sample_inputs(op, fast):
+        torch.library.opcheck(getattr(OPS, op).default, args, ADAM if op == "masked_adam_" else {})
+
+
+def test_every_operator_has_a_public_function_with_a_docstring():
+    for op in SCHEMAS:
+        assert len(getattr(gk, op).__doc__) > 80
+
+
+@pytest.mark.skipif(cases.INTERPRETED, reason="torch.compile and the interpreter do not mix")
+def test_compiles_without_graph_breaks(fast):
+    def select_and_step(grad, weight, state):
+        cols, bits = gk.topk_rows_bits(grad, 2)
+        gk.masked_adam_(
+            [weight], [gk.gather_rows(grad, cols)], state[:1], state[1:2], state[2:], lr=0.1,
+            indices=[cols], layouts=[gk.Layout.COLS],
+        )  # fmt: skip
+        return gk.unpack_bits(bits, grad.shape[1])
+
+    def inputs():
+        torch.manual_seed(1)
+        state = [torch.zeros(5, 2, device=fast), torch.zeros(5, 2, device=fast), torch.zeros((), device=fast)]
+        return torch.randn(5, 40, device=fast), torch.randn(5, 40, device=fast), state
+
+    grad, weight, state = inputs()
+    expected = select_and_step(grad, weight, state)
+    grad, compiled_weight, state = inputs()
+    compiled = torch.compile(select_and_step, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(grad, compiled_weight, state), expected)
+    assert torch.equal(compiled_weight, weight)
+    assert float(state[2]) == 1
+
+
+def test_use_backend_sets_and_restores():
+    from gradsel_kernels import backends
+
+    assert backends._forced is None
+    with gk.use_backend("reference"):
+        assert backends._forced == "reference"
+        with gk.use_backend(None):
+            assert backends._forced is None
+        assert backends._forced == "reference"
+    assert backends._forced is None
+    gk.use_backend("reference")
+    gk.use_backend("auto")
+    assert backends._forced is None
+
+
+def test_use_backend_refuses_an_unknown_name():
+    with pytest.raises(ValueError, match="unknown backend 'cudnn'; choose one of native, triton, reference"):
+        gk.use_backend("cudnn")
+
+
+@pytest.mark.skipif(cases.INTERPRETED, reason="the interpreter does run on CPU tensors")
+def test_a_backend_that_cannot_run_says_why():
+    with gk.use_backend("triton"), pytest.raises(RuntimeError, match=r"the triton backend was asked for .*TRITON_INTERPRET"):
+        gk.topk_rows(torch.ones(2, 3), 1)
+
+
+def test_show_config(capsys):
+    gk.show_config()
+    printed = capsys.readouterr().out
+    for word in (gk.__version__, torch.__version__, "native", "triton", "reference", "threads"):
+        assert word in printed
