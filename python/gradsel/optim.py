@@ -1,0 +1,243 @@
+"""MaskedAdam: Adam on the selected entries, as a drop-in ``torch.optim.Optimizer``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+import gradsel_kernels as gk
+from gradsel.masks import Mask, Whole
+from gradsel.selection import Selection, lookup
+
+_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
+class MaskedAdam(Optimizer):
+    """Adam (Kingma and Ba 2015) and AdamW (Loshchilov and Hutter 2019) that train only what a selection says.
+
+    Argument order and defaults are those of :class:`torch.optim.Adam`; without ``masks`` it is Adam. With them,
+    unselected entries never change by a bit, and the state has the size of the selection: two float32 (float64 for
+    float64 parameters) for each selected entry, and a float32 master copy where the parameter is bfloat16 or float16.
+    The whole parameter group is updated by one kernel call.
+
+    Args:
+        params: parameters, named parameters (``model.named_parameters()``, required with ``masks``) or groups.
+        lr: learning rate.
+        betas: decay rates of the two moments.
+        eps: added to the denominator.
+        weight_decay: decay of the selected entries; an L2 term in the gradient unless ``decoupled_weight_decay``.
+        amsgrad: use the running maximum of the second moment (Reddi et al. 2018).
+        masks: a :class:`~gradsel.selection.Selection` keyed by parameter name; prefixes of DistributedDataParallel
+            and torch.compile are looked through. Parameters it calls frozen are never touched.
+        maximize: ascend.
+        decoupled_weight_decay: decay as in AdamW.
+
+    Raises:
+        ValueError: a hyper-parameter out of range; ``masks`` with unnamed parameters; a mask of another shape.
+        KeyError: a parameter that ``masks`` does not know.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        masks: Selection | None = None,
+        maximize: bool = False,
+        decoupled_weight_decay: bool = False,
+    ) -> None:
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
+        if not 0.0 <= lr:
+            raise ValueError(f"Invalid learning rate: {lr}")
+        if not 0.0 <= eps:
+            raise ValueError(f"Invalid epsilon value: {eps}")
+        for i, beta in enumerate(betas):
+            if not 0.0 <= beta < 1.0:
+                raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
+        if not 0.0 <= weight_decay:
+            raise ValueError(f"Invalid weight_decay value: {weight_decay}")
+        if masks is not None and not isinstance(masks, Mapping):
+            raise TypeError(
+                f"masks must be a Selection, got {type(masks).__name__}; gradsel.select() makes one, "
+                "Selection.from_dense() takes boolean tensors"
+            )
+        self._selection = masks
+        self._masks: dict[Tensor, Mask] = {}
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "decoupled_weight_decay": decoupled_weight_decay,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        try:
+            self._masks.update(self._bind(self.param_groups[-1]))
+        except (KeyError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    def _bind(self, group: dict[str, Any]) -> dict[Tensor, Mask]:
+        """The mask of every parameter of a group."""
+        params = group["params"]
+        if self._selection is None:
+            return {parameter: Whole(parameter.shape) for parameter in params}
+        if "param_names" not in group:
+            raise ValueError(
+                "masks are keyed by parameter name, but the parameters have no names; "
+                "pass model.named_parameters() instead of model.parameters()"
+            )
+        bound: dict[Tensor, Mask] = {}
+        for name, parameter in zip(group["param_names"], params, strict=True):
+            mask = lookup(self._selection, name)
+            if mask.shape != tuple(parameter.shape):
+                raise ValueError(
+                    f"the mask of {name} is for shape {list(mask.shape)}, the parameter has {list(parameter.shape)}; "
+                    "select on this model"
+                )
+            bound[parameter] = mask.to(parameter.device)
+        return bound
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step on every parameter that has a gradient.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            What ``closure`` returned, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._step_group(group)
+        return loss
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        operands, states = [], []
+        for parameter in group["params"]:
+            grad = parameter.grad
+            mask = self._masks[parameter]
+            if grad is None or mask.nnz == 0:
+                continue
+            if grad.is_sparse:
+                raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
+            if grad.is_complex():
+                raise RuntimeError("MaskedAdam does not support complex parameters; use torch.view_as_real")
+            operands.append(mask.operands(parameter, grad))
+            states.append(self.state[parameter] or self._new_state(parameter, mask, group["amsgrad"]))
+        if not operands:
+            return
+        beta1, beta2 = group["betas"]
+        gk.masked_adam_(
+            [o.weight for o in operands],
+            [o.grad for o in operands],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [state["step"] for state in states],
+            indices=[o.index for o in operands],
+            layouts=[o.layout for o in operands],
+            values=[state.get("master") for state in states],
+            max_exp_avg_sqs=[state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else None,
+            lr=float(group["lr"]),
+            beta1=float(beta1),
+            beta2=float(beta2),
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            decoupled_weight_decay=group["decoupled_weight_decay"],
+            maximize=group["maximize"],
+        )
+
+    def _new_state(self, parameter: Tensor, mask: Mask, amsgrad: bool) -> dict[str, Tensor]:
+        state = self.state[parameter]
+        dtype = _state_dtype(parameter)
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        for name in _MOMENTS if amsgrad else _MOMENTS[:2]:
+            state[name] = torch.zeros(mask.compact_shape, dtype=dtype, device=parameter.device)
+        if parameter.dtype != dtype:
+            state["master"] = mask.gather(parameter).to(dtype)
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what :meth:`state_dict` returned, in the dtypes it was saved in.
+
+        Raises:
+            ValueError: the state does not fit the masks, for example that of a dense Adam; nothing has changed.
+        """
+        saved_ids = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
+        parameters = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        pairs = list(zip(saved_ids, parameters, strict=False))  # a wrong number is torch's error to report
+        for number, (saved_id, parameter) in enumerate(pairs):
+            mask = self._masks[parameter]
+            for name, value in state_dict["state"].get(saved_id, {}).items():
+                if name != "step" and tuple(value.shape) != mask.compact_shape:
+                    raise ValueError(
+                        f"{name} of parameter {number} has shape {list(value.shape)} in the state_dict, but the mask "
+                        f"selects {list(mask.compact_shape)}; load the state of a run with the same selection"
+                    )
+        super().load_state_dict(state_dict)
+        for saved_id, parameter in pairs:
+            # Optimizer.load_state_dict casts to the parameter's dtype, which would cost bfloat16 runs their moments.
+            for name, value in state_dict["state"].get(saved_id, {}).items():
+                dtype = torch.float32 if name == "step" else _state_dtype(parameter)
+                self.state[parameter][name] = value.detach().to(parameter.device, dtype, copy=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Optimizer keeps only three attributes through pickle and deepcopy; a copy without masks would train everything.
+        return {**super().__getstate__(), "_selection": self._selection, "_masks": self._masks}
+
+
+class MaskedAdamW(MaskedAdam):
+    """:class:`MaskedAdam` with the defaults of :class:`torch.optim.AdamW`: decoupled weight decay of 0.01."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        masks: Selection | None = None,
+        maximize: bool = False,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            masks=masks,
+            maximize=maximize,
+            decoupled_weight_decay=True,
+        )
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    """Bytes of all tensors in an optimizer's state."""
+    tensors: Iterable[Any] = chain.from_iterable(state.values() for state in optimizer.state.values())
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if isinstance(tensor, Tensor))
+
+
+def _state_dtype(parameter: Tensor) -> torch.dtype:
+    return torch.float64 if parameter.dtype is torch.float64 else torch.float32

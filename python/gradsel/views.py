@@ -1,0 +1,95 @@
+"""Neuron views: any weight as a matrix with one row per output neuron."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class NeuronView:
+    """Which dimensions of a weight number its output neurons.
+
+    The matrix has the entries of ``row_dims``, in that order, as rows and those of all other dimensions as columns:
+
+    =====================  ==============================  ==========  ======
+    weight                 shape                           row_dims    groups
+    =====================  ==============================  ==========  ======
+    Linear, Conv           [out, in, ...]                  (0,)        1
+    transformers' Conv1D   [in, out]                       (1,)        1
+    stacked experts        [experts, out, in]              (0, 1)      1
+    ConvTranspose          [in, out / groups, ...]         (1,)        1
+    ConvTranspose, groups  [groups * in', out', ...]       (0, 2)      groups
+    =====================  ==============================  ==========  ======
+
+    Args:
+        row_dims: dimensions that number the neurons, counted after the first one has been split into ``groups``.
+        groups: groups of a transposed convolution; with more than one, dimension 0 is seen as [groups, in / groups].
+    """
+
+    row_dims: tuple[int, ...] = (0,)
+    groups: int = 1
+
+    def shape(self, shape: Sequence[int]) -> tuple[int, int]:
+        """(rows, cols) of a tensor of this shape."""
+        sizes = self._split(shape)
+        rows = math.prod(sizes[dim] for dim in self.row_dims)
+        return rows, math.prod(size for dim, size in enumerate(sizes) if dim not in self.row_dims)
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The matrix [rows, cols]: an alias of ``tensor`` where strides allow it, else a copy."""
+        return self._permuted(tensor).reshape(self.shape(tensor.shape))
+
+    def alias(self, tensor: Tensor) -> Tensor | None:
+        """The matrix as an alias of ``tensor``, or None where no strides express it (channels_last, ConvTranspose)."""
+        try:
+            return self._permuted(tensor).view(self.shape(tensor.shape))
+        except RuntimeError:
+            return None
+
+    def undo(self, matrix: Tensor, shape: Sequence[int]) -> Tensor:
+        """The inverse of :meth:`of`: from [rows, cols] back to ``shape``."""
+        sizes = self._split(shape)
+        order = self._order(len(sizes))
+        inverse = [order.index(dim) for dim in range(len(sizes))]
+        return matrix.view([sizes[dim] for dim in order]).permute(inverse).reshape(tuple(shape))
+
+    @property
+    def is_first_dim(self) -> bool:
+        """Rows are the first dimension alone, as in Linear and Conv."""
+        return self.row_dims == (0,) and self.groups == 1
+
+    @property
+    def is_leading(self) -> bool:
+        """Rows are the leading dimensions: a contiguous tensor holds one row after the other."""
+        return self.groups == 1 and self.row_dims == tuple(range(len(self.row_dims)))
+
+    def _split(self, shape: Sequence[int]) -> list[int]:
+        return [*shape] if self.groups == 1 else [self.groups, shape[0] // self.groups, *shape[1:]]
+
+    def _order(self, ndim: int) -> list[int]:
+        return [*self.row_dims, *(dim for dim in range(ndim) if dim not in self.row_dims)]
+
+    def _permuted(self, tensor: Tensor) -> Tensor:
+        split = tensor if self.groups == 1 else tensor.unflatten(0, (self.groups, tensor.shape[0] // self.groups))
+        return split if self.is_leading else split.permute(self._order(split.ndim))
+
+
+def memory_offsets(tensor: Tensor) -> Tensor:
+    """int64, shaped like ``tensor``: where each entry lies in memory, counted from the first.
+
+    Raises:
+        ValueError: ``tensor`` has gaps in memory or overlaps itself, so that offsets do not number its entries.
+    """
+    dense = sorted(zip(tensor.stride(), tensor.shape, strict=True))
+    expected = 1
+    for stride, size in dense:
+        if size > 1:
+            if stride != expected:
+                raise ValueError(f"a tensor of shape {list(tensor.shape)} and strides {tensor.stride()} is not dense")
+            expected *= size
+    return torch.arange(tensor.numel(), device=tensor.device).as_strided(tensor.shape, tensor.stride())
