@@ -103,7 +103,9 @@ def gather_rows(weight: Tensor, cols: Tensor) -> None:
     _dtype("cols", cols, torch.int32)
     _same_device("cols", cols, "weight", weight)
     if cols.shape[0] != weight.shape[0]:
-        raise ValueError(f"cols has {cols.shape[0]} rows, but weight has {weight.shape[0]}; one row of columns a neuron")
+        raise ValueError(
+            f"cols has {cols.shape[0]} rows, but weight has {weight.shape[0]}; one row of columns a neuron"
+        )
 
 
 def scatter_rows_(weight: Tensor, cols: Tensor, values: Tensor) -> None:

@@ -72,7 +72,9 @@ class Mask(ABC):
     def to_bits(self) -> Tensor:
         """The packed bitmask, int32 [rows, ceil(cols / 32)] of the parameter flattened behind its first dimension."""
         dense = self.to_dense()
-        return gk.pack_bits(dense.reshape(dense.shape[0] if dense.ndim else 1, -1) if dense.numel() else dense.view(0, 0))
+        return gk.pack_bits(
+            dense.reshape(dense.shape[0] if dense.ndim else 1, -1) if dense.numel() else dense.view(0, 0)
+        )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(shape={list(self.shape)}, nnz={self.nnz})"
@@ -99,7 +101,9 @@ class PerRow(Mask):
         if cols.dtype is not torch.int32:
             raise TypeError(f"cols must be int32, got {cols.dtype}")
         if cols.ndim != 2 or cols.shape[0] != rows or cols.shape[1] > n:
-            raise ValueError(f"cols must be [{rows}, at most {n}] for a parameter {list(shape)}, got {list(cols.shape)}")
+            raise ValueError(
+                f"cols must be [{rows}, at most {n}] for a parameter {list(shape)}, got {list(cols.shape)}"
+            )
         if cols.numel() and (int(cols.min()) < 0 or int(cols.max()) >= n):
             raise ValueError(f"cols must lie in 0 to {n - 1}, found {int(cols.min())} to {int(cols.max())}")
         if bool((cols.diff(dim=1) <= 0).any()):
@@ -291,4 +295,3 @@ def from_parts(kind: str, shape: Sequence[int], description: dict[str, Any], ten
 def _memory(tensor: Tensor) -> Tensor:
     """The memory of a dense tensor as one row."""
     return tensor.as_strided((tensor.numel(),), (1,))
-

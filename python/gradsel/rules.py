@@ -21,7 +21,9 @@ from gradsel.views import NeuronView
 #: Modules with one of these names anywhere in their path are the head.
 HEAD = ("classifier", "head", "score", "fc")
 
-_TOKEN = re.compile(r"((pos|position|positional)_?emb\w*|(cls|class|dist|mask|reg|register)_?(token|embed)\w*|absolute_pos\w*)$")
+_TOKEN = re.compile(
+    r"((pos|position|positional)_?emb\w*|(cls|class|dist|mask|reg|register)_?(token|embed)\w*|absolute_pos\w*)$"
+)
 _LAYER_SCALE = re.compile(r"(gamma(_\d+)?|lambda_?\d*|layer_scale\w*)$")
 _POSITION_TABLE = "relative_position_bias_table"
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

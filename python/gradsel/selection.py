@@ -179,7 +179,9 @@ class Selection(Mapping[str, Mask]):
         except SafetensorError as error:
             raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
         if metadata.get("format") != _FORMAT:
-            raise ValueError(f"{path} is not a selection: its format is {metadata.get('format')!r}, expected {_FORMAT!r}")
+            raise ValueError(
+                f"{path} is not a selection: its format is {metadata.get('format')!r}, expected {_FORMAT!r}"
+            )
         if metadata.get("version") != str(_FORMAT_VERSION):
             raise ValueError(
                 f"{path} is of version {metadata.get('version')}; this library reads {_FORMAT_VERSION}, update it"
@@ -198,7 +200,7 @@ def select(
     model: nn.Module,
     batches: Iterable[Any] | None,
     loss: Callable[[nn.Module, Any], Tensor] | None,
-    policy: PerNeuron = PerNeuron(1),  # noqa: B008
+    policy: PerNeuron = PerNeuron(1),
     criterion: str | Criterion | Score = "gradient",
     *,
     head: Iterable[str] = HEAD,

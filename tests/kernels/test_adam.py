@@ -204,7 +204,9 @@ def check_step(problem: Problem, fast: str, view, amsgrad: bool, options: dict) 
             expected = problem.values[i]
             assert ulps(there.values[i], expected, torch.maximum(expected.abs(), scale.view(expected.shape))) <= 2
             assert cases.same_bits(got[picked], there.values[i].cpu().reshape(-1).to(weight.dtype))
-        assert ulps(there.exp_avgs[i], problem.exp_avgs[i], problem.exp_avgs[i]) <= 2 or close_moments(problem, there, i)
+        assert ulps(there.exp_avgs[i], problem.exp_avgs[i], problem.exp_avgs[i]) <= 2 or close_moments(
+            problem, there, i
+        )
         assert ulps(there.exp_avg_sqs[i], problem.exp_avg_sqs[i], problem.exp_avg_sqs[i]) <= 2
         if amsgrad:
             assert ulps(there.max_exp_avg_sqs[i], problem.max_exp_avg_sqs[i], problem.max_exp_avg_sqs[i]) <= 2

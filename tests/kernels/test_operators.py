@@ -111,7 +111,10 @@ def test_use_backend_refuses_an_unknown_name():
 
 @pytest.mark.skipif(cases.INTERPRETED, reason="the interpreter does run on CPU tensors")
 def test_a_backend_that_cannot_run_says_why():
-    with gk.use_backend("triton"), pytest.raises(RuntimeError, match=r"the triton backend was asked for .*TRITON_INTERPRET"):
+    with (
+        gk.use_backend("triton"),
+        pytest.raises(RuntimeError, match=r"the triton backend was asked for .*TRITON_INTERPRET"),
+    ):
         gk.topk_rows(torch.ones(2, 3), 1)
 
 

@@ -1,0 +1,150 @@
+"""Neuron views and the kinds of mask."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gradsel.masks import Flat, Frozen, PerRow, Whole, from_parts
+from gradsel.views import NeuronView, memory_offsets
+from torch import nn
+
+import gradsel_kernels as gk
+from tests.kernels.cases import same_bits
+
+LEADING = NeuronView()
+VIEWS = [
+    ((6, 10), LEADING),
+    ((6, 4, 3, 3), LEADING),
+    ((10, 6), NeuronView((1,))),  # transformers' Conv1D
+    ((3, 4, 5), NeuronView((0, 1))),  # experts
+    ((8, 4, 2, 2), NeuronView((1,))),  # ConvTranspose2d(8, 4, 2)
+    ((8, 3, 2), NeuronView((0, 2), groups=4)),  # ConvTranspose1d(8, 12, 2, groups=4)
+    ((1, 1), LEADING),
+    ((5,), LEADING),
+]
+
+
+@pytest.mark.parametrize(("shape", "view"), VIEWS, ids=str)
+def test_a_view_and_its_inverse(shape, view):
+    tensor = torch.randn(shape)
+    matrix = view.of(tensor)
+    assert tuple(matrix.shape) == view.shape(shape)
+    assert torch.equal(view.undo(matrix, shape), tensor)
+    alias = view.alias(tensor)
+    if alias is not None:
+        assert alias.data_ptr() == tensor.data_ptr()
+        assert torch.equal(alias, matrix)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_rows_of_a_transposed_convolution_are_its_output_channels(groups):
+    """Zeroing one row of the view silences exactly that output channel."""
+    conv = nn.ConvTranspose2d(8, 12, 3, groups=groups, bias=False)
+    view = NeuronView((0, 2), groups) if groups > 1 else NeuronView((1,))
+    matrix = view.of(conv.weight.detach()).clone()
+    assert matrix.shape[0] == 12
+    matrix[5] = 0
+    conv.weight.data = view.undo(matrix, conv.weight.shape)
+    out = conv(torch.randn(2, 8, 5, 5))
+    silent = (out == 0).all(dim=(0, 2, 3))
+    assert silent.nonzero().view(-1).tolist() == [5]
+
+
+def test_memory_offsets_of_a_tensor_with_gaps_are_refused():
+    with pytest.raises(ValueError, match="is not dense"):
+        memory_offsets(torch.zeros(4, 6)[:, :3])
+
+
+def layouts(weight):
+    """The same values in every memory layout that training scripts produce."""
+    yield weight.clone()
+    if weight.ndim == 2:
+        yield weight.t().contiguous().t()
+        yield torch.zeros(weight.shape[0], 2 * weight.shape[1]).to(weight.dtype)[:, ::2].copy_(weight)
+    if weight.ndim == 4:
+        yield weight.clone(memory_format=torch.channels_last)
+
+
+def masks_for(shape, view):
+    rows, cols = view.shape(shape)
+    k = min(2, cols)
+    picked = torch.rand(rows, cols).topk(k, 1).indices.sort(1).values.to(torch.int32)
+    yield PerRow(picked, shape, view)
+    yield Flat.from_dense(torch.rand(shape) < 0.3)
+    yield Flat(torch.empty(0, dtype=torch.int64), shape)
+    yield Whole(shape)
+    yield Frozen(shape, "a test")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("shape", "view"), VIEWS, ids=str)
+def test_gather_and_scatter_agree_with_the_dense_mask(shape, view, dtype):
+    for mask in masks_for(shape, view):
+        dense = mask.to_dense()
+        assert dense.shape == shape
+        assert int(dense.sum()) == mask.nnz
+        for weight in layouts(torch.randn(shape).to(dtype)):
+            before = weight.clone()
+            values = mask.gather(weight)
+            assert tuple(values.shape) == mask.compact_shape
+            assert sorted(values.reshape(-1).tolist()) == sorted(weight[dense].tolist())
+            mask.scatter_(weight, values + 1)
+            assert same_bits(mask.gather(weight), values + 1)
+            assert same_bits(weight[~dense], before[~dense])
+
+
+@pytest.mark.parametrize(("shape", "view"), VIEWS, ids=str)
+def test_operands_lead_the_kernel_to_the_selected_entries(shape, view):
+    """A step of plain gradient ascent through the kernel moves what the dense mask says, each by its own gradient."""
+    for mask in masks_for(shape, view):
+        if mask.nnz == 0:
+            continue
+        for weight in layouts(torch.randn(shape)):
+            for grad in layouts(torch.randn(shape)):
+                before = weight.clone()
+                where = mask.operands(weight, grad)
+                exp_avg, exp_avg_sq = torch.zeros(mask.compact_shape), torch.zeros(mask.compact_shape)
+                gk.masked_adam_(
+                    [where.weight], [where.grad], [exp_avg], [exp_avg_sq], [torch.zeros(())],
+                    indices=[where.index], layouts=[where.layout], lr=0.1, beta1=0.0,
+                )  # fmt: skip
+                assert torch.equal((weight != before).view(shape), mask.to_dense())
+                assert torch.equal(exp_avg, mask.gather(grad))
+
+
+@pytest.mark.parametrize(("shape", "view"), VIEWS, ids=str)
+def test_parts_round_trip(shape, view):
+    for mask in masks_for(shape, view):
+        again = from_parts(mask.kind, list(shape), mask.describe(), mask.tensors())
+        assert type(again) is type(mask)
+        assert torch.equal(again.to_dense(), mask.to_dense())
+        assert repr(again) == repr(mask)
+
+
+def test_to_bits():
+    mask = PerRow(torch.tensor([[0, 33], [5, 39]], dtype=torch.int32), (2, 40))
+    assert torch.equal(gk.bits_to_cols(mask.to_bits(), 2), mask.cols)
+
+
+def int32(*rows):
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: PerRow(int32([0], [1]).long(), (2, 3)), TypeError, "cols must be int32"),
+        (lambda: PerRow(int32([0]), (2, 3)), ValueError, r"cols must be \[2, at most 3\]"),
+        (lambda: PerRow(int32([0], [3]), (2, 3)), ValueError, "0 to 2, found 0 to 3"),
+        (lambda: PerRow(int32([-1], [1]), (2, 3)), ValueError, "found -1 to 1"),
+        (lambda: PerRow(int32([0, 1], [2, 2]), (2, 3)), ValueError, "row 1 does not"),
+        (lambda: Flat(torch.tensor([1, 1]), (2, 3)), ValueError, "must ascend"),
+        (lambda: Flat(torch.tensor([1, 6]), (2, 3)), ValueError, "within 0 to 5"),
+        (lambda: Flat(torch.tensor([1.0]), (2, 3)), TypeError, "int32 or int64"),
+        (lambda: Flat.from_dense(torch.ones(2, 3)), TypeError, "must be bool"),
+        (lambda: from_parts("diagonal", (2, 3), {}, {}), ValueError, "unknown kind of mask 'diagonal'"),
+    ],
+)
+def test_bad_input(make, error, message):
+    with pytest.raises(error, match=message):
+        make()

@@ -1,0 +1,385 @@
+"""MaskedAdam as a drop-in optimizer: equal to Adam where it should be, silent where it should be."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import gradsel
+import pytest
+import torch
+from gradsel.masks import Flat, PerRow
+from torch import nn
+from torch.optim import lr_scheduler
+
+import gradsel_kernels as gk
+from tests.gradsel.toy import Toy, batches, cross_entropy
+from tests.kernels.cases import same_bits
+
+ADAM_OPTIONS = [
+    {},
+    {"lr": 0.1, "betas": (0.7, 0.9), "eps": 1e-4},
+    {"weight_decay": 0.1},
+    {"weight_decay": 0.1, "decoupled_weight_decay": True},
+    {"amsgrad": True, "maximize": True},
+]
+
+
+def selection_for(model, k=1):
+    return gradsel.select(copy.deepcopy(model).eval(), batches(), cross_entropy, gradsel.PerNeuron(k))
+
+
+def frozen_bits(model, selection):
+    return {name: p.detach()[~selection[name].to_dense()].clone() for name, p in model.named_parameters()}
+
+
+def assert_frozen(model, selection, bits):
+    for name, parameter in model.named_parameters():
+        assert same_bits(parameter.detach()[~selection[name].to_dense()], bits[name]), name
+
+
+def train(model, optimizer, steps=4, scheduler=None):
+    losses = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss = cross_entropy(model, batches()[step % 3])
+        loss.backward()
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.fixture(params=["reference", "native"])
+def backend(request):
+    with gk.use_backend(request.param):
+        yield request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("options", ADAM_OPTIONS, ids=str)
+def test_without_masks_it_is_adam(options, dtype):
+    model = Toy().to(dtype).eval()
+    twin = copy.deepcopy(model)
+    ours = gradsel.MaskedAdam(model.parameters(), **options)
+    theirs = torch.optim.Adam(twin.parameters(), foreach=False, fused=False, **options)
+    with gk.use_backend("reference"):
+        for batch in [(x.to(dtype), y) for x, y in batches(6)]:
+            for net, optimizer in ((model, ours), (twin, theirs)):
+                optimizer.zero_grad()
+                cross_entropy(net, batch).backward()
+                optimizer.step()
+    for mine, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("options", ADAM_OPTIONS, ids=str)
+def test_with_masks_it_is_adam_on_the_selected_entries(backend, options):
+    """The twin trains dense copies of the selected entries with torch's Adam, from the same gradients."""
+    model = Toy().eval()
+    selection = selection_for(model, k=2)
+    masks = {name: selection[name].to_dense() for name, _ in model.named_parameters()}
+    bits = frozen_bits(model, selection)
+    twins = {name: nn.Parameter(p.detach()[masks[name]].clone()) for name, p in model.named_parameters()}
+    ours = gradsel.MaskedAdam(model.named_parameters(), masks=selection, **options)
+    theirs = torch.optim.Adam(twins.values(), foreach=False, fused=False, **options)
+    for batch in batches(8):
+        ours.zero_grad()
+        cross_entropy(model, batch).backward()
+        for name, p in model.named_parameters():
+            twins[name].grad = None if p.grad is None else p.grad[masks[name]].clone()
+        ours.step()
+        theirs.step()
+        for name, p in model.named_parameters():
+            got = p.detach()[masks[name]]
+            if backend == "reference":
+                assert torch.equal(got, twins[name]), name
+            else:
+                torch.testing.assert_close(got, twins[name].detach(), rtol=1e-6, atol=1e-7)
+            twins[name].data.copy_(got)  # the next gradients come from the same weights
+    assert_frozen(model, selection, bits)
+
+
+def test_state_has_the_size_of_the_selection():
+    model = Toy()
+    selection = selection_for(model)
+    optimizer = gradsel.MaskedAdam(model.named_parameters(), masks=selection)
+    train(model, optimizer, 1)
+    trained = sum(selection[n].nnz for n, p in model.named_parameters() if p.grad is not None)
+    steps = len(optimizer.state)
+    assert gradsel.state_bytes(optimizer) == 8 * trained + 4 * steps
+    assert all(selection[n].nnz for n, p in model.named_parameters() if p in optimizer.state)
+
+
+@pytest.mark.parametrize("options", [*ADAM_OPTIONS, {"weight_decay": 10.0}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_frozen_entries_keep_every_bit(backend, options, dtype):
+    model = Toy().to(dtype).eval()
+    selection = gradsel.select(model, None, None, criterion="random")
+    bits = frozen_bits(model, selection)
+    optimizer = gradsel.MaskedAdam(model.named_parameters(), masks=selection, **options)
+    for x, y in batches(6):
+        optimizer.zero_grad()
+        cross_entropy(model, (x.to(dtype), y)).backward()
+        optimizer.step()
+    assert_frozen(model, selection, bits)
+    for name, p in model.named_parameters():
+        if p.grad is not None and selection[name].kind == "per-row":
+            assert not torch.equal(p, Toy().to(dtype).get_parameter(name))
+
+
+def test_nan_gradients_stay_in_selected_entries(backend):
+    model = Toy()
+    selection = selection_for(model)
+    bits = frozen_bits(model, selection)
+    optimizer = gradsel.MaskedAdam(model.named_parameters(), masks=selection, weight_decay=0.1, amsgrad=True)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, float("nan"))
+    optimizer.step()
+    assert_frozen(model, selection, bits)
+    assert model.head.weight.isnan().all()
+
+
+def test_irregular_and_dense_masks(backend):
+    model = nn.Linear(9, 4)
+    dense = torch.rand(4, 9) < 0.4
+    selection = gradsel.Selection.from_dense({"weight": dense, "bias": torch.zeros(4, dtype=torch.bool)})
+    assert isinstance(selection["weight"], Flat)
+    before = copy.deepcopy(model)
+    optimizer = gradsel.MaskedAdam(model.named_parameters(), masks=selection)
+    model(torch.randn(5, 9)).square().sum().backward()
+    optimizer.step()
+    assert torch.equal(model.weight != before.weight, dense & (model.weight.grad != 0))
+    assert torch.equal(model.bias, before.bias)
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, lambda m: m.to(memory_format=torch.channels_last)], ids=["nchw", "nhwc"])
+def test_memory_formats_and_transposed_convolutions(backend, wrap):
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ConvTranspose2d(8, 6, 2, groups=2), nn.Flatten(), nn.Linear(6 * 49, 5))
+    expected = copy.deepcopy(model)
+    data = torch.randn(3, 4, 8, 8)
+    selection = gradsel.select(model, [data], lambda m, x: m(x).square().mean(), gradsel.PerNeuron(2))
+
+    def step(net):
+        optimizer = gradsel.MaskedAdam(net.named_parameters(), masks=selection, weight_decay=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            net(data).square().mean().backward()
+            optimizer.step()
+
+    bits = frozen_bits(model, selection)
+    step(expected)
+    model = wrap(model)
+    step(model)
+    assert_frozen(model, selection, bits)
+    for mine, other in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def test_low_precision_weights_learn_through_masters():
+    """Updates below half a unit of bfloat16's last place add up instead of being lost."""
+    weight = nn.Parameter(torch.ones(4, 6, dtype=torch.bfloat16))
+    mask = PerRow(torch.zeros(4, 1, dtype=torch.int32), (4, 6))
+    optimizer = gradsel.MaskedAdam([("w", weight)], lr=1e-4, masks=gradsel.Selection({"w": mask}))
+    for _ in range(100):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    master = optimizer.state[weight]["master"]
+    assert master.dtype == torch.float32
+    torch.testing.assert_close(master, torch.full((4, 1), 0.99), rtol=1e-5, atol=0)
+    assert torch.equal(weight[:, :1], master.bfloat16())
+    assert (weight[:, 1:] == 1).all()
+
+
+def test_parameter_groups_and_schedulers():
+    model, twin = Toy().eval(), None
+    twin = copy.deepcopy(model)
+
+    def groups(net):
+        named = dict(net.named_parameters())
+        head = [(n, p) for n, p in named.items() if n.startswith("head")]
+        rest = [(n, p) for n, p in named.items() if not n.startswith("head")]
+        return [{"params": rest}, {"params": head, "lr": 0.05, "weight_decay": 0.1, "betas": (0.8, 0.9)}]
+
+    ours = gradsel.MaskedAdam(groups(model), lr=0.01)
+    theirs = torch.optim.Adam(groups(twin), lr=0.01, foreach=False, fused=False)
+    with gk.use_backend("reference"):
+        train(model, ours, 6, lr_scheduler.CosineAnnealingLR(ours, 6))
+        train(twin, theirs, 6, lr_scheduler.CosineAnnealingLR(theirs, 6))
+    assert [g["lr"] for g in ours.param_groups] == [g["lr"] for g in theirs.param_groups]
+    for mine, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_add_param_group():
+    model = Toy()
+    selection = selection_for(model)
+    named = list(model.named_parameters())
+    optimizer = gradsel.MaskedAdam(named[:4], masks=selection)
+    optimizer.add_param_group({"params": named[4:], "lr": 0.1})
+    bits = frozen_bits(model, selection)
+    train(model, optimizer)
+    assert_frozen(model, selection, bits)
+    with pytest.raises(KeyError, match="'stranger'"):
+        optimizer.add_param_group({"params": [("stranger", nn.Parameter(torch.ones(2)))]})
+    assert len(optimizer.param_groups) == 2
+
+
+def test_closure_and_hooks():
+    model = Toy()
+    optimizer = gradsel.MaskedAdam(model.named_parameters(), masks=selection_for(model))
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+
+    def closure():
+        optimizer.zero_grad()
+        loss = cross_entropy(model, batches()[0])
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).requires_grad
+    assert calls == ["pre", "post"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True, "weight_decay": 0.1}], ids=str)
+def test_resuming_is_bit_equal_to_not_having_stopped(backend, options, dtype):
+    data = [(x.to(dtype), y) for x, y in batches(6)]
+
+    def steps(model, optimizer, part):
+        for batch in part:
+            optimizer.zero_grad()
+            cross_entropy(model, batch).backward()
+            optimizer.step()
+
+    model = Toy().to(dtype).eval()
+    selection = gradsel.select(model, None, None, criterion="random")
+    resumed = copy.deepcopy(model)
+    optimizer = gradsel.MaskedAdam(model.named_parameters(), masks=selection, **options)
+    steps(model, optimizer, data[:3])
+
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    checkpoint = torch.load(file, weights_only=True)
+    resumed.load_state_dict(checkpoint["model"])
+    second = gradsel.MaskedAdam(resumed.named_parameters(), masks=selection, **options)
+    second.load_state_dict(checkpoint["optimizer"])
+    for p, q in zip(model.parameters(), resumed.parameters(), strict=True):
+        for key, value in optimizer.state[p].items():
+            assert same_bits(second.state[q][key], value)
+            assert second.state[q][key].data_ptr() != value.data_ptr()
+
+    steps(model, optimizer, data[3:])
+    steps(resumed, second, data[3:])
+    for p, q in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert same_bits(p, q)
+
+
+def test_loaded_state_does_not_alias_its_source():
+    model = Toy()
+    optimizer = gradsel.MaskedAdam(model.named_parameters(), masks=selection_for(model))
+    train(model, optimizer, 1)
+    state = optimizer.state_dict()
+    other = gradsel.MaskedAdam(model.named_parameters(), masks=optimizer._selection)
+    other.load_state_dict(state)
+    before = copy.deepcopy(state["state"])
+    train(model, other, 2)
+    for key, entries in before.items():
+        for name, value in entries.items():
+            assert torch.equal(state["state"][key][name], value)
+
+
+def test_state_of_another_selection_is_refused():
+    model = Toy()
+    dense = torch.optim.Adam(model.parameters())
+    train(model, dense, 1)
+    optimizer = gradsel.MaskedAdam(model.named_parameters(), masks=selection_for(model))
+    with pytest.raises(ValueError, match="load the state of a run with the same selection"):
+        optimizer.load_state_dict(dense.state_dict())
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"]
+)
+def test_copies_keep_their_masks(duplicate):
+    model = Toy()
+    selection = selection_for(model)
+    optimizer = gradsel.MaskedAdam(model.named_parameters(), masks=selection)
+    train(model, optimizer, 2)
+    model, optimizer = duplicate((model, optimizer))
+    bits = frozen_bits(model, selection)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train(model, optimizer, 2)
+    assert_frozen(model, selection, bits)
+    assert not torch.equal(model.head.weight, before["head.weight"])
+
+
+def test_names_with_wrapper_prefixes():
+    model = Toy()
+    selection = selection_for(model)
+    named = [(f"_orig_mod.module.{name}", p) for name, p in model.named_parameters()]
+    bits = frozen_bits(model, selection)
+    train(model, gradsel.MaskedAdam(named, masks=selection))
+    assert_frozen(model, selection, bits)
+
+
+def test_adamw_defaults():
+    model = nn.Linear(3, 2)
+    twin = copy.deepcopy(model)
+    ours, theirs = gradsel.MaskedAdamW(model.parameters()), torch.optim.AdamW(twin.parameters(), foreach=False)
+    for net, optimizer in ((model, ours), (twin, theirs)):
+        net(torch.ones(1, 3)).sum().backward()
+        with gk.use_backend("reference"):
+            optimizer.step()
+    assert ours.defaults["weight_decay"] == 0.01
+    assert torch.equal(model.weight, twin.weight)
+
+
+def one_parameter():
+    return [nn.Parameter(torch.ones(2, 3))]
+
+
+def named_parameter(shape=(2, 3)):
+    return [("w", nn.Parameter(torch.ones(shape)))]
+
+
+MASKS = gradsel.Selection({"w": PerRow(torch.zeros(2, 1, dtype=torch.int32), (2, 3))})
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: gradsel.MaskedAdam(one_parameter(), lr=-1), ValueError, "Invalid learning rate: -1"),
+        (lambda: gradsel.MaskedAdam(one_parameter(), eps=-1), ValueError, "Invalid epsilon value: -1"),
+        (lambda: gradsel.MaskedAdam(one_parameter(), betas=(1.0, 0.9)), ValueError, "parameter at index 0: 1.0"),
+        (lambda: gradsel.MaskedAdam(one_parameter(), weight_decay=-1), ValueError, "Invalid weight_decay value: -1"),
+        (lambda: gradsel.MaskedAdam(one_parameter(), lr=torch.ones(2)), ValueError, "Tensor lr must be 1-element"),
+        (lambda: gradsel.MaskedAdam(one_parameter(), masks=MASKS), ValueError, "pass model.named_parameters"),
+        (lambda: gradsel.MaskedAdam(named_parameter(), masks=torch.ones(2)), TypeError, "must be a Selection, got Tensor"),
+        (lambda: gradsel.MaskedAdam([("v", one_parameter()[0])], masks=MASKS), KeyError, "has no parameter 'v'"),
+        (lambda: gradsel.MaskedAdam(named_parameter((3, 2)), masks=MASKS), ValueError, r"the mask of w is for shape \[2, 3\]"),
+    ],
+)  # fmt: skip
+def test_bad_input(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("grad", "message"),
+    [
+        (torch.ones(2, 3).to_sparse(), "does not support sparse gradients, please consider SparseAdam instead"),
+        (None, "MaskedAdam does not support complex parameters"),
+    ],
+)
+def test_sparse_and_complex_gradients(grad, message):
+    parameter = nn.Parameter(torch.ones(2, 3, dtype=torch.complex64 if grad is None else torch.float32))
+    parameter.grad = torch.ones_like(parameter) if grad is None else grad
+    with pytest.raises(RuntimeError, match=message):
+        gradsel.MaskedAdam([parameter]).step()

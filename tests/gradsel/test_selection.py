@@ -1,0 +1,318 @@
+"""select() against a naive implementation, its rules, its manners, and the file format."""
+
+from __future__ import annotations
+
+import json
+
+import gradsel
+import pytest
+import torch
+from gradsel.masks import Frozen, PerRow, Whole
+from gradsel.rules import parameter_rules, strip_wrappers
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tests.gradsel.toy import Toy, batches, cross_entropy
+
+
+def supcon(model, batch):
+    return gradsel.SupConLoss()(model.features(batch[0]), batch[1])
+
+
+def naive(model, loss, k):
+    """Dense gradients summed over the batches, then a stable argsort of every row, as published code has it."""
+    model.zero_grad()
+    for batch in batches():
+        loss(model, batch).backward()
+    masks = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and parameter.ndim >= 2:
+            rows = parameter.grad.abs().flatten(1)
+            order = rows.argsort(dim=1, descending=True, stable=True)[:, :k]
+            masks[name] = torch.zeros_like(rows, dtype=torch.bool).scatter_(1, order, True).view(parameter.shape)
+    model.zero_grad()
+    return masks
+
+
+@pytest.mark.parametrize("loss", [cross_entropy, supcon])
+@pytest.mark.parametrize("k", [1, 3, 1000])
+def test_equals_a_naive_selection(k, loss):
+    model = Toy().eval()
+    expected = naive(model, loss, k)
+    selection = gradsel.select(model, batches(), loss, gradsel.PerNeuron(k))
+    ranked = {name for name, mask in selection.items() if isinstance(mask, PerRow)}
+    assert ranked == {"patch_embed.weight"} | {f"blocks.{i}.{m}.weight" for i in (0, 1) for m in ("qkv", "fc1", "fc2")}
+    for name in ranked:
+        assert torch.equal(selection[name].to_dense(), expected[name])
+
+
+def test_the_default_rules():
+    selection = gradsel.select(Toy(), batches(), cross_entropy)
+    whole = {name for name, mask in selection.items() if isinstance(mask, Whole)}
+    assert whole == {"patch_embed.bias", "unused.bias", "head.weight", "head.bias"} | {
+        f"blocks.{i}.{m}" for i in (0, 1) for m in ("qkv.bias", "fc1.bias", "fc2.bias", "gamma")
+    }
+    frozen = {name: mask.reason for name, mask in selection.items() if isinstance(mask, Frozen)}
+    assert frozen == {
+        "cls_token": "position embedding or class token",
+        "pos_embed": "position embedding or class token",
+        "bn.weight": "normalisation",
+        "bn.bias": "normalisation",
+        "blocks.0.norm.weight": "normalisation",
+        "blocks.0.norm.bias": "normalisation",
+        "blocks.1.norm.weight": "normalisation",
+        "blocks.1.norm.bias": "normalisation",
+        "tokens.weight": "embedding",
+        "unused.weight": "no gradient",
+    }
+    assert set(selection) == {name for name, _ in Toy().named_parameters()}
+
+
+def test_patterns_override_the_rules():
+    selection = gradsel.select(
+        Toy(), batches(), cross_entropy, whole=["*.norm.*"], freeze=["blocks.0.*"], rank=["head.weight"]
+    )
+    assert selection["blocks.1.norm.weight"].kind == "whole"
+    assert selection["blocks.0.norm.weight"].kind == "frozen"  # freeze goes before whole
+    assert selection["head.weight"].kind == "per-row"
+    assert gradsel.select(Toy(), batches(), cross_entropy, head=[])["head.weight"].kind == "per-row"
+
+
+def test_tied_weights_are_judged_by_all_their_uses():
+    model = nn.Module()
+    model.embed = nn.Embedding(9, 4)
+    model.lm_head = nn.Linear(4, 9, bias=False)
+    model.lm_head.weight = model.embed.weight
+    rules = parameter_rules(model)
+    assert set(rules) == {"embed.weight"}
+    assert (rules["embed.weight"].action, rules["embed.weight"].reason) == ("freeze", "embedding, tied")
+    assert parameter_rules(model, rank=["lm_head.weight"])["embed.weight"].action == "rank"
+
+
+def test_axes_of_transposed_and_stacked_layouts():
+    class Conv1D(nn.Module):  # as in transformers: [in, out]
+        def __init__(self):
+            super().__init__()
+            self.nf, self.weight = 5, nn.Parameter(torch.randn(3, 5))
+
+    model = nn.Module()
+    model.conv1d = Conv1D()
+    model.up = nn.ConvTranspose2d(8, 6, 2, groups=2)
+    model.conv = nn.Conv1d(4, 7, 3)
+    model.experts = nn.Module()
+    model.experts.gate = nn.Parameter(torch.randn(2, 5, 3))
+    selection = gradsel.select(model, None, None, criterion="random")
+    rows = {name: mask.compact_shape[0] for name, mask in selection.items() if mask.kind == "per-row"}
+    assert rows == {"conv1d.weight": 5, "up.weight": 6, "conv.weight": 7, "experts.gate": 10}
+
+
+def test_everything_is_given_back_as_it_was():
+    model = Toy()
+    model.train()
+    model.blocks[0].eval()
+    model.head.weight.requires_grad_(False)
+    model.patch_embed.weight.grad = torch.ones_like(model.patch_embed.weight)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    flags = {name: (p.requires_grad, p.grad) for name, p in model.named_parameters()}
+    modes = [module.training for module in model.modules()]
+    rng = torch.get_rng_state()
+
+    def loss(model, batch):
+        model.blocks[1].eval()
+        return cross_entropy(model, batch)
+
+    gradsel.select(model, batches(), loss)
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert [module.training for module in model.modules()] == modes
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[name])
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == flags[name][0]
+        assert parameter.grad is flags[name][1]
+    assert torch.equal(model.patch_embed.weight.grad, torch.ones_like(model.patch_embed.weight))
+
+
+def test_given_back_even_after_an_error():
+    model = Toy()
+
+    def failing(model, batch):
+        cross_entropy(model, batch).backward()
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        gradsel.select(model, batches(), failing)
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_the_same_selection_on_every_run_and_gradients_kept_signed():
+    model = Toy().eval()
+    first, second = (gradsel.select(model, batches(), cross_entropy) for _ in range(2))
+    assert all(torch.equal(first[name].to_dense(), second[name].to_dense()) for name in first)
+
+    def alternating(model, batch, sign=[1.0]):  # noqa: B006
+        sign[0] = -sign[0]
+        return sign[0] * cross_entropy(model, batch)
+
+    twice = [batches()[0], batches()[0]]
+    with pytest.warns(UserWarning, match="neurons have a zero gradient"):
+        cancelled = gradsel.select(model, twice, alternating)
+    assert cancelled["blocks.0.fc1.weight"].cols.eq(0).all()  # a zero row selects its first input
+    assert cancelled.notes["neurons without gradient"] > 0
+
+
+def test_low_precision_gradients_are_summed_in_float32():
+    model = Toy().bfloat16().eval()
+    data = [(x.bfloat16(), y) for x, y in batches()]
+    sums = {}
+    for batch in data:
+        model.zero_grad()
+        cross_entropy(model, batch).backward()
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                sums[name] = sums.get(name, 0) + parameter.grad.float()
+    selection = gradsel.select(model, data, cross_entropy, gradsel.PerNeuron(2))
+    for name, mask in selection.items():
+        if isinstance(mask, PerRow):
+            rows = sums[name].abs().flatten(1)
+            kept = rows.gather(1, mask.cols.long()).sort(1, descending=True).values
+            assert torch.equal(kept, rows.topk(2, 1).values)
+
+
+def test_other_criteria():
+    model = Toy()
+    magnitude = gradsel.select(model, None, None, gradsel.PerNeuron(2), "magnitude")
+    weight = model.blocks[0].fc1.weight.detach().abs()
+    assert torch.equal(magnitude["blocks.0.fc1.weight"].cols.long(), weight.topk(2, 1).indices.sort(1).values)
+    one, same = (gradsel.select(model, None, None, criterion="random") for _ in range(2))
+    other = gradsel.select(model, None, None, criterion=gradsel.random_scores(seed=1))
+    assert torch.equal(one["blocks.0.fc1.weight"].cols, same["blocks.0.fc1.weight"].cols)
+    assert not torch.equal(one["blocks.0.fc1.weight"].cols, other["blocks.0.fc1.weight"].cols)
+
+    def saliency(weight, grad):
+        return weight * grad
+
+    model.eval()
+    snip = gradsel.select(model, batches(), cross_entropy, criterion=saliency)
+    assert snip.notes["criterion"] == "saliency"
+    for batch in batches():
+        cross_entropy(model, batch).backward()
+    parameter = model.blocks[1].qkv.weight
+    expected = (parameter * parameter.grad).abs().argmax(1, keepdim=True)
+    assert torch.equal(snip["blocks.1.qkv.weight"].cols.long(), expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"batches": []}, ValueError, "batches is empty"),
+        ({"batches": None}, ValueError, "criterion 'gradient' needs gradients"),
+        ({"loss": lambda m, b: torch.tensor(1.0)}, ValueError, r"scalar .* got a tensor \[\] without a gradient"),
+        ({"loss": lambda m, b: m(b[0])}, ValueError, r"got a tensor \[10, 4\]"),
+        ({"loss": lambda m, b: 3.0}, ValueError, "got float"),
+        ({"loss": lambda m, b: cross_entropy(m, b) * float("nan")}, ValueError, "loss of batch 1 is nan"),
+        ({"criterion": "hessian"}, ValueError, "unknown criterion 'hessian'; choose one of gradient, magnitude"),
+        ({"rank": ["unused.weight"]}, ValueError, "unused.weight was named to be ranked, but got no gradient"),
+        ({"freeze": ["blocks.0.qvk.weight"]}, ValueError, "did you mean blocks.0.qkv.weight"),
+    ],
+)
+def test_bad_input(arguments, error, message):
+    model = Toy()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(error, match=message):
+        gradsel.select(model, **{"batches": batches(), "loss": cross_entropy, **arguments})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_gradient_that_is_not_finite_names_the_parameter():
+    model = Toy().eval()
+
+    def loss(model, batch):
+        out = cross_entropy(model, batch)
+        weight = model.blocks[1].fc2.weight
+        return out + (weight[0, 0] - weight[0, 0].detach()).abs().sqrt()  # derivative 1 / 0
+
+    with pytest.raises(ValueError, match=r"the gradient of blocks.1.fc2.weight is not finite \(1 of 288 entries\)"):
+        gradsel.select(model, batches(), loss)
+
+
+def test_per_neuron_needs_a_positive_k():
+    with pytest.raises(ValueError, match="k >= 1, got 0"):
+        gradsel.PerNeuron(0)
+
+
+def test_summary():
+    selection = gradsel.select(Toy(), batches(), cross_entropy, gradsel.PerNeuron(2))
+    text = str(selection)
+    count = sum(mask.nnz for mask in selection.values())
+    assert selection.trainable_count() == count
+    assert f"{count:,} of {sum(p.numel() for p in Toy().parameters()):,} parameters trained" in text
+    assert "blocks.*.qkv.weight  x2" in text
+    assert "frozen: normalisation" in text
+    assert "PerNeuron(k=2), criterion gradient, batches 3" in text
+    assert len(text.splitlines()) < 25
+
+
+def test_save_and_load(tmp_path):
+    selection = gradsel.select(Toy(), batches(), cross_entropy, gradsel.PerNeuron(2))
+    path = tmp_path / "digits.selection"
+    selection.save(path)
+    loaded = gradsel.Selection.load(path)
+    assert list(loaded) == list(selection)
+    assert loaded.notes == selection.notes
+    assert str(loaded) == str(selection)
+    for name, mask in selection.items():
+        assert torch.equal(loaded[name].to_dense(), mask.to_dense())
+    assert [p.name for p in tmp_path.iterdir()] == ["digits.selection"]
+
+
+def damage(path, change):
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    change(metadata, tensors)
+    save_file(tensors, path, metadata)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m, t: m.update(format="pt"), "is not a selection: its format is 'pt'"),
+        (lambda m, t: m.update(version="99"), "is of version 99; this library reads 1"),
+        (lambda m, t: t["blocks.0.fc1.weight:cols"].fill_(10**6), "is damaged.*found 1000000"),
+        (lambda m, t: t.pop("blocks.0.fc1.weight:cols"), "is damaged: KeyError"),
+        (lambda m, t: m.update(parameters=m["parameters"].replace("per-row", "diagonal")), "unknown kind"),
+        (lambda m, t: m.update(parameters=json.dumps({"a": 1})), "is damaged"),
+    ],
+)
+def test_damaged_files_are_refused(tmp_path, change, message):
+    path = tmp_path / "s.selection"
+    gradsel.select(Toy(), None, None, criterion="magnitude").save(path)
+    damage(path, change)
+    with pytest.raises(ValueError, match=message):
+        gradsel.Selection.load(path)
+
+
+def test_a_file_that_is_no_safetensors(tmp_path):
+    path = tmp_path / "s.selection"
+    path.write_bytes(b"not a file of tensors")
+    with pytest.raises(ValueError, match="is not a readable safetensors file"):
+        gradsel.Selection.load(path)
+
+
+def test_freeze_sets_the_flags():
+    model = Toy()
+    selection = gradsel.select(model, batches(), cross_entropy)
+    gradsel.freeze(model, selection)
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (selection[name].nnz > 0)
+    other = nn.Linear(2, 2)
+    with pytest.raises(KeyError, match="made for another model"):
+        gradsel.freeze(other, selection)
+    assert other.weight.requires_grad
+
+
+def test_wrapper_names():
+    assert strip_wrappers("module._orig_mod.blocks.0.module.weight") == "blocks.0.module.weight"
+    assert strip_wrappers("blocks.0._orig_mod.fc.weight") == "blocks.0.fc.weight"

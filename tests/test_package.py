@@ -1,0 +1,95 @@
+"""The package as installed: what it says when its extension is missing, what it depends on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+WITHOUT_EXTENSION = """
+import sys
+import warnings
+
+{break_it}
+import torch
+import gradsel_kernels as gk
+
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    grad = torch.tensor([[1.0, -3.0, 2.0], [0.0, 0.0, 5.0]])
+    assert gk.topk_rows(grad, 1).tolist() == [[1], [2]]
+    assert gk.pack_bits(grad > 0).tolist() == [[5], [4]]
+    state = [torch.zeros(2, 1), torch.zeros(2, 1), torch.zeros(())]
+    gk.masked_adam_([grad], [torch.ones(2, 3)], [state[0]], [state[1]], [state[2]], lr=0.5,
+                    indices=[gk.topk_rows(grad, 1)], layouts=[gk.Layout.COLS])
+    assert grad.tolist() == [[1.0, -3.5, 2.0], [0.0, 0.0, 4.5]], grad
+told = [str(w.message) for w in caught if "native" in str(w.message)]
+assert len(told) == 1, told
+assert "compiler" in told[0] and "slower" in told[0] and "install" in told[0], told
+gk.show_config()
+gk.use_backend("native")
+try:
+    gk.topk_rows(grad, 1)
+except RuntimeError as error:
+    assert "native backend was asked for" in str(error)
+else:
+    raise AssertionError("a forced backend that cannot run must say so")
+"""
+
+
+def run(code: str, **environment: str) -> str:
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "break_it",
+    [
+        "sys.modules['gradsel_kernels._C'] = None",
+        # a stale build: it loads, but speaks another version of the calls
+        "import types; stale = types.ModuleType('gradsel_kernels._C'); stale.ABI = -1; "
+        "sys.modules['gradsel_kernels._C'] = stale",
+    ],
+    ids=["missing", "stale"],
+)
+def test_without_the_extension_everything_works_and_says_once_what_is_slower(break_it):
+    printed = run(WITHOUT_EXTENSION.format(break_it=break_it))
+    assert "native    cpu, off:" in printed
+    assert "reference any, on:" in printed
+
+
+def test_importing_needs_no_triton_and_no_gpu():
+    code = """
+import sys
+import gradsel
+assert "triton" not in sys.modules, "importing triton costs half a second"
+import torch
+assert not torch.cuda.is_initialized()
+"""
+    run(code)
+
+
+def test_kernels_know_nothing_of_the_library_above():
+    for path in (ROOT / "gradsel_kernels").rglob("*.py"):
+        text = path.read_text()
+        assert "import gradsel\n" not in text, path
+        assert "from gradsel " not in text, path
+        assert "from gradsel." not in text, path
+
+
+def test_setup_imports_no_torch():
+    assert "import torch" not in (ROOT / "setup.py").read_text()
+
+
+def test_both_packages_have_one_version():
+    import gradsel
+
+    import gradsel_kernels
+
+    assert gradsel.__version__ == gradsel_kernels.__version__
