@@ -197,9 +197,11 @@ def _adam_item(
         _same_device("weight", weight, "exp_avg", exp_avg)
         _no_overlap("weight", weight)
         _dense_view("weight", weight, layout, rows, cols, nnz)
-    elif nnz and not compact:
+    elif nnz == 0:
+        return  # nothing selected: the step is counted, nothing else is looked at
+    elif not compact:
         raise ValueError("there are neither values nor a weight to update; pass one of them")
-    elif nnz and grad.shape != shape:
+    elif grad.shape != shape:
         raise ValueError(f"without a weight the gradient must be compact {list(shape)}, got {list(grad.shape)}")
 
     if grad.layout is not torch.strided:

@@ -38,7 +38,7 @@ def masked_adam_(
             the rows one after the other. Only selected entries change. None if there are only ``values``.
         grads: the gradient, either dense (the shape of the weight) or compact (the shape of ``exp_avgs``).
         exp_avgs, exp_avg_sqs: first and second moments of the selected entries, in mask order, contiguous, float32
-            (float64 for float64 weights): [rows, k] for ``COLS``, [nnz] for ``BITS`` and ``FLAT``, any shape for ``ALL``.
+            (float64 for float64 weights): [rows, k] for ``COLS``, [nnz] for ``BITS`` and ``FLAT``, any for ``ALL``.
         steps: one float each, the number of steps done so far; counted up here.
         lr, beta1, beta2, eps, weight_decay: as in :class:`torch.optim.Adam`.
         decoupled_weight_decay: weight decay as in AdamW instead of an L2 term in the gradient. Either moves selected

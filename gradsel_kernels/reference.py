@@ -59,12 +59,18 @@ def check_range(name: str, index: Tensor, end: int) -> None:
 
 def gather_rows(weight: Tensor, cols: Tensor) -> Tensor:
     check_range("cols", cols, weight.shape[1])
-    return weight.gather(1, cols.long())
+    return weight[_row_numbers(weight), cols.long()]
 
 
 def scatter_rows_(weight: Tensor, cols: Tensor, values: Tensor) -> None:
     check_range("cols", cols, weight.shape[1])
-    weight.scatter_(1, cols.long(), values.to(weight.dtype))
+    weight[_row_numbers(weight), cols.long()] = values.to(weight.dtype)
+
+
+def _row_numbers(weight: Tensor) -> Tensor:
+    # Indexing, not Tensor.gather and scatter_: on the CPU those rewrite the payload of bfloat16 NaNs, scatter_ even of
+    # those that cols does not name.
+    return torch.arange(weight.shape[0], device=weight.device).unsqueeze(1)
 
 
 def masked_adam_(

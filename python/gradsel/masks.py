@@ -19,7 +19,7 @@ class Operands(NamedTuple):
 
     weight: Tensor
     grad: Tensor
-    index: Tensor | None
+    indices: Tensor | None
     layout: gk.Layout
 
 
@@ -70,7 +70,7 @@ class Mask(ABC):
         """Everything but tensors, as JSON; :func:`from_parts` reads it."""
 
     def to_bits(self) -> Tensor:
-        """The packed bitmask, int32 [rows, ceil(cols / 32)] of the parameter flattened behind its first dimension."""
+        """The packed bitmask, int32 [rows, words], of the parameter flattened behind its first dimension."""
         dense = self.to_dense()
         return gk.pack_bits(
             dense.reshape(dense.shape[0] if dense.ndim else 1, -1) if dense.numel() else dense.view(0, 0)

@@ -153,7 +153,7 @@ class MaskedAdam(Optimizer):
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [state["step"] for state in states],
-            indices=[o.index for o in operands],
+            indices=[o.indices for o in operands],
             layouts=[o.layout for o in operands],
             values=[state.get("master") for state in states],
             max_exp_avg_sqs=[state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else None,
@@ -201,7 +201,7 @@ class MaskedAdam(Optimizer):
                 self.state[parameter][name] = value.detach().to(parameter.device, dtype, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Optimizer keeps only three attributes through pickle and deepcopy; a copy without masks would train everything.
+        # Optimizer takes three attributes through pickle and deepcopy; a copy without its masks would train everything.
         return {**super().__getstate__(), "_selection": self._selection, "_masks": self._masks}
 
 

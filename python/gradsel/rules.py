@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -42,7 +42,7 @@ class Rule:
 
     action: str
     reason: str
-    view: NeuronView = NeuronView()
+    view: NeuronView = field(default_factory=NeuronView)
     named: bool = False
 
 

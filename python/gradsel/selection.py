@@ -144,7 +144,7 @@ class Selection(Mapping[str, Mask]):
         return self.summary()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the selection as one safetensors file, atomically: the tensors of the masks, the rest as JSON metadata."""
+        """Writes one safetensors file, atomically: the tensors of the masks, and the rest as JSON metadata."""
         tensors = {}
         parameters = {}
         for name, mask in self.items():
@@ -273,8 +273,8 @@ def select(
         notes["neurons without gradient"] = sum(zero_rows.values())
         worst = max(zero_rows, key=lambda name: zero_rows[name])
         warnings.warn(
-            f"{sum(zero_rows.values())} neurons have a zero gradient (most in {worst}: {zero_rows[worst]}); their first "
-            "inputs were selected. Under fp16 autocast, scale the loss.",
+            f"{sum(zero_rows.values())} neurons have a zero gradient (most in {worst}: {zero_rows[worst]}); "
+            "their first inputs were selected. Under fp16 autocast, scale the loss.",
             stacklevel=2,
         )
     return Selection(masks, notes)
@@ -302,8 +302,8 @@ def lookup(selection: Mapping[str, Mask], name: str) -> Mask:
         if candidate in selection:
             return selection[candidate]
     raise KeyError(
-        f"the selection has no parameter {name!r}; it was made for another model (it knows {len(selection)} parameters, "
-        f"for example {next(iter(selection), 'none')!r})"
+        f"the selection has no parameter {name!r}; it was made for another model (it knows {len(selection)}, "
+        f"the first is {next(iter(selection), 'none')!r})"
     )
 
 

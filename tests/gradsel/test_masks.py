@@ -106,7 +106,7 @@ def test_operands_lead_the_kernel_to_the_selected_entries(shape, view):
                 exp_avg, exp_avg_sq = torch.zeros(mask.compact_shape), torch.zeros(mask.compact_shape)
                 gk.masked_adam_(
                     [where.weight], [where.grad], [exp_avg], [exp_avg_sq], [torch.zeros(())],
-                    indices=[where.index], layouts=[where.layout], lr=0.1, beta1=0.0,
+                    indices=[where.indices], layouts=[where.layout], lr=0.1, beta1=0.0,
                 )  # fmt: skip
                 assert torch.equal((weight != before).view(shape), mask.to_dense())
                 assert torch.equal(exp_avg, mask.gather(grad))

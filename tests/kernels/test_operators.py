@@ -51,7 +51,8 @@ def sample_inputs(op: str, device: str):
     ]
 
 
-ADAM = dict(lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0, decoupled_weight_decay=False, maximize=False)
+ADAM = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.0}
+ADAM |= {"decoupled_weight_decay": False, "maximize": False}
 
 
 @pytest.mark.parametrize("op", SCHEMAS)
