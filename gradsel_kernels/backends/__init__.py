@@ -2,8 +2,8 @@
 
 Each backend is a module with one function per operator, of the operator's name and signature, and two more:
 ``why_off(device)`` says in plain words why it cannot run there, ``about()`` what it uses. The torch dispatcher calls
-:func:`_entry`'s kernel on every device; it runs the operator's checks, then the backend that :func:`use_backend` forced,
-or else the one in :data:`PREFERRED` for the device, or else the reference.
+the kernel that :func:`_entry` makes on every device; it runs the operator's checks, then the backend that
+:func:`use_backend` forced, or else the one in :data:`PREFERRED` for the device, or else the reference.
 """
 
 from __future__ import annotations

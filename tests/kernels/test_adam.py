@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ OPTIONS = [
     {"beta1": 0.0, "beta2": 0.0},
 ]
 FLOAT_DTYPES = (torch.float32, torch.float64)
+EARLIER_STEPS = (3,) if cases.INTERPRETED else (0, 7)
 
 
 @dataclass
@@ -115,10 +117,11 @@ def masks(rows: int, cols: int, k: int = 3):
     yield Layout.FLAT, flat[torch.randperm(flat.numel())], (flat.numel(),)  # int64, any order
 
 
-def everything(dtype, grad_dtype=None, shape=(13, 45), earlier_steps=0) -> Problem:
+def everything(dtype, grad_dtype=None, shape=(4, 45) if cases.INTERPRETED else (13, 45), earlier_steps=0) -> Problem:
     """Tensors of every layout, dense and compact gradients, with and without masters, in one problem."""
     problem = Problem()
-    for compact, master in itertools.product((False, True), (False, True)):
+    both = itertools.product((False, True), (False, True)) if not cases.INTERPRETED else ((False, False), (True, True))
+    for compact, master in both:
         for layout, index, nnz_shape in masks(*shape):
             weight = torch.randn(shape, dtype=torch.float64).to(dtype)
             problem.add(
@@ -135,12 +138,13 @@ def everything(dtype, grad_dtype=None, shape=(13, 45), earlier_steps=0) -> Probl
 
 
 def ulps(actual: Tensor, expected: Tensor, scale: Tensor) -> float:
-    """Largest distance in units of the last place of ``scale``."""
-    actual, expected, scale = actual.double().cpu(), expected.double(), scale.double().abs()
+    """Largest distance in units of the last place of ``scale``; NaN must meet NaN."""
     if not actual.numel():
         return 0.0
-    mantissa = {torch.float32: 24, torch.float64: 53}
-    unit = 2.0 ** (scale.clamp(min=2.0**-126).log2().floor() - (mantissa[torch.float32] - 1))
+    info = torch.finfo(expected.dtype)
+    actual, expected, scale = actual.cpu().double(), expected.double(), scale.double().abs()
+    assert torch.equal(actual.isnan(), expected.isnan())
+    unit = info.eps * 2.0 ** scale.clamp(min=info.tiny).log2().floor()
     return float(((actual - expected).abs() / unit).nan_to_num(0.0).max())
 
 
@@ -181,8 +185,13 @@ def test_specification_is_bit_equal_to_torch_adam_on_the_gathered_entries(dtype,
 # The backends ---------------------------------------------------------------------------------------------------
 
 
-def check_step(problem: Problem, fast: str, view, amsgrad: bool, options: dict) -> None:
-    """One step from the same state: within 2 ULP everywhere, frozen entries to the bit."""
+def exact_sqrt(tensor: Tensor) -> Tensor:
+    """The correctly rounded square root. torch's own, on the CPU, errs by up to 0.75 units of the last place."""
+    return torch.from_numpy(np.sqrt(tensor.numpy()))
+
+
+def check_step(problem: Problem, fast: str, view, amsgrad: bool, options: dict, limit: float = 2) -> None:
+    """One step from the same state: within ``limit`` ULP everywhere, frozen entries to the bit."""
     before = problem.to("cpu")
     there = problem.to(fast, view)
     there.step(amsgrad=amsgrad, **options)
@@ -197,34 +206,37 @@ def check_step(problem: Problem, fast: str, view, amsgrad: bool, options: dict) 
         old, new = before.weights[i].reshape(-1)[picked].double(), weight.reshape(-1)[picked].double()
         scale = torch.maximum(new.abs(), (new - old).abs())
         if weight.dtype in FLOAT_DTYPES:
-            assert ulps(got[picked], new, scale) <= 2
+            new, scale = new.to(weight.dtype), scale.to(weight.dtype)
+            assert ulps(got[picked], new, scale) <= limit
         else:  # the float32 results may lie on two sides of a rounding boundary
             assert torch.allclose(got[picked].double(), new, rtol=2.0 ** -(7 if weight.dtype is torch.bfloat16 else 10))
         if problem.values[i] is not None:
             expected = problem.values[i]
-            assert ulps(there.values[i], expected, torch.maximum(expected.abs(), scale.view(expected.shape))) <= 2
+            assert ulps(there.values[i], expected, torch.maximum(expected.abs(), scale.view(expected.shape))) <= limit
             assert cases.same_bits(got[picked], there.values[i].cpu().reshape(-1).to(weight.dtype))
-        assert ulps(there.exp_avgs[i], problem.exp_avgs[i], problem.exp_avgs[i]) <= 2 or close_moments(
-            problem, there, i
-        )
-        assert ulps(there.exp_avg_sqs[i], problem.exp_avg_sqs[i], problem.exp_avg_sqs[i]) <= 2
-        if amsgrad:
-            assert ulps(there.max_exp_avg_sqs[i], problem.max_exp_avg_sqs[i], problem.max_exp_avg_sqs[i]) <= 2
+        for name in ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"):
+            moment, expected = getattr(there, name)[i], getattr(problem, name)[i]
+            assert ulps(moment, expected, expected) <= min(limit, 2)
         assert float(there.steps[i]) == float(problem.steps[i]) == float(before.steps[i]) + 1
-
-
-def close_moments(problem: Problem, there: Problem, i: int) -> bool:
-    """Where m and the gradient cancel, ULP of the result mean nothing: the terms' size does."""
-    expected = problem.exp_avgs[i]
-    return ulps(there.exp_avgs[i], expected, expected.abs().clamp(min=1e-2)) <= 2
 
 
 @pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 def test_one_step(fast, dtype, options, amsgrad):
-    for earlier_steps in (0, 7):
-        check_step(everything(dtype, earlier_steps=earlier_steps), fast, cases.contiguous, amsgrad, options)
+    # A first step of 0.49999, just below a power of two, is where one ULP of torch's root weighs most: 3 ULP.
+    limit = 3 if options.get("lr") == 0.5 else 2
+    for earlier_steps in EARLIER_STEPS:
+        check_step(everything(dtype, earlier_steps=earlier_steps), fast, cases.contiguous, amsgrad, options, limit)
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_one_step_is_bit_equal_but_for_the_root_of_torch(fast, dtype, options, amsgrad, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "sqrt", exact_sqrt)
+    for earlier_steps in EARLIER_STEPS:
+        check_step(everything(dtype, earlier_steps=earlier_steps), fast, cases.contiguous, amsgrad, options, limit=0)
 
 
 @pytest.mark.parametrize("view", cases.VIEWS, ids=lambda v: v.__name__)
@@ -277,7 +289,7 @@ def test_a_hundred_steps_with_state_carried(fast, dtype, options):
         problem.add(torch.randn(13, 45, dtype=dtype), index, layout, nnz_shape, compact=False, master=False)
     there = problem.to(fast)
     largest = [weight.abs() for weight in problem.weights]
-    for _ in range(100):
+    for _ in range(20 if cases.INTERPRETED else 100):
         problem.new_gradients()
         for mine, theirs in zip(problem.grads, there.grads, strict=True):
             theirs.copy_(mine)

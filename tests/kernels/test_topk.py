@@ -43,7 +43,7 @@ def test_long_rows(fast, dtype):
     for shape in cases.LONG_SHAPES:
         for values in (cases.normal, cases.ties, cases.one_nan):
             grad = values(shape).to(dtype)
-            for k in (1, 5, 8, 64, 300):
+            for k in (1, 8, 64) if cases.INTERPRETED else (1, 5, 8, 64, 300):
                 check(grad, k, fast)
 
 
