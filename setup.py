@@ -40,11 +40,13 @@ class BuildExtension(build_ext):
             )
 
     def copy_extensions_to_source(self):
-        self.extensions = [e for e in self.extensions if os.path.exists(self.get_ext_fullpath(e.name))] or []
+        # Not get_ext_fullpath(): by now that is the place in the source tree, where nothing has been copied to yet.
+        built = [os.path.join(self.build_lib, self.get_ext_filename(e.name)) for e in self.extensions]
+        self.extensions = [e for e, path in zip(self.extensions, built, strict=True) if os.path.exists(path)]
         super().copy_extensions_to_source()
 
 
-ParallelCompile("NPY_NUM_BUILD_JOBS", default=2).install()
+ParallelCompile("GRADSEL_BUILD_JOBS", default=2).install()
 setup(
     ext_modules=[
         Pybind11Extension(
