@@ -1,3 +1,240 @@
-DEVICES=("cpu",)
-def why_off(device): return "not written yet"
-def about(): return ""
+"""C++ kernels for CPU tensors: allocates outputs and hands addresses, sizes and strides to ``gradsel_kernels._C``.
+
+The extension is built from ``csrc/`` and includes no torch header. When it cannot be loaded, :func:`why_off` says what
+is missing and how to get it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from array import array
+
+import torch
+from torch import Tensor
+
+from gradsel_kernels._checks import Layout, words
+
+#: Must equal the number compiled into the extension (csrc/bindings.cpp).
+ABI = 1
+
+DEVICES = ("cpu",)
+
+_REBUILD = (
+    "Install a C++17 compiler and the Python headers, then reinstall: "
+    "pip install --force-reinstall --no-deps gradsel-kernels, or, in a checkout, python setup.py build_ext --inplace."
+)
+_off: str | None = None
+try:
+    _C = importlib.import_module("gradsel_kernels._C")
+except ModuleNotFoundError:
+    _off = f"the C++ extension gradsel_kernels._C was not built. {_REBUILD}"
+except (ImportError, OSError) as error:
+    _off = f"the C++ extension gradsel_kernels._C cannot be loaded ({error}). {_REBUILD}"
+else:
+    if getattr(_C, "ABI", None) != ABI:
+        found = getattr(_C, "ABI", "none")
+        _off = f"the C++ extension gradsel_kernels._C is from another version (ABI {found}, not {ABI}). {_REBUILD}"
+
+# The dtype codes of csrc/common.h.
+_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+# Plain integers: the loop over tensors in masked_adam_ is worth keeping short.
+_ALL, _COLS, _BITS = int(Layout.ALL), int(Layout.COLS), int(Layout.BITS)
+_OUT_OF_RANGE, _BITS_PAST_END, _WRONG_COUNT = 1, 2, 3
+
+
+def why_off(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"native kernels run on CPU tensors, and these are on {device}."
+    return _off
+
+
+def about() -> str:
+    openmp = f"OpenMP with {torch.get_num_threads()} threads" if _C.OPENMP else "one thread (built without OpenMP)"
+    return f"C++, {_C.simd()} kernels, {openmp}, {_C.COMPILER}"
+
+
+def topk_rows(grad: Tensor, k: int) -> Tensor:
+    return _topk(grad, k, None)
+
+
+def topk_rows_bits(grad: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    rows, n = grad.shape
+    bits = torch.empty((rows, words(n)), dtype=torch.int32)
+    return _topk(grad, k, bits), bits
+
+
+def _topk(grad: Tensor, k: int, bits: Tensor | None) -> Tensor:
+    rows, n = grad.shape
+    k = min(k, n)
+    cols = torch.empty((rows, k), dtype=torch.int32)
+    _C.topk_rows(
+        grad.data_ptr(),
+        _CODES[grad.dtype],
+        rows,
+        n,
+        *grad.stride(),
+        k,
+        cols.data_ptr(),
+        0 if bits is None else bits.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return cols
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    rows, n = mask.shape
+    bits = torch.empty((rows, words(n)), dtype=torch.int32)
+    _C.pack_bits(mask.data_ptr(), rows, n, *mask.stride(), bits.data_ptr(), torch.get_num_threads())
+    return bits
+
+
+def unpack_bits(bits: Tensor, n: int) -> Tensor:
+    bits = bits.contiguous()
+    rows = bits.shape[0]
+    mask = torch.empty((rows, n), dtype=torch.bool)
+    _C.unpack_bits(bits.data_ptr(), rows, n, mask.data_ptr(), torch.get_num_threads())
+    return mask
+
+
+def bits_to_cols(bits: Tensor, k: int) -> Tensor:
+    bits = bits.contiguous()
+    rows, row_words = bits.shape
+    cols = torch.empty((rows, k), dtype=torch.int32)
+    _C.bits_to_cols(bits.data_ptr(), rows, row_words, k, cols.data_ptr(), torch.get_num_threads())
+    return cols
+
+
+def gather_rows(weight: Tensor, cols: Tensor) -> Tensor:
+    cols = cols.contiguous()
+    values = torch.empty(cols.shape, dtype=weight.dtype)
+    found = _C.gather_rows(
+        weight.data_ptr(),
+        _CODES[weight.dtype],
+        *weight.shape,
+        *weight.stride(),
+        cols.data_ptr(),
+        cols.shape[1],
+        values.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if found is not None:
+        raise _range_error("cols", found, weight.shape[1])
+    return values
+
+
+def scatter_rows_(weight: Tensor, cols: Tensor, values: Tensor) -> None:
+    cols, values = cols.contiguous(), values.contiguous()
+    found = _C.scatter_rows(
+        weight.data_ptr(),
+        _CODES[weight.dtype],
+        *weight.shape,
+        *weight.stride(),
+        cols.data_ptr(),
+        cols.shape[1],
+        values.data_ptr(),
+        _CODES[values.dtype],
+        torch.get_num_threads(),
+    )
+    if found is not None:
+        raise _range_error("cols", found, weight.shape[1])
+
+
+def _range_error(name: str, found: tuple[int, int], end: int) -> IndexError:
+    return IndexError(f"{name} must lie in 0 to {end - 1}, found {found[0]} to {found[1]}")
+
+
+def _rows_of(tensor: Tensor, rows: int) -> tuple[int, int, int, int]:
+    """Rows, columns and strides of the neuron view of a dense tensor, as in the specification's ``_as_rows``."""
+    if tensor.ndim == 2:
+        return *tensor.shape, *tensor.stride()
+    cols = tensor.numel() // rows
+    step = tensor.stride(0) if tensor.ndim == 1 else 1
+    return rows, cols, cols * step, step
+
+
+def masked_adam_(
+    weights: list[Tensor],
+    values: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    indices: list[Tensor],
+    layouts: list[int],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled_weight_decay: bool,
+    maximize: bool,
+) -> None:
+    table = array("q")  # one AdamItem of csrc/kernels.h for each tensor
+    codes = _CODES
+    copies = []  # keeps them alive during the call
+    for i, weight in enumerate(weights):
+        grad, state, step, index, layout = grads[i], exp_avgs[i], steps[i], indices[i], layouts[i]
+        address = weight.data_ptr()  # 0 without a weight: an empty tensor has no address
+        rows = cols = weight_row = weight_col = grad_row = grad_col = grad_is_dense = width = 0
+        if layout in (_COLS, _BITS):
+            masked_rows, width = index.shape
+        else:
+            masked_rows = 1
+        if address:
+            rows, cols, weight_row, weight_col = _rows_of(weight, masked_rows)
+            if layout == _ALL or grad.shape != state.shape:
+                grad_is_dense = 1
+                _, _, grad_row, grad_col = _rows_of(grad, masked_rows)
+        elif not grad.is_contiguous():
+            grad = grad.contiguous()
+            copies.append(grad)
+        table.extend(
+            (
+                layout,
+                state.numel(),
+                rows,
+                cols,
+                address,
+                codes[weight.dtype] if address else 0,
+                weight_row,
+                weight_col,
+                values[i].data_ptr() if values else 0,
+                grad.data_ptr(),
+                codes[grad.dtype],
+                grad_is_dense,
+                grad_row,
+                grad_col,
+                state.data_ptr(),
+                exp_avg_sqs[i].data_ptr(),
+                max_exp_avg_sqs[i].data_ptr() if max_exp_avg_sqs else 0,
+                codes[state.dtype],
+                step.data_ptr(),
+                codes[step.dtype],
+                index.data_ptr(),
+                index.dtype is torch.int64,
+                width,
+            )
+        )
+    fault = _C.masked_adam(
+        table.buffer_info()[0],
+        len(layouts),
+        lr,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        decoupled_weight_decay,
+        maximize,
+        torch.get_num_threads(),
+    )
+    if fault is None:
+        return
+    kind, item, low, high, end, count = fault
+    name = f"tensor {item}: indices"
+    if kind == _OUT_OF_RANGE:
+        raise _range_error(name, (low, high), end)
+    if kind == _BITS_PAST_END:
+        raise IndexError(f"{name} has bits set past the last of {end} columns")
+    raise ValueError(f"{name} has {count} bits set, but exp_avg has {exp_avgs[item].numel()} entries")

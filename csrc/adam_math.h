@@ -1,0 +1,67 @@
+// The arithmetic of Adam, in one place, on contiguous runs of entries.
+//
+// Adam: Kingma and Ba 2015, Alg. 1; AdamW: Loshchilov and Hutter 2019, Alg. 2. The operations, their order and their
+// roundings are those of torch.optim.Adam(foreach=False, fused=False) on a CPU, hence the explicit fma: its lerp is
+// fma(w, g - m, m), its addcmul fma(c g, g, v), while addcdiv rounds product, quotient and sum one by one. The build
+// forbids the compiler to fuse anything else.
+#pragma once
+
+#include <cmath>
+
+#include "common.h"
+
+namespace gradsel {
+
+// Scalars of one step of one tensor, computed in double and rounded once to the type of the state.
+template <class T>
+struct AdamScalars {
+  T sign;          // of the gradient: -1 to maximise
+  T decay;         // L2 term added to the gradient
+  T shrink;        // decoupled decay: the parameter is multiplied with it, 1 without
+  T lerp;          // 1 - beta1, or -beta1 from 1/2 up, where torch starts from the other end
+  bool lerp_small;
+  T beta2, one_minus_beta2;
+  T root_of_correction, eps, minus_step_size;
+};
+
+GRADSEL_INLINE float fused(float a, float b, float c) { return std::fma(a, b, c); }
+GRADSEL_INLINE double fused(double a, double b, double c) { return std::fma(a, b, c); }
+
+template <class T, bool decays, bool amsgrad>
+GRADSEL_INLINE void adam_loop(T* GRADSEL_RESTRICT param, const T* GRADSEL_RESTRICT grad, T* GRADSEL_RESTRICT exp_avg,
+                              T* GRADSEL_RESTRICT exp_avg_sq, T* GRADSEL_RESTRICT max_exp_avg_sq, int64_t count,
+                              const AdamScalars<T>& scalars) {
+  const AdamScalars<T> s = scalars;
+  for (int64_t i = 0; i < count; ++i) {
+    T p = param[i] * s.shrink;
+    T g = grad[i] * s.sign;
+    if (decays) g = fused(p, s.decay, g);
+    const T m = fused(s.lerp, g - exp_avg[i], s.lerp_small ? exp_avg[i] : g);
+    T v = fused(s.one_minus_beta2 * g, g, exp_avg_sq[i] * s.beta2);
+    exp_avg[i] = m;
+    exp_avg_sq[i] = v;
+    if (amsgrad) {
+      const T old = max_exp_avg_sq[i];
+      v = old != old || old > v ? old : v;  // a NaN on either side stays
+      max_exp_avg_sq[i] = v;
+    }
+    const T denominator = std::sqrt(v) / s.root_of_correction + s.eps;
+    param[i] = p + s.minus_step_size * m / denominator;
+  }
+}
+
+// max_exp_avg_sq null: no AMSGrad.
+template <class T>
+GRADSEL_INLINE void adam_math(T* param, const T* grad, T* exp_avg, T* exp_avg_sq, T* max_exp_avg_sq, int64_t count,
+                              const AdamScalars<T>& s) {
+  if (s.decay != 0 && max_exp_avg_sq)
+    adam_loop<T, true, true>(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, count, s);
+  else if (s.decay != 0)
+    adam_loop<T, true, false>(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, count, s);
+  else if (max_exp_avg_sq)
+    adam_loop<T, false, true>(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, count, s);
+  else
+    adam_loop<T, false, false>(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, count, s);
+}
+
+}  // namespace gradsel

@@ -1,0 +1,137 @@
+// The Python module _C: integers in, kernels out. No torch header, so that one build serves every torch version.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// Raised whenever a signature or the Adam table changes; native.py refuses a module with another number.
+constexpr int kAbi = 1;
+
+template <class T>
+T* pointer(int64_t address) {
+  return reinterpret_cast<T*>(static_cast<intptr_t>(address));
+}
+
+gradsel::Dtype dtype_of(int64_t code) { return static_cast<gradsel::Dtype>(code); }
+
+void topk_rows(int64_t grad, int64_t dtype, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride,
+               int64_t k, int64_t out, int64_t bits, int threads) {
+  py::gil_scoped_release release;
+  gradsel::topk_rows(pointer<void>(grad), dtype_of(dtype), rows, cols, row_stride, col_stride, k, pointer<int32_t>(out),
+                     pointer<uint32_t>(bits), threads);
+}
+
+void pack_bits(int64_t mask, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride, int64_t bits,
+               int threads) {
+  py::gil_scoped_release release;
+  gradsel::pack_bits(pointer<uint8_t>(mask), rows, cols, row_stride, col_stride, pointer<uint32_t>(bits), threads);
+}
+
+void unpack_bits(int64_t bits, int64_t rows, int64_t cols, int64_t mask, int threads) {
+  py::gil_scoped_release release;
+  gradsel::unpack_bits(pointer<uint32_t>(bits), rows, cols, pointer<uint8_t>(mask), threads);
+}
+
+void bits_to_cols(int64_t bits, int64_t rows, int64_t words, int64_t k, int64_t cols, int threads) {
+  py::gil_scoped_release release;
+  gradsel::bits_to_cols(pointer<uint32_t>(bits), rows, words, k, pointer<int32_t>(cols), threads);
+}
+
+// None, or the smallest and largest column found when one is out of range.
+py::object extremes(bool good, const gradsel::Range& found) {
+  if (good) return py::none();
+  return py::make_tuple(found.low, found.high);
+}
+
+py::object gather_rows(int64_t weight, int64_t dtype, int64_t rows, int64_t cols, int64_t row_stride,
+                       int64_t col_stride, int64_t index, int64_t k, int64_t out, int threads) {
+  gradsel::Range found;
+  bool good;
+  {
+    py::gil_scoped_release release;
+    good = gradsel::gather_rows(pointer<void>(weight), dtype_of(dtype), rows, cols, row_stride, col_stride,
+                                pointer<int32_t>(index), k, pointer<void>(out), threads, &found);
+  }
+  return extremes(good, found);
+}
+
+py::object scatter_rows(int64_t weight, int64_t dtype, int64_t rows, int64_t cols, int64_t row_stride,
+                        int64_t col_stride, int64_t index, int64_t k, int64_t values, int64_t values_dtype,
+                        int threads) {
+  gradsel::Range found;
+  bool good;
+  {
+    py::gil_scoped_release release;
+    good = gradsel::scatter_rows(pointer<void>(weight), dtype_of(dtype), rows, cols, row_stride, col_stride,
+                                 pointer<int32_t>(index), k, pointer<void>(values), dtype_of(values_dtype), threads,
+                                 &found);
+  }
+  return extremes(good, found);
+}
+
+// None, or (kind, item, low, high, end, count) of what is wrong with the indices; then nothing has changed.
+py::object masked_adam(int64_t table, int64_t count, double lr, double beta1, double beta2, double eps,
+                       double weight_decay, bool decoupled_weight_decay, bool maximize, int threads) {
+  gradsel::AdamFault fault;
+  {
+    py::gil_scoped_release release;
+    fault = gradsel::masked_adam(pointer<gradsel::AdamItem>(table), count,
+                                 {lr, beta1, beta2, eps, weight_decay, decoupled_weight_decay, maximize}, threads);
+  }
+  if (fault.kind == gradsel::AdamFault::kNone) return py::none();
+  return py::make_tuple(static_cast<int>(fault.kind), fault.item, fault.found.low, fault.found.high, fault.end,
+                        fault.count);
+}
+
+std::string simd() { return gradsel::simd_name(gradsel::simd()); }
+
+void limit_simd(const std::string& name) {
+  for (auto level : {gradsel::Simd::kPortable, gradsel::Simd::kAvx2, gradsel::Simd::kAvx512}) {
+    if (name == gradsel::simd_name(level)) {
+      gradsel::limit_simd(level);
+      return;
+    }
+  }
+  throw std::invalid_argument("unknown SIMD level " + name + "; levels are portable, avx2 and avx512");
+}
+
+std::string compiler() {
+#if defined(__clang__)
+  return "clang " __clang_version__;
+#elif defined(__GNUC__)
+  return "gcc " __VERSION__;
+#elif defined(_MSC_VER)
+  return "msvc " + std::to_string(_MSC_VER);
+#else
+  return "unknown compiler";
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "CPU kernels of gradsel_kernels on raw addresses. Use gradsel_kernels, which checks what is passed here.";
+  m.attr("ABI") = kAbi;
+#ifdef _OPENMP
+  m.attr("OPENMP") = true;
+#else
+  m.attr("OPENMP") = false;
+#endif
+  m.attr("COMPILER") = compiler();
+  m.attr("ADAM_FIELDS") = sizeof(gradsel::AdamItem) / sizeof(int64_t);
+  m.def("simd", &simd);
+  m.def("limit_simd", &limit_simd, "Uses at most this level from now on: portable, avx2 or avx512. For tests.");
+  m.def("topk_rows", &topk_rows);
+  m.def("pack_bits", &pack_bits);
+  m.def("unpack_bits", &unpack_bits);
+  m.def("bits_to_cols", &bits_to_cols);
+  m.def("gather_rows", &gather_rows);
+  m.def("scatter_rows", &scatter_rows);
+  m.def("masked_adam", &masked_adam);
+}

@@ -1,0 +1,51 @@
+// The entry points that bindings.cpp exposes. Pointers come as integers; strides are in elements.
+#pragma once
+
+#include <cstdint>
+
+#include "common.h"
+
+namespace gradsel {
+
+// Selects min(k, cols) columns of each row; bits may be null.
+void topk_rows(const void* grad, Dtype dtype, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride,
+               int64_t k, int32_t* out, uint32_t* bits, int threads);
+
+void pack_bits(const uint8_t* mask, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride, uint32_t* bits,
+               int threads);
+void unpack_bits(const uint32_t* bits, int64_t rows, int64_t cols, uint8_t* mask, int threads);
+void bits_to_cols(const uint32_t* bits, int64_t rows, int64_t words, int64_t k, int32_t* cols, int threads);
+
+// Return false, having written nothing, when a column is out of range; `found` then holds the extremes.
+bool gather_rows(const void* weight, Dtype dtype, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride,
+                 const int32_t* index, int64_t k, void* out, int threads, Range* found);
+bool scatter_rows(void* weight, Dtype dtype, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride,
+                  const int32_t* index, int64_t k, const void* values, Dtype values_dtype, int threads, Range* found);
+
+// One tensor of a masked Adam step: a row of the int64 table that native.py builds, field by field.
+struct AdamItem {
+  int64_t layout, nnz, rows, cols;
+  int64_t weight, weight_dtype, weight_row_stride, weight_col_stride;  // weight 0: there is none
+  int64_t values;                                                      // 0: the weight is the parameter
+  int64_t grad, grad_dtype, grad_is_dense, grad_row_stride, grad_col_stride;
+  int64_t exp_avg, exp_avg_sq, max_exp_avg_sq, state_dtype;  // max_exp_avg_sq 0: no AMSGrad
+  int64_t step, step_dtype;
+  int64_t index, index_is_64, index_width;  // width of a row of the index: columns (COLS) or words (BITS)
+};
+
+struct AdamHyperparameters {
+  double lr, beta1, beta2, eps, weight_decay;
+  bool decoupled_weight_decay, maximize;
+};
+
+struct AdamFault {
+  enum Kind : int { kNone = 0, kOutOfRange = 1, kBitsPastEnd = 2, kWrongCount = 3 } kind = kNone;
+  int64_t item = 0;
+  Range found;        // kOutOfRange
+  int64_t end = 0;    // kOutOfRange: indices must be below; kBitsPastEnd: number of columns
+  int64_t count = 0;  // kWrongCount: bits set
+};
+
+AdamFault masked_adam(const AdamItem* items, int64_t count, const AdamHyperparameters& hyper, int threads);
+
+}  // namespace gradsel

@@ -1,0 +1,522 @@
+"""Masked Adam: the selected entries of any number of tensors in one launch.
+
+Tensors that agree in the dtypes and options that shape the code form a bucket. A bucket has a table on the device,
+one line of addresses, strides and sizes for each tensor, and a list that names the tensor of every tile. Two kernels
+then do the step: one counts the steps up and turns them into bias corrections, one updates the tiles. Packed
+bitmasks need two more to find the entries.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gradsel_kernels._checks import Layout
+from gradsel_kernels.triton.common import TRITON_DTYPES, convert, div_rn, fma, on_device, popcount, sqrt_rn
+
+_ALL = tl.constexpr(int(Layout.ALL))
+_COLS = tl.constexpr(int(Layout.COLS))
+
+# Columns of a bucket's table, int64 each; addresses first. Strides are in elements.
+_WEIGHT = tl.constexpr(0)
+_VALUES = tl.constexpr(1)
+_GRAD = tl.constexpr(2)
+_EXP_AVG = tl.constexpr(3)
+_EXP_AVG_SQ = tl.constexpr(4)
+_MAX_EXP_AVG_SQ = tl.constexpr(5)
+_INDEX = tl.constexpr(6)
+_STEP = tl.constexpr(7)
+_NNZ = tl.constexpr(8)
+_ROWS = tl.constexpr(9)
+_COLUMNS = tl.constexpr(10)
+_ROW_LENGTH = tl.constexpr(11)  # of the index: k (COLS) or words (BITS)
+_WEIGHT_ROW = tl.constexpr(12)
+_WEIGHT_COL = tl.constexpr(13)
+_GRAD_ROW = tl.constexpr(14)
+_GRAD_COL = tl.constexpr(15)
+_FIRST_TILE = tl.constexpr(16)
+_FIELDS = tl.constexpr(17)
+
+_NO_DECAY = tl.constexpr(0)
+_L2_DECAY = tl.constexpr(1)
+_DECOUPLED_DECAY = tl.constexpr(2)
+
+#: Entries of one tile, 4 a thread: vectors of 16 bytes, and registers few enough to hide scattered reads by occupancy.
+ENTRIES = 512
+#: Words of one tile of a packed mask, and how many of its entries are updated at a time.
+TILE_WORDS = 256
+BATCH = 512
+WARPS = 4
+#: Tensors whose steps one program counts up.
+STEPS = 32
+#: Fusion is off so that rounding happens where torch rounds; fused products are written out. The last option keeps
+#: square roots of subnormal moments.
+_OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False, "enable_reflect_ftz": False}
+
+
+# Device ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def adam_math(
+    p, g, m, v, v_max, step_size, root_of_correction, lerp_weight, beta2, square_weight, eps, decay,
+    AMSGRAD: tl.constexpr, DECAY: tl.constexpr, MAXIMIZE: tl.constexpr,
+):  # fmt: skip
+    """One step in the order of torch's single-tensor Adam: each fma is one of torch's, every other result is rounded.
+
+    ``decay`` is the weight decay (L2) or what it leaves of the parameter, 1 - lr * weight_decay (decoupled).
+    """
+    if MAXIMIZE:
+        g = -g
+    if DECAY == _L2_DECAY:
+        g = fma(decay, p, g)
+    if DECAY == _DECOUPLED_DECAY:
+        p = p * decay
+    gap = g - m
+    m = tl.where(tl.abs(lerp_weight) < 0.5, fma(lerp_weight, gap, m), fma(lerp_weight - 1.0, gap, g))
+    v = fma(square_weight * g, g, beta2 * v)
+    second_moment = v
+    if AMSGRAD:
+        v_max = tl.where((v > v_max) | (v != v), v, v_max)  # NaN on either side stays
+        second_moment = v_max
+    denominator = div_rn(sqrt_rn(second_moment), root_of_correction) + eps
+    p = p + div_rn(-step_size * m, denominator)
+    return p, m, v, v_max
+
+
+@triton.jit
+def _product(a, a_low, b, b_low):
+    """Product of two unevaluated sums of two doubles, as another such sum."""
+    high = a * b
+    low = fma(a, b, -high) + (a * b_low + a_low * b)
+    total = high + low
+    return total, low - (total - high)
+
+
+@triton.jit
+def _power(base, exponent):
+    """base ** exponent for int64 exponents, correctly rounded but for the rarest cases.
+
+    Near 1 the correction 1 - beta**t cancels: an error of one last place in the power would be thousands in the
+    update of the first steps, so exp(t * log(beta)) in double precision is not enough for float64 states.
+    """
+    result = base * 0.0 + 1.0
+    result_low = base * 0.0
+    square = base
+    square_low = base * 0.0
+    while tl.max(exponent, axis=0) > 0:
+        odd = (exponent & 1) == 1
+        high, low = _product(result, result_low, square, square_low)
+        result = tl.where(odd, high, result)
+        result_low = tl.where(odd, low, result_low)
+        square, square_low = _product(square, square_low, square, square_low)
+        exponent = exponent >> 1
+    return result
+
+
+@triton.jit(do_not_specialize=["count"])
+def _advance(
+    table, corrections, count, lr: tl.float64, beta1: tl.float64, beta2: tl.float64,
+    STEP: tl.constexpr, TENSORS: tl.constexpr,
+):  # fmt: skip
+    """Counts the steps up and writes (step size, root of the second correction) of each tensor, in float64."""
+    i = tl.program_id(0) * TENSORS + tl.arange(0, TENSORS)
+    valid = i < count
+    address = tl.load(table + i * _FIELDS + _STEP, mask=valid, other=0).to(tl.pointer_type(STEP))
+    step = tl.load(address, mask=valid, other=0.0) + 1.0
+    tl.store(address, step, mask=valid)
+    t = step.to(tl.int64)
+    zero = tl.zeros([TENSORS], tl.float64)
+    step_size = (zero + tl.full((), lr, tl.float64)) / (1.0 - _power(zero + tl.full((), beta1, tl.float64), t))
+    root = tl.sqrt(1.0 - _power(zero + tl.full((), beta2, tl.float64), t))
+    tl.store(corrections + 2 * i, step_size, mask=valid)
+    tl.store(corrections + 2 * i + 1, root, mask=valid)
+
+
+@triton.jit
+def _vector(table, FIELD: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The address in a field of a tensor's line, as a pointer to a contiguous vector."""
+    pointer = tl.load(table + FIELD).to(tl.pointer_type(DTYPE))
+    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
+
+
+@triton.jit
+def _update(
+    item, corrections, entry, weight_offset, grad_offset, valid, inside,
+    lerp_weight, beta2, square_weight, eps, decay,
+    WEIGHT: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, COMPACT: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_VALUES: tl.constexpr,
+    ALIGNED: tl.constexpr, AMSGRAD: tl.constexpr, DECAY: tl.constexpr, MAXIMIZE: tl.constexpr,
+):  # fmt: skip
+    """Loads, updates and stores the entries of one tile: their number in mask order, their place in weight and grad.
+
+    ``valid`` entries exist, those ``inside`` lie in the weight. State is read and written for all that exist, and gets
+    back what it was where the place is outside: a mask that differs from lane to lane would forbid vector accesses.
+    """
+    exp_avg = _vector(item, _EXP_AVG, STATE, ALIGNED) + entry
+    exp_avg_sq = _vector(item, _EXP_AVG_SQ, STATE, ALIGNED) + entry
+    m = tl.load(exp_avg, mask=valid, other=0.0)
+    v = tl.load(exp_avg_sq, mask=valid, other=0.0)
+    v_max = v
+    if AMSGRAD:
+        max_exp_avg_sq = _vector(item, _MAX_EXP_AVG_SQ, STATE, ALIGNED) + entry
+        v_max = tl.load(max_exp_avg_sq, mask=valid, other=0.0)
+    g = convert(tl.load(_vector(item, _GRAD, GRAD, ALIGNED) + grad_offset, mask=valid if COMPACT else inside), STATE)
+    if HAS_WEIGHT:
+        weight = _vector(item, _WEIGHT, WEIGHT, ALIGNED) + weight_offset
+    if HAS_VALUES:
+        values = _vector(item, _VALUES, STATE, ALIGNED) + entry
+        p = tl.load(values, mask=valid, other=0.0)
+    else:
+        p = convert(tl.load(weight, mask=inside), STATE)
+
+    new_p, new_m, new_v, new_v_max = adam_math(
+        p, g, m, v, v_max, tl.load(corrections).to(STATE), tl.load(corrections + 1).to(STATE),
+        tl.full((), lerp_weight, STATE), tl.full((), beta2, STATE), tl.full((), square_weight, STATE),
+        tl.full((), eps, STATE), tl.full((), decay, STATE), AMSGRAD, DECAY, MAXIMIZE,
+    )  # fmt: skip
+
+    tl.store(exp_avg, tl.where(inside, new_m, m), mask=valid)
+    tl.store(exp_avg_sq, tl.where(inside, new_v, v), mask=valid)
+    if AMSGRAD:
+        tl.store(max_exp_avg_sq, tl.where(inside, new_v_max, v_max), mask=valid)
+    if HAS_VALUES:
+        tl.store(values, tl.where(inside, new_p, p), mask=valid)
+    if HAS_WEIGHT:
+        tl.store(weight, convert(new_p, WEIGHT), mask=inside)
+
+
+@triton.jit
+def _step(
+    table, tiles, corrections, lerp_weight: tl.float64, beta2: tl.float64, square_weight: tl.float64, eps: tl.float64,
+    decay: tl.float64,
+    WEIGHT: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, INDEX: tl.constexpr, LAYOUT: tl.constexpr,
+    COMPACT: tl.constexpr, LINEAR: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_VALUES: tl.constexpr,
+    ALIGNED: tl.constexpr, AMSGRAD: tl.constexpr, DECAY: tl.constexpr, MAXIMIZE: tl.constexpr, ENTRIES: tl.constexpr,
+):  # fmt: skip
+    """One tile of a tensor whose entries are all, listed by column, or listed by flat index.
+
+    COMPACT: the gradient lies in mask order. LINEAR: what is not compact lies at its flat index, row * cols + col.
+    """
+    tile = tl.program_id(0)
+    tensor = tl.load(tiles + tile)
+    item = table + tensor * _FIELDS
+    first = (tile - tl.load(item + _FIRST_TILE)) * ENTRIES
+    lane = tl.arange(0, ENTRIES)
+    entry = first + lane
+    nnz = tl.load(item + _NNZ)
+    if ALIGNED:
+        nnz = nnz // 16 * 16  # unchanged; the compiler learns that no vector straddles the end (a load takes no hint)
+    valid = entry < nnz
+    inside = valid
+    weight_offset = entry
+    grad_offset = entry
+    if LAYOUT == _COLS:
+        # The first entry's row is divided out in 64 bits once, the lanes' in 32.
+        k = tl.load(item + _ROW_LENGTH)
+        lane_in_row = (first % k).to(tl.uint32) + lane.to(tl.uint32)
+        row = first // k + (lane_in_row // k.to(tl.uint32)).to(tl.int64)
+        col = tl.load(_vector(item, _INDEX, INDEX, ALIGNED) + entry, mask=valid, other=-1).to(tl.int64)
+        inside = (col >= 0) & (col < tl.load(item + _COLUMNS))
+    elif not (LAYOUT == _ALL and LINEAR):
+        columns = tl.load(item + _COLUMNS)
+        flat = entry
+        if LAYOUT != _ALL:
+            flat = tl.load(_vector(item, _INDEX, INDEX, ALIGNED) + entry, mask=valid, other=-1).to(tl.int64)
+            inside = (flat >= 0) & (flat < tl.load(item + _ROWS) * columns)
+        if LINEAR:
+            weight_offset = flat
+            if not COMPACT:
+                grad_offset = flat
+        else:
+            row = flat // columns
+            col = flat % columns
+    if LAYOUT == _COLS or not LINEAR:
+        weight_offset = row * tl.load(item + _WEIGHT_ROW) + col * tl.load(item + _WEIGHT_COL)
+        if not COMPACT:
+            grad_offset = row * tl.load(item + _GRAD_ROW) + col * tl.load(item + _GRAD_COL)
+    _update(
+        item, corrections + 2 * tensor, entry, weight_offset, grad_offset, valid, inside,
+        lerp_weight, beta2, square_weight, eps, decay,
+        WEIGHT, GRAD, STATE, COMPACT, HAS_WEIGHT, HAS_VALUES, ALIGNED, AMSGRAD, DECAY, MAXIMIZE,
+    )  # fmt: skip
+
+
+@triton.jit
+def _tile_of_words(table, tiles, ALIGNED: tl.constexpr, WORDS: tl.constexpr):
+    """The line of this program's tensor, and the number and contents of its words (rows one after the other)."""
+    tile = tl.program_id(0)
+    item = table + tl.load(tiles + tile) * _FIELDS
+    first = (tile - tl.load(item + _FIRST_TILE)) * WORDS
+    word = first + tl.arange(0, WORDS)
+    valid = word < tl.load(item + _ROWS) * tl.load(item + _ROW_LENGTH)
+    return item, first, tl.load(_vector(item, _INDEX, tl.int32, ALIGNED) + word, mask=valid, other=0)
+
+
+@triton.jit
+def _count_bits(table, tiles, counts, ALIGNED: tl.constexpr, WORDS: tl.constexpr):
+    _, _, word = _tile_of_words(table, tiles, ALIGNED, WORDS)
+    tl.store(counts + tl.program_id(0), tl.sum(popcount(word), axis=0))
+
+
+@triton.jit
+def _step_bits(
+    table, tiles, corrections, starts, lerp_weight: tl.float64, beta2: tl.float64, square_weight: tl.float64,
+    eps: tl.float64, decay: tl.float64,
+    WEIGHT: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, COMPACT: tl.constexpr, HAS_VALUES: tl.constexpr,
+    ALIGNED: tl.constexpr, AMSGRAD: tl.constexpr, DECAY: tl.constexpr, MAXIMIZE: tl.constexpr,
+    WORDS: tl.constexpr, BATCH: tl.constexpr,
+):  # fmt: skip
+    """One tile of a packed mask: lane i of a batch looks up the i-th set bit, so no lane idles on a zero.
+
+    ``starts`` are the set bits in all tiles before each one.
+    """
+    item, first, word = _tile_of_words(table, tiles, ALIGNED, WORDS)
+    tensor = tl.load(tiles + tl.program_id(0))
+    count = popcount(word)
+    end = tl.cumsum(count, axis=0)
+    before = tl.load(starts + tl.program_id(0)) - tl.load(starts + tl.load(item + _FIRST_TILE))
+    row_length = tl.load(item + _ROW_LENGTH)
+    total = tl.sum(count, axis=0)
+    for start in range(0, total, BATCH):
+        rank = start + tl.arange(0, BATCH)
+        # Binary search for the word: as many words end at or before the rank as lie before it.
+        position = tl.zeros([BATCH], tl.int32)
+        half = WORDS // 2
+        while half > 0:
+            passed = tl.gather(end, position + half - 1, axis=0) <= rank
+            position += tl.where(passed, half, 0)
+            half = half // 2
+        within = rank - (tl.gather(end, position, axis=0) - tl.gather(count, position, axis=0))
+        # And for the bit inside it, in halves of 16, 8, 4, 2 and 1.
+        bits = tl.gather(word, position, axis=0).to(tl.uint32, bitcast=True)
+        bit = tl.zeros([BATCH], tl.int32)
+        for shift in tl.static_range(5):
+            width = 16 >> shift
+            low = popcount(((bits >> bit) & ((1 << width) - 1)).to(tl.int32, bitcast=True))
+            above = low <= within
+            within -= tl.where(above, low, 0)
+            bit += tl.where(above, width, 0)
+        flat_word = first + position
+        row = flat_word // row_length
+        col = (flat_word % row_length) * 32 + bit
+        entry = before + rank
+        valid = (rank < total) & (entry < tl.load(item + _NNZ))
+        inside = valid & (col < tl.load(item + _COLUMNS))
+        weight_offset = row * tl.load(item + _WEIGHT_ROW) + col * tl.load(item + _WEIGHT_COL)
+        grad_offset = entry
+        if not COMPACT:
+            grad_offset = row * tl.load(item + _GRAD_ROW) + col * tl.load(item + _GRAD_COL)
+        _update(
+            item, corrections + 2 * tensor, entry, weight_offset, grad_offset, valid, inside,
+            lerp_weight, beta2, square_weight, eps, decay,
+            WEIGHT, GRAD, STATE, COMPACT, True, HAS_VALUES, ALIGNED, AMSGRAD, DECAY, MAXIMIZE,
+        )  # fmt: skip
+
+
+# Host -----------------------------------------------------------------------------------------------------------
+
+
+class _Bucket(NamedTuple):
+    """What tensors must share to be updated by one launch: everything that shapes the compiled code."""
+
+    weight_dtype: torch.dtype | None
+    grad_dtype: torch.dtype
+    state_dtype: torch.dtype
+    index_dtype: torch.dtype | None
+    step_dtype: torch.dtype
+    layout: int
+    compact: bool
+    linear: bool
+    has_values: bool
+    aligned: bool
+
+
+def _neuron_view(tensor: Tensor, index: Tensor, layout: int) -> Tensor:
+    """[rows, cols] of a dense tensor: itself if 2-D, else its memory cut into the mask's rows."""
+    if tensor.ndim == 2:
+        return tensor
+    return tensor.view(index.shape[0] if layout in (Layout.COLS, Layout.BITS) else 1, -1)
+
+
+def _describe(
+    weight: Tensor, value: Tensor | None, grad: Tensor, state: tuple[Tensor, ...], step: Tensor, index: Tensor,
+    layout: int,
+) -> tuple[_Bucket, list[int], int]:  # fmt: skip
+    """One tensor's bucket, its line of the table without the first tile, and its number of tiles."""
+    exp_avg = state[0]
+    nnz = exp_avg.numel()
+    has_values = value is not None and value.numel() > 0
+    has_weight = weight.numel() > 0
+    if not has_weight:
+        layout = Layout.ALL  # where the entries lie in a weight does not matter
+    compact = layout != Layout.ALL and grad.shape == exp_avg.shape
+    rows, cols = 1, nnz
+    strides: tuple[int, ...] = (nnz, 1)
+    grad_strides: tuple[int, ...] = strides
+    if nnz:
+        if has_weight:
+            view = _neuron_view(weight, index, layout)
+            (rows, cols), strides = view.shape, view.stride()
+        if not compact:
+            view = _neuron_view(grad, index, layout)
+            grad_strides = view.stride()
+            if not has_weight:
+                rows, cols = view.shape
+    linear = (not has_weight or weight.is_contiguous()) and (compact or grad.is_contiguous())
+    if layout == Layout.ALL and linear:
+        compact = True  # mask order is memory order
+    row_length = index.shape[1] if layout in (Layout.COLS, Layout.BITS) else 0
+
+    pointers = [
+        weight.data_ptr(),
+        value.data_ptr() if value is not None else 0,
+        grad.data_ptr(),
+        exp_avg.data_ptr(),
+        state[1].data_ptr(),
+        state[2].data_ptr() if len(state) > 2 else 0,
+        index.data_ptr() if layout != Layout.ALL else 0,
+    ]
+    key = _Bucket(
+        weight_dtype=weight.dtype if has_weight else None,
+        grad_dtype=grad.dtype,
+        state_dtype=exp_avg.dtype,
+        index_dtype=index.dtype if layout == Layout.FLAT else None,
+        step_dtype=step.dtype,
+        layout=int(layout),
+        compact=compact,
+        linear=linear and layout in (Layout.ALL, Layout.FLAT),
+        has_values=has_values,
+        aligned=all(number % 16 == 0 for number in (nnz, *pointers)),
+    )
+    line = [*pointers, step.data_ptr(), nnz, rows, cols, row_length, *strides, *grad_strides]
+    work, size = (rows * row_length, TILE_WORDS) if layout == Layout.BITS else (nnz, ENTRIES)
+    return key, line, triton.cdiv(work, size) if nnz else 0
+
+
+def _to_device(numbers: Tensor, device: torch.device) -> Tensor:
+    """A copy that the host does not wait for; torch keeps the pinned source until it is done."""
+    return numbers if device.type == "cpu" else numbers.pin_memory().to(device, non_blocking=True)
+
+
+# What is on the device is found by what is written in it, not by whose addresses it holds, so that a copy that is found
+# is right whatever the allocator did since. A copy belongs to the stream that made it. A training loop needs few: the
+# addresses of its gradients recur.
+
+
+@functools.lru_cache(maxsize=64)
+def _table(numbers: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+    return _to_device(torch.tensor(numbers, dtype=torch.int64), device)
+
+
+@functools.lru_cache(maxsize=16)
+def _tensors_of_tiles(counts: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+    numbers = torch.arange(len(counts), dtype=torch.int32)
+    return _to_device(torch.repeat_interleave(numbers, torch.tensor(counts)), device)
+
+
+def _upload(lines: list[list[int]], counts: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The table of a bucket and the tensor of each of its tiles, on the device."""
+    stream = 0
+    if device.type == "cuda":
+        stream = torch.cuda.current_stream(device).cuda_stream
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "masked_adam_ cannot be captured in a CUDA graph: the addresses of its tensors are copied from the "
+                "host, and a replay would not see new ones. Capture forward and backward, and step outside the graph."
+            )
+    starts = itertools.accumulate(counts, initial=0)
+    numbers = tuple(itertools.chain.from_iterable((*line, start) for line, start in zip(lines, starts, strict=False)))
+    return _table(numbers, device, stream), _tensors_of_tiles(tuple(counts), device, stream)
+
+
+def masked_adam_(
+    weights: list[Tensor],
+    values: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    indices: list[Tensor],
+    layouts: list[int],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled_weight_decay: bool,
+    maximize: bool,
+) -> None:
+    """One step on every tensor: two launches a bucket, five if its masks are packed. Never waits for the device."""
+    buckets: dict[_Bucket, tuple[list[list[int]], list[int]]] = {}
+    for i, weight in enumerate(weights):
+        state = (exp_avgs[i], exp_avg_sqs[i], *max_exp_avg_sqs[i : i + 1])
+        key, line, tiles = _describe(
+            weight, values[i] if values else None, grads[i], state, steps[i], indices[i], layouts[i]
+        )
+        lines, counts = buckets.setdefault(key, ([], []))
+        lines.append(line)
+        counts.append(tiles)
+
+    decay_mode, decay = _NO_DECAY, 0.0
+    if weight_decay != 0:
+        decay_mode, decay = _L2_DECAY, weight_decay
+        if decoupled_weight_decay:
+            decay_mode, decay = _DECOUPLED_DECAY, 1 - lr * weight_decay
+    scalars = (1 - beta1, beta2, 1 - beta2, eps, decay)
+    flags = {"AMSGRAD": bool(max_exp_avg_sqs), "DECAY": decay_mode.value, "MAXIMIZE": maximize}
+    device = exp_avgs[0].device
+    with on_device(exp_avgs[0]):
+        for bucket, (lines, counts) in buckets.items():
+            _launch(bucket, lines, counts, device, lr, beta1, beta2, scalars, flags)
+
+
+def _launch(
+    bucket: _Bucket,
+    lines: list[list[int]],
+    counts: list[int],
+    device: torch.device,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    scalars: tuple[float, ...],
+    flags: dict[str, object],
+) -> None:
+    table, tiles = _upload(lines, counts, device)
+    corrections = torch.empty((len(lines), 2), dtype=torch.float64, device=device)
+    _advance[(triton.cdiv(len(lines), STEPS),)](
+        table, corrections, len(lines), lr, beta1, beta2,
+        STEP=TRITON_DTYPES[bucket.step_dtype], TENSORS=STEPS, num_warps=1, enable_fp_fusion=False,
+    )  # fmt: skip
+    total = tiles.numel()
+    if not total:
+        return
+    flags = {
+        "WEIGHT": TRITON_DTYPES[bucket.weight_dtype or bucket.state_dtype],
+        "GRAD": TRITON_DTYPES[bucket.grad_dtype],
+        "STATE": TRITON_DTYPES[bucket.state_dtype],
+        "COMPACT": bucket.compact,
+        "HAS_VALUES": bucket.has_values,
+        "ALIGNED": bucket.aligned,
+        **flags,
+        **_OPTIONS,
+    }
+    if bucket.layout == Layout.BITS:
+        found = torch.empty(total, dtype=torch.int32, device=device)
+        _count_bits[(total,)](table, tiles, found, ALIGNED=bucket.aligned, WORDS=TILE_WORDS, num_warps=1)
+        starts = found.cumsum(0) - found
+        _step_bits[(total,)](table, tiles, corrections, starts, *scalars, WORDS=TILE_WORDS, BATCH=BATCH, **flags)
+    else:
+        _step[(total,)](
+            table, tiles, corrections, *scalars,
+            INDEX=TRITON_DTYPES[bucket.index_dtype or torch.int32], LAYOUT=bucket.layout, LINEAR=bucket.linear,
+            HAS_WEIGHT=bucket.weight_dtype is not None, ENTRIES=ENTRIES, **flags,
+        )  # fmt: skip

@@ -1,0 +1,95 @@
+"""Packed bitmasks: packing, unpacking, and the columns of the first set bits of each row."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gradsel_kernels._checks import words
+from gradsel_kernels.triton.common import on_device, pack_words
+
+#: Columns that one program packs or unpacks: a byte each, so 16-byte accesses of two warps.
+COLS = 1024
+#: Columns that one program searches at a time for set bits: 8 a thread.
+SEARCHED = 1024
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def _pack(mask, bits, stride_row, stride_col, n, chunks, COLS: tl.constexpr, UNIT_STRIDE: tl.constexpr):
+    row = (tl.program_id(0) // chunks).to(tl.int64)
+    chunk = tl.program_id(0) % chunks
+    col = chunk * COLS + tl.arange(0, COLS)
+    base = mask + row * stride_row
+    # Past the last column (and past 2**31, where col wraps) nothing is read.
+    flag = tl.load(
+        base + col if UNIT_STRIDE else base + col.to(tl.int64) * stride_col,
+        mask=tl.arange(0, COLS) < n - chunk * COLS, other=0,
+    )  # fmt: skip
+    n_words = (n - 1) // 32 + 1
+    word = chunk * (COLS // 32) + tl.arange(0, COLS // 32)
+    tl.store(bits + row * n_words + word, pack_words(flag.to(tl.int32), COLS // 32), mask=word < n_words)
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def _unpack(bits, mask, stride_row, stride_col, n, chunks, COLS: tl.constexpr):
+    row = (tl.program_id(0) // chunks).to(tl.int64)
+    chunk = tl.program_id(0) % chunks
+    word = chunk * (COLS // 32) + tl.arange(0, COLS // 32)
+    packed = tl.load(bits + row * stride_row + word.to(tl.int64) * stride_col, mask=word < (n - 1) // 32 + 1, other=0)
+    flag = tl.reshape((packed[:, None] >> tl.arange(0, 32)[None, :]) & 1, [COLS])
+    lane = tl.arange(0, COLS)
+    tl.store(mask + row * n + chunk * COLS + lane, flag.to(tl.int1), mask=lane < n - chunk * COLS)
+
+
+@triton.jit(do_not_specialize=["k"])
+def _first_cols(bits, out, stride_row, stride_col, n_words, k, COLS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, COLS)
+    found = tl.zeros((), tl.int32)
+    first = tl.zeros((), tl.int32)
+    while (first < n_words) & (found < k):
+        word = first + tl.arange(0, COLS // 32)
+        packed = tl.load(bits + row * stride_row + word.to(tl.int64) * stride_col, mask=word < n_words, other=0)
+        flag = tl.reshape((packed[:, None] >> tl.arange(0, 32)[None, :]) & 1, [COLS])
+        rank = found + tl.cumsum(flag, axis=0) - 1
+        tl.store(out + row * k + rank, first * 32 + lane, mask=(flag != 0) & (rank < k))
+        found += tl.sum(flag, axis=0)
+        first += COLS // 32
+    while found < k:
+        rank = found + lane
+        tl.store(out + row * k + rank, tl.full([COLS], -1, tl.int32), mask=rank < k)
+        found += COLS
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    rows, n = mask.shape
+    bits = torch.empty((rows, words(n)), dtype=torch.int32, device=mask.device)
+    if bits.numel():
+        chunks = triton.cdiv(n, COLS)
+        with on_device(mask):
+            _pack[(rows * chunks,)](
+                mask, bits, mask.stride(0), mask.stride(1), n, chunks,
+                COLS=COLS, UNIT_STRIDE=mask.stride(1) == 1, num_warps=2,
+            )  # fmt: skip
+    return bits
+
+
+def unpack_bits(bits: Tensor, n: int) -> Tensor:
+    rows = bits.shape[0]
+    mask = torch.empty((rows, n), dtype=torch.bool, device=bits.device)
+    if mask.numel():
+        chunks = triton.cdiv(n, COLS)
+        with on_device(bits):
+            _unpack[(rows * chunks,)](bits, mask, bits.stride(0), bits.stride(1), n, chunks, COLS=COLS, num_warps=2)
+    return mask
+
+
+def bits_to_cols(bits: Tensor, k: int) -> Tensor:
+    rows, n_words = bits.shape
+    out = torch.empty((rows, k), dtype=torch.int32, device=bits.device)
+    if out.numel():
+        with on_device(bits):
+            _first_cols[(rows,)](bits, out, bits.stride(0), bits.stride(1), n_words, k, COLS=SEARCHED, num_warps=4)
+    return out

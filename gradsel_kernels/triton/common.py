@@ -1,0 +1,118 @@
+"""What several kernels share: number formats, packed words, the launch guard."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+#: Are kernels run by Triton's interpreter in this process? Decided by TRITON_INTERPRET when triton is imported.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+TRITON_DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float64: tl.float64,
+    torch.int32: tl.int32,
+    torch.int64: tl.int64,
+}
+
+
+def on_device(tensor: torch.Tensor) -> torch.cuda.device_of:
+    """A context in which kernels start on the tensor's device; nothing for the CPU tensors of the interpreter."""
+    return torch.cuda.device_of(tensor)
+
+
+@triton.jit
+def magnitude_key(x):
+    """|x| as an integer of the same order: int32, or int64 for float64. -0.0 equals 0.0, every NaN is just above inf.
+
+    The format is left at once because the interpreter computes wrongly in bfloat16, and integer comparison is exact.
+    """
+    if x.dtype == tl.float64:
+        key = tl.minimum(x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF, 0x7FF0000000000001)
+    elif x.dtype == tl.float32:
+        key = tl.minimum(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0x7F800001)
+    elif x.dtype == tl.bfloat16:
+        key = tl.minimum(x.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF, 0x7F81)
+    else:
+        key = tl.minimum(x.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF, 0x7C01)
+    return key
+
+
+@triton.jit
+def pack_words(flags, WORDS: tl.constexpr):
+    """int32 [WORDS] from int32 flags [32 * WORDS] that are 0 or 1; a sum is an OR because every bit is its own."""
+    return tl.sum(tl.reshape(flags, [WORDS, 32]) << tl.arange(0, 32)[None, :], axis=1)
+
+
+@triton.jit
+def popcount(x):
+    """Set bits of an int32, counted in parallel within the word: the interpreter has no popc."""
+    x = x.to(tl.uint32, bitcast=True)
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    x = x + (x >> 8)
+    x = x + (x >> 16)
+    return (x & 0x3F).to(tl.int32)
+
+
+@triton.jit
+def convert(x, DTYPE: tl.constexpr):
+    """x in another float format as torch converts: to nearest even, from float64 to 16 bits by way of float32.
+
+    bfloat16 is taken apart and put together in integers, where the interpreter would truncate.
+    """
+    y = x
+    if x.dtype != DTYPE:
+        if x.dtype == tl.bfloat16:
+            y = (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+        if DTYPE == tl.bfloat16:  # noqa: SIM300
+            bits = y.to(tl.float32).to(tl.int32, bitcast=True)
+            is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
+            nearest = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+            y = tl.where(is_nan, 0x7FC0, nearest).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        elif DTYPE == tl.float16:  # noqa: SIM300
+            y = y.to(tl.float32).to(tl.float16)
+        else:
+            y = y.to(DTYPE)
+    return y
+
+
+@triton.jit
+def fma(x, y, z):
+    """x * y + z rounded once. The interpreter rounds twice, which cancellation turns into many ULP: imitated there."""
+    if INTERPRETED:
+        if z.dtype == tl.float64:
+            # Dekker's exact product, then Knuth's exact sum; 134217729 = 2**27 + 1 splits a significand in halves.
+            xs = x * 134217729.0
+            ys = y * 134217729.0
+            xh = xs - (xs - x)
+            yh = ys - (ys - y)
+            xl = x - xh
+            yl = y - yh
+            product = x * y
+            tail = ((xh * yh - product) + xh * yl + xl * yh) + xl * yl
+            total = product + z
+            back = total - product
+            exact = total + (((product - (total - back)) + (z - back)) + tail)
+            result = tl.where(exact == exact, exact, total)  # the splitting overflows where the plain sum is right
+        else:
+            result = (x.to(tl.float64) * y.to(tl.float64) + z.to(tl.float64)).to(tl.float32)
+    else:
+        result = tl.fma(x, y, z)
+    return result
+
+
+@triton.jit
+def div_rn(x, y):
+    """x / y rounded to nearest: Triton's own float32 division is approximate, its float64 division is not."""
+    return x / y if x.dtype == tl.float64 else tl.div_rn(x, y)
+
+
+@triton.jit
+def sqrt_rn(x):
+    """Square root rounded to nearest, for the same reason as :func:`div_rn`."""
+    return tl.sqrt(x) if x.dtype == tl.float64 else tl.sqrt_rn(x)

@@ -1,0 +1,360 @@
+"""Every Triton kernel compiled for real, without a GPU: nothing spills, registers fit, streams load 16 bytes at a time.
+
+The specialisations are the ones of real launches: the configurations come from the launchers' own heuristics, pointers
+and row strides are divisible by 16, a stride of 1 and k = 1 are constants. A kernel without a row here fails a test.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+if triton.knobs.runtime.interpret:
+    pytest.skip("TRITON_INTERPRET=1: kernels are interpreted in this process", allow_module_level=True)
+
+import triton.language as tl  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+import gradsel_kernels.triton as device_code  # noqa: E402
+from gradsel_kernels._checks import Layout  # noqa: E402
+from gradsel_kernels.triton import adam, bitmask, rows, topk  # noqa: E402
+
+AMPERE, HOPPER, BLACKWELL = 80, 90, 100
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+#: A streaming multiprocessor's 32-bit registers, the most one thread can have, and the fewest threads worth having.
+REGISTERS, REGISTERS_A_THREAD = 65536, 255
+ITEMSIZE = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
+TYPES = {"fp64": tl.float64, "fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
+
+
+@dataclass
+class Case:
+    """One specialisation: what a launch passes, and what its machine code must look like."""
+
+    kernel: object
+    name: str
+    types: dict[str, str]  # of the arguments that are no constants
+    constants: dict[str, object]
+    divisible: tuple[str, ...]  # arguments divisible by 16
+    options: dict[str, object]
+    vectors: bool = False  # must load 16 bytes at a time
+    threads: int = 256  # that must fit in a multiprocessor, unless the block is larger
+    targets: tuple[int, ...] = (HOPPER,)
+    forbidden: tuple[str, ...] = field(default=())  # in the PTX
+
+    def id(self, target: int) -> str:
+        return f"{self.kernel.__name__}-{self.name}-sm_{target}"
+
+
+def topk_case(n: int, k: int, dtype: str, *, transposed: bool = False, targets=(HOPPER,)) -> Case:
+    itemsize = ITEMSIZE[dtype]
+    small = k <= topk.SMALL_K
+    streamed = transposed or n * max(4, itemsize) > topk.BYTES_IN_REGISTERS
+    if streamed:
+        kernel = topk._topk_stream_rounds if small else topk._topk_stream_bisect
+        tile_rows, cols, warps = topk.stream_config(itemsize, transposed)
+    else:
+        kernel = topk._topk_rounds if small else topk._topk_bisect
+        tile_rows, cols, warps = topk.register_config(n, itemsize)
+    types = {"grad": f"*{dtype}", "out": "*i32", "bits": "*i32", "rows": "i32", "n": "i32"}
+    constants = {"ROWS": tile_rows, "COLS": cols, "UNIT_STRIDE": not transposed, "WITH_BITS": True}
+    if small:
+        constants["KP"] = 1 if k == 1 else topk.SMALL_K
+    else:
+        constants["KEY_BITS"] = 8 * itemsize - 1
+        if not streamed:
+            constants["CHUNK"] = topk.RANKED_AT_ONCE
+    if k == 1:
+        constants["k"] = 1
+    else:
+        types["k"] = "i32"
+    unit, other = ("stride_row", "stride_col") if transposed else ("stride_col", "stride_row")
+    constants[unit] = 1
+    types[other] = "i32"
+    return Case(
+        kernel,
+        f"{n}-top{k}-{dtype}" + "-transposed" * transposed,
+        types,
+        constants,
+        ("grad", "out", "bits", other, "n"),
+        {"num_warps": warps},
+        vectors=not transposed,
+        targets=targets,
+    )
+
+
+def adam_case(
+    layout: Layout,
+    weight: str,
+    state: str = "fp32",
+    *,
+    compact: bool,
+    linear: bool = False,
+    values: bool = False,
+    amsgrad: bool = False,
+    decay: tl.constexpr = adam._NO_DECAY,
+    targets=(HOPPER,),
+) -> Case:
+    scalars = dict.fromkeys(("lerp_weight", "beta2", "square_weight", "eps", "decay"), "fp64")
+    types = {"table": "*i64", "tiles": "*i32", "corrections": "*fp64", **scalars}
+    constants = {
+        "WEIGHT": TYPES[weight],
+        "GRAD": TYPES[weight],
+        "STATE": TYPES[state],
+        "COMPACT": compact,
+        "HAS_VALUES": values,
+        "ALIGNED": True,
+        "AMSGRAD": amsgrad,
+        "DECAY": decay.value,
+        "MAXIMIZE": False,
+    }
+    divisible = ("table", "tiles", "corrections")
+    if layout == Layout.BITS:
+        kernel = adam._step_bits
+        types["starts"] = "*i64"
+        divisible += ("starts",)
+        constants |= {"WORDS": adam.TILE_WORDS, "BATCH": adam.BATCH}
+    else:
+        kernel = adam._step
+        constants |= {"INDEX": tl.int32, "LAYOUT": int(layout), "LINEAR": linear, "HAS_WEIGHT": True}
+        constants["ENTRIES"] = adam.ENTRIES
+    name = f"{layout.name}-{weight}-{state}" + "-compact" * compact + "-values" * values + "-amsgrad" * amsgrad
+    return Case(
+        kernel,
+        name,
+        types,
+        constants,
+        divisible,
+        adam._OPTIONS,
+        vectors=layout != Layout.BITS,  # the entries of a batch start anywhere
+        threads=512,
+        targets=targets,
+        forbidden=("ftz", "approx", "div.full"),
+    )
+
+
+EVERYWHERE = (AMPERE, HOPPER, BLACKWELL)
+SIZES = dict.fromkeys(
+    ("stride_row", "stride_col", "cols_stride_row", "cols_stride_col", "rows", "n", "k", "chunks"), "i32"
+)
+VALUES_STRIDES = ("values_stride_row", "values_stride_col")
+CASES = [
+    topk_case(200, 1, "fp32"),
+    topk_case(768, 1, "fp32", targets=EVERYWHERE),
+    topk_case(768, 8, "bf16"),
+    topk_case(3072, 1, "bf16"),
+    topk_case(3072, 8, "fp32", targets=EVERYWHERE),
+    topk_case(14336, 1, "fp32", targets=EVERYWHERE),
+    topk_case(14336, 1, "bf16"),
+    topk_case(14336, 8, "fp32"),
+    topk_case(8192, 8, "fp64"),
+    topk_case(768, 64, "fp32"),
+    topk_case(3072, 64, "bf16"),
+    topk_case(14336, 64, "fp32", targets=EVERYWHERE),
+    topk_case(8192, 64, "fp64"),
+    topk_case(50304, 1, "fp32"),
+    topk_case(50304, 8, "fp64"),
+    topk_case(50304, 64, "bf16"),
+    topk_case(3072, 1, "bf16", transposed=True),
+    topk_case(3072, 8, "fp32", transposed=True, targets=EVERYWHERE),
+    topk_case(3072, 64, "fp32", transposed=True),
+    adam_case(Layout.ALL, "fp32", compact=True, linear=True, decay=adam._DECOUPLED_DECAY, targets=EVERYWHERE),
+    adam_case(Layout.ALL, "bf16", compact=False, values=True, amsgrad=True, decay=adam._L2_DECAY),
+    adam_case(Layout.COLS, "fp32", compact=True),
+    adam_case(Layout.COLS, "bf16", compact=True, values=True, targets=EVERYWHERE),
+    adam_case(Layout.FLAT, "fp64", "fp64", compact=False, linear=True, amsgrad=True),
+    adam_case(Layout.BITS, "fp32", compact=False),
+    adam_case(Layout.BITS, "bf16", compact=True, values=True, targets=EVERYWHERE),
+    Case(
+        adam._advance,
+        "float32-steps",
+        {"table": "*i64", "corrections": "*fp64", "count": "i32", "lr": "fp64", "beta1": "fp64", "beta2": "fp64"},
+        {"STEP": tl.float32, "TENSORS": adam.STEPS},
+        ("table", "corrections"),
+        {"num_warps": 1, "enable_fp_fusion": False},
+        forbidden=("approx", "div.full"),
+    ),
+    Case(
+        adam._count_bits,
+        "words",
+        {"table": "*i64", "tiles": "*i32", "counts": "*i32"},
+        {"ALIGNED": True, "WORDS": adam.TILE_WORDS},
+        ("table", "tiles", "counts"),
+        {"num_warps": 1},
+    ),
+    Case(
+        bitmask._pack,
+        "3072",
+        {"mask": "*i1", "bits": "*i32", "stride_row": "i32", "n": "i32", "chunks": "i32"},
+        {"stride_col": 1, "UNIT_STRIDE": True, "COLS": bitmask.COLS},
+        ("mask", "bits", "stride_row", "n"),
+        {"num_warps": 2},
+        vectors=True,
+    ),
+    Case(
+        bitmask._unpack,
+        "3072",
+        {"bits": "*i32", "mask": "*i1", "stride_row": "i32", "n": "i32", "chunks": "i32"},
+        {"stride_col": 1, "COLS": bitmask.COLS},
+        ("bits", "mask", "stride_row", "n"),
+        {"num_warps": 2},
+    ),
+    Case(
+        bitmask._first_cols,
+        "3072",
+        {"bits": "*i32", "out": "*i32", "stride_row": "i32", "n_words": "i32", "k": "i32"},
+        {"stride_col": 1, "COLS": bitmask.SEARCHED},
+        ("bits", "out", "stride_row", "n_words"),
+        {"num_warps": 4},
+    ),
+    Case(
+        rows._gather,
+        "k4-bf16",
+        {"weight": "*bf16", "cols": "*i32", "out": "*bf16", **SIZES},
+        {"ROWS": rows.ENTRIES // 4, "K": 4, "BITS": 16, "NAN": 0x7FC0},
+        ("weight", "cols", "out"),
+        {"num_warps": 4},
+    ),
+    Case(
+        rows._scatter,
+        "k4-fp32-to-bf16",
+        {"weight": "*bf16", "cols": "*i32", "values": "*fp32", **SIZES, **dict.fromkeys(VALUES_STRIDES, "i32")},
+        {"ROWS": rows.ENTRIES // 4, "K": 4},
+        ("weight", "cols", "values"),
+        {"num_warps": 4},
+    ),
+]
+
+
+@dataclass
+class Code:
+    ptx: str
+    sass: str
+    registers: int
+    stack: int
+    local: int
+
+    @property
+    def vector_loads(self) -> int:
+        return len(re.findall(r"LDG\.E\.(?:\w+\.)*128", self.sass))
+
+
+def compiled(case: Case, target: int, path: Path) -> Code:
+    names = case.kernel.arg_names
+    missing = set(names) - set(case.types) - set(case.constants)
+    assert not missing, f"{case.kernel.__name__} has arguments that its row does not name: {missing}"
+    for parameter in case.kernel.params:  # a launch passes Python's floats in single precision unless told otherwise
+        assert (case.types.get(parameter.name) == "fp64") == (parameter.annotation_type == "fp64")
+    source = ASTSource(
+        fn=case.kernel,
+        signature={name: case.types.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in case.constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible},
+    )
+    binary = triton.compile(source, target=GPUTarget("cuda", target, 32), options=case.options)
+    cubin = path / "kernel.cubin"
+    cubin.write_bytes(binary.asm["cubin"])
+
+    def dump(what: str) -> str:
+        done = subprocess.run([str(CUOBJDUMP), what, str(cubin)], capture_output=True, text=True, check=True)
+        return done.stdout + done.stderr
+
+    usage = dump("-res-usage")
+    registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
+    return Code(binary.asm["ptx"], dump("-sass"), registers, stack, local)
+
+
+@pytest.mark.parametrize(
+    ("case", "target"),
+    [pytest.param(case, target, id=case.id(target)) for case in CASES for target in case.targets],
+)
+def test_machine_code(case, target, tmp_path):
+    code = compiled(case, target, tmp_path)
+    assert (code.stack, code.local) == (0, 0), f"spills: {code.registers} registers do not suffice"
+    assert not re.search(r"\b(STL|LDL)\b", code.sass)
+    threads = max(case.threads, 32 * case.options["num_warps"])
+    assert code.registers <= min(REGISTERS_A_THREAD, REGISTERS // threads)
+    if case.vectors:
+        assert code.vector_loads, "a stream that is not read 16 bytes at a time"
+    for word in case.forbidden:
+        assert not re.search(rf"\.{word}\b|\b{word}\b", code.ptx), f"{word} in the PTX changes how results are rounded"
+
+
+class NoDevice:
+    """As much of a driver as a launch needs that only compiles."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", HOPPER, 32)
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """Launches compile and run nothing; the names of kernels that a launch had to compile."""
+    found = []
+    launch = triton.runtime.JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **options):
+        known = sum(len(caches[0]) for caches in self.device_caches.values())
+        launch(self, *args, grid=grid, warmup=True, **options)
+        found.extend([self.__name__] * (sum(len(caches[0]) for caches in self.device_caches.values()) - known))
+
+    monkeypatch.setattr(triton.runtime.JITFunction, "run", compile_only)
+    triton.runtime.driver.set_active(NoDevice())
+    yield found
+    triton.runtime.driver.reset_active()
+
+
+def test_a_new_step_compiles_nothing(compilations):
+    """Learning rates, step counts, numbers of tensors and their sizes are data."""
+
+    def step(lr: float, count: int, rows: int) -> None:
+        def zeros() -> list[torch.Tensor]:
+            return [torch.zeros(rows, 8) for _ in range(count)]
+
+        adam.masked_adam_(
+            [torch.zeros(rows, 48) for _ in range(count)], [], zeros(), zeros(), zeros(), [],
+            [torch.zeros(()) for _ in range(count)],
+            [torch.zeros(rows, 8, dtype=torch.int32) for _ in range(count)],
+            [Layout.COLS] * count,
+            lr=lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, decoupled_weight_decay=False, maximize=False,
+        )  # fmt: skip
+
+    step(1e-3, 3, 32)
+    assert compilations == ["_advance", "_step"]
+    for lr, count, rows_ in ((1.0, 1, 32), (0.0, 16, 64), (16.0, 17, 1000)):
+        step(lr, count, rows_)
+    assert compilations == ["_advance", "_step"]
+
+
+def jit_functions() -> dict[str, object]:
+    found = {}
+    for module in pkgutil.iter_modules(device_code.__path__, f"{device_code.__name__}."):
+        for name, value in vars(importlib.import_module(module.name)).items():
+            if isinstance(value, triton.runtime.JITFunction) and value.__module__ == module.name:
+                found[f"{module.name}.{name}"] = value
+    return found
+
+
+def test_every_kernel_that_is_launched_has_a_row():
+    """A kernel is launched as ``kernel[grid](...)``; functions called by other device code have no row of their own."""
+    functions = jit_functions()
+    called = set()
+    for function in functions.values():
+        called |= set(function.fn.__code__.co_names)  # the globals it uses
+    kernels = {name for name in functions if name.rpartition(".")[2] not in called}
+    assert kernels == {f"{case.kernel.__module__}.{case.kernel.__name__}" for case in CASES}
