@@ -13,6 +13,7 @@ import platform
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 from types import ModuleType, TracebackType
 
 import torch
@@ -103,28 +104,33 @@ def use_backend(name: str | None) -> _Forced:
     return _Forced(previous)
 
 
-def _entry(op: str):
+def _entry(op: str) -> Callable:
     """The kernel registered with the torch dispatcher for one operator."""
     check = getattr(_checks, "topk_rows" if op == "topk_rows_bits" else op)
-    mutates = op.endswith("_")
 
     def kernel(*args, **kwargs):
         check(*args, **kwargs)
-        first = args[0] if isinstance(args[0], Tensor) else args[3][0] if args[3] else None
-        if first is None:  # an empty list of tensors
-            return None
-        result = getattr(_resolve(first.device), op)(*args, **kwargs)
-        if mutates:
-            _bump_versions(args)
-        return result
+        return getattr(_resolve(args[0].device), op)(*args, **kwargs)
 
-    return kernel
+    def scatter_rows_(weight: Tensor, cols: Tensor, values: Tensor) -> None:
+        kernel(weight, cols, values)
+        _bump_versions([weight])
+
+    def masked_adam_(weights: list[Tensor], values: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor],
+                     *args, **kwargs) -> None:  # fmt: skip
+        if weights:
+            module = _resolve(exp_avgs[0].device if exp_avgs else weights[0].device)
+            if not getattr(module, "CHECKS_ADAM", False):
+                check(weights, values, grads, exp_avgs, *args, **kwargs)
+            module.masked_adam_(weights, values, grads, exp_avgs, *args, **kwargs)
+            _bump_versions([*weights, *values])
+
+    return {"scatter_rows_": scatter_rows_, "masked_adam_": masked_adam_}.get(op, kernel)
 
 
-def _bump_versions(args: tuple) -> None:
-    """Tells autograd that the weight of scatter_rows_, or the weights and values of masked_adam_, have changed."""
-    written = [args[0]] if isinstance(args[0], Tensor) else [*args[0], *args[1]]
-    torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
+def _bump_versions(written: list[Tensor]) -> None:
+    """Tells autograd that tensors have changed."""
+    torch.autograd.graph.increment_version([tensor for tensor in written if not tensor.is_inference()])
 
 
 for _op in SCHEMAS:  # for every device and layout at once: what cannot run is refused by the checks, in our words

@@ -7,17 +7,16 @@ is missing and how to get it.
 from __future__ import annotations
 
 import importlib
-from array import array
 
 import torch
 from torch import Tensor
 
-from gradsel_kernels._checks import Layout, words
+from gradsel_kernels import _checks as checks
+from gradsel_kernels._checks import words
+from gradsel_kernels.backends.native_adam import CODES, known_table, new_table
 
 #: Must equal the number compiled into the extension (csrc/bindings.cpp).
 ABI = 1
-
-DEVICES = ("cpu",)
 
 _REBUILD = (
     "Install a C++17 compiler and the Python headers, then reinstall: "
@@ -35,10 +34,9 @@ else:
         found = getattr(_C, "ABI", "none")
         _off = f"the C++ extension gradsel_kernels._C is from another version (ABI {found}, not {ABI}). {_REBUILD}"
 
-# The dtype codes of csrc/common.h.
-_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-# Plain integers: the loop over tensors in masked_adam_ is worth keeping short.
-_ALL, _COLS, _BITS = int(Layout.ALL), int(Layout.COLS), int(Layout.BITS)
+#: masked_adam_ runs the operator's checks itself, and only where a call is not a repetition of an earlier one.
+CHECKS_ADAM = True
+
 _OUT_OF_RANGE, _BITS_PAST_END, _WRONG_COUNT = 1, 2, 3
 
 
@@ -69,7 +67,7 @@ def _topk(grad: Tensor, k: int, bits: Tensor | None) -> Tensor:
     cols = torch.empty((rows, k), dtype=torch.int32)
     _C.topk_rows(
         grad.data_ptr(),
-        _CODES[grad.dtype],
+        CODES[grad.dtype],
         rows,
         n,
         *grad.stride(),
@@ -109,7 +107,7 @@ def gather_rows(weight: Tensor, cols: Tensor) -> Tensor:
     values = torch.empty(cols.shape, dtype=weight.dtype)
     found = _C.gather_rows(
         weight.data_ptr(),
-        _CODES[weight.dtype],
+        CODES[weight.dtype],
         *weight.shape,
         *weight.stride(),
         cols.data_ptr(),
@@ -126,13 +124,13 @@ def scatter_rows_(weight: Tensor, cols: Tensor, values: Tensor) -> None:
     cols, values = cols.contiguous(), values.contiguous()
     found = _C.scatter_rows(
         weight.data_ptr(),
-        _CODES[weight.dtype],
+        CODES[weight.dtype],
         *weight.shape,
         *weight.stride(),
         cols.data_ptr(),
         cols.shape[1],
         values.data_ptr(),
-        _CODES[values.dtype],
+        CODES[values.dtype],
         torch.get_num_threads(),
     )
     if found is not None:
@@ -141,15 +139,6 @@ def scatter_rows_(weight: Tensor, cols: Tensor, values: Tensor) -> None:
 
 def _range_error(name: str, found: tuple[int, int], end: int) -> IndexError:
     return IndexError(f"{name} must lie in 0 to {end - 1}, found {found[0]} to {found[1]}")
-
-
-def _rows_of(tensor: Tensor, rows: int) -> tuple[int, int, int, int]:
-    """Rows, columns and strides of the neuron view of a dense tensor, as in the specification's ``_as_rows``."""
-    if tensor.ndim == 2:
-        return *tensor.shape, *tensor.stride()
-    cols = tensor.numel() // rows
-    step = tensor.stride(0) if tensor.ndim == 1 else 1
-    return rows, cols, cols * step, step
 
 
 def masked_adam_(
@@ -171,55 +160,14 @@ def masked_adam_(
     decoupled_weight_decay: bool,
     maximize: bool,
 ) -> None:
-    table = array("q")  # one AdamItem of csrc/kernels.h for each tensor
-    codes = _CODES
-    copies = []  # keeps them alive during the call
-    for i, weight in enumerate(weights):
-        grad, state, step, index, layout = grads[i], exp_avgs[i], steps[i], indices[i], layouts[i]
-        address = weight.data_ptr()  # 0 without a weight: an empty tensor has no address
-        rows = cols = weight_row = weight_col = grad_row = grad_col = grad_is_dense = width = 0
-        if layout in (_COLS, _BITS):
-            masked_rows, width = index.shape
-        else:
-            masked_rows = 1
-        if address:
-            rows, cols, weight_row, weight_col = _rows_of(weight, masked_rows)
-            if layout == _ALL or grad.shape != state.shape:
-                grad_is_dense = 1
-                _, _, grad_row, grad_col = _rows_of(grad, masked_rows)
-        elif not grad.is_contiguous():
-            grad = grad.contiguous()
-            copies.append(grad)
-        table.extend(
-            (
-                layout,
-                state.numel(),
-                rows,
-                cols,
-                address,
-                codes[weight.dtype] if address else 0,
-                weight_row,
-                weight_col,
-                values[i].data_ptr() if values else 0,
-                grad.data_ptr(),
-                codes[grad.dtype],
-                grad_is_dense,
-                grad_row,
-                grad_col,
-                state.data_ptr(),
-                exp_avg_sqs[i].data_ptr(),
-                max_exp_avg_sqs[i].data_ptr() if max_exp_avg_sqs else 0,
-                codes[state.dtype],
-                step.data_ptr(),
-                codes[step.dtype],
-                index.data_ptr(),
-                index.dtype is torch.int64,
-                width,
-            )
-        )
+    args = (weights, values, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, indices, layouts)
+    table = known_table(*args)
+    if table is None:
+        checks.masked_adam_(*args)
+        table = new_table(*args)
     fault = _C.masked_adam(
-        table.buffer_info()[0],
-        len(layouts),
+        table.items.buffer_info()[0],
+        table.count,
         lr,
         beta1,
         beta2,

@@ -43,10 +43,13 @@ def warmup_cosine(
     return end + (peak - end) * (1 + math.cos(math.pi * falling)) / 2
 
 
-def jitter(images: Tensor, generator: torch.Generator, shift: float = 1.0, degrees: float = 10, scale: float = 0.1) -> Tensor:
-    """Randomly shifts, turns and scales every image [batch, channels, side, side] by itself; zeros come in at the edges.
+def jitter(
+    images: Tensor, generator: torch.Generator, shift: float = 1.0, degrees: float = 10.0, scale: float = 0.1
+) -> Tensor:
+    """Randomly shifts, turns and scales every image by itself; the edge pixels continue outside.
 
     Args:
+        images: [batch, channels, side, side].
         shift: largest shift in pixels, in each direction.
         degrees: largest angle.
         scale: largest relative change of size.
@@ -59,7 +62,7 @@ def jitter(images: Tensor, generator: torch.Generator, shift: float = 1.0, degre
     shifts = draws[:, 2:] * shift * 2 / side  # affine_grid's image is 2 wide
     matrix = torch.stack([cos, -sin, shifts[:, 0], sin, cos, shifts[:, 1]], dim=1).view(count, 2, 3)
     grid = F.affine_grid(matrix.to(images), list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
 def batches(images: Tensor, labels: Tensor, size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
@@ -86,13 +89,13 @@ def fine_tune(
     Args:
         lr: the peak rate.
         seed: of the order of the images and of the augmentation.
-        progress: the title of a progress bar; None shows none.
+        progress: the title of a progress bar, shown on a terminal; None shows none.
     """
     generator = torch.Generator().manual_seed(seed)
     steps = epochs * math.ceil(len(labels) / batch_size)
     history = History([], [])
     model.train()
-    with tqdm(total=steps, desc=progress, unit="step", leave=False, disable=progress is None) as bar:
+    with tqdm(total=steps, desc=progress, unit="step", leave=False, disable=True if progress is None else None) as bar:
         for _ in range(epochs):
             for batch, target in batches(images, labels, batch_size, generator):
                 batch = augment(batch, generator)

@@ -314,9 +314,16 @@ def compilations(monkeypatch):
         found.extend([self.__name__] * (sum(len(caches[0]) for caches in self.device_caches.values()) - known))
 
     monkeypatch.setattr(triton.runtime.JITFunction, "run", compile_only)
-    triton.runtime.driver.set_active(NoDevice())
+    monkeypatch.setattr(triton.runtime.driver, "_active", NoDevice())
+    forget_compiled()
     yield found
-    triton.runtime.driver.reset_active()
+    forget_compiled()
+
+
+def forget_compiled() -> None:
+    """Where there is a GPU, kernels compiled for it would count as known, and those compiled here would run on it."""
+    for function in jit_functions().values():
+        function.device_caches.clear()
 
 
 def test_a_new_step_compiles_nothing(compilations):

@@ -1,0 +1,160 @@
+"""What C++ is told about one call of ``masked_adam_``: a table of integers, kept for the next call.
+
+A training loop repeats the call with the same tensors and new gradients. Checking 50 tensors and collecting their
+addresses, sizes and strides takes longer than updating them, so the table of the last call is kept for as long as its
+first moment lives and used again when nothing but the gradients' addresses is new.
+"""
+
+from __future__ import annotations
+
+from array import array
+from operator import is_
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from gradsel_kernels._checks import Layout
+
+# The dtype codes of csrc/common.h.
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+# Plain integers: comparing enum members is slow enough to show.
+_ALL, _COLS, _BITS = int(Layout.ALL), int(Layout.COLS), int(Layout.BITS)
+_GRAD, _WIDTH = 9, 23  # of AdamItem in csrc/kernels.h: the place of the gradient's address, and fields in all
+
+
+class AdamTable:
+    """One AdamItem of csrc/kernels.h for each tensor of a call; arguments as in the operator's schema."""
+
+    def __init__(
+        self,
+        weights: list[Tensor],
+        values: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        max_exp_avg_sqs: list[Tensor],
+        steps: list[Tensor],
+        indices: list[Tensor],
+        layouts: list[int],
+    ) -> None:
+        self.items = array("q")
+        self.count = len(weights)
+        self._copies = []  # gradients that had to be made contiguous live as long as their addresses are used
+        for i, weight in enumerate(weights):
+            grad, state, step, index, layout = grads[i], exp_avgs[i], steps[i], indices[i], layouts[i]
+            address = weight.data_ptr()  # 0 without a weight: an empty tensor has no address
+            rows = cols = weight_row = weight_col = grad_row = grad_col = grad_is_dense = width = 0
+            if layout in (_COLS, _BITS):
+                masked_rows, width = index.shape
+            else:
+                masked_rows = 1
+            if address:
+                rows, cols, weight_row, weight_col = _rows_of(weight, masked_rows)
+                if layout == _ALL or grad.shape != state.shape:
+                    grad_is_dense = 1
+                    _, _, grad_row, grad_col = _rows_of(grad, masked_rows)
+            elif not grad.is_contiguous():
+                grad = grad.contiguous()
+                self._copies.append(grad)
+            self.items.extend(
+                (
+                    layout,
+                    state.numel(),
+                    rows,
+                    cols,
+                    address,
+                    CODES[weight.dtype] if address else 0,
+                    weight_row,
+                    weight_col,
+                    values[i].data_ptr() if values else 0,
+                    grad.data_ptr(),
+                    CODES[grad.dtype],
+                    grad_is_dense,
+                    grad_row,
+                    grad_col,
+                    state.data_ptr(),
+                    exp_avg_sqs[i].data_ptr(),
+                    max_exp_avg_sqs[i].data_ptr() if max_exp_avg_sqs else 0,
+                    CODES[state.dtype],
+                    step.data_ptr(),
+                    CODES[step.dtype],
+                    index.data_ptr(),
+                    index.dtype is torch.int64,
+                    width,
+                )
+            )
+        # Everything the table was made from. The first moment is left out: it is the key that keeps the table alive.
+        self._tensors = _kept(weights, values, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, indices)
+        self._addresses = [tensor.data_ptr() for tensor in (exp_avgs[0], *self._tensors)]
+        self._layouts = list(layouts)
+        self._forms = _forms(weights), _forms(grads)
+
+    def takes(
+        self,
+        weights: list[Tensor],
+        values: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        max_exp_avg_sqs: list[Tensor],
+        steps: list[Tensor],
+        indices: list[Tensor],
+        layouts: list[int],
+    ) -> bool:
+        """Whether only the gradients' addresses are new in this call; the table then holds them."""
+        if self._copies or layouts != self._layouts or any(grad.layout is not torch.strided for grad in grads):
+            return False
+        tensors = _kept(weights, values, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, indices)
+        if len(tensors) != len(self._tensors) or not all(map(is_, tensors, self._tensors)):
+            return False
+        # A tensor can stay and its memory change (.data, set_, resize_); weights can be seen in another way, too.
+        if [tensor.data_ptr() for tensor in (exp_avgs[0], *tensors)] != self._addresses:
+            return False
+        if (_forms(weights), _forms(grads)) != self._forms:
+            return False
+        for i, grad in enumerate(grads):
+            self.items[i * _WIDTH + _GRAD] = grad.data_ptr()
+        return True
+
+
+_tables: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def known_table(*args: list) -> AdamTable | None:
+    """The table of an earlier call with the same tensors, with the addresses of these gradients."""
+    exp_avgs = args[3]
+    table: AdamTable | None = _tables.get(exp_avgs[0]) if exp_avgs else None
+    return table if table is not None and table.takes(*args) else None
+
+
+def new_table(*args: list) -> AdamTable:
+    """A table for tensors that have passed the checks."""
+    table = AdamTable(*args)
+    _tables[args[3][0]] = table
+    return table
+
+
+def _kept(
+    weights: list[Tensor],
+    values: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    indices: list[Tensor],
+) -> list[Tensor]:
+    return [*weights, *values, *exp_avgs[1:], *exp_avg_sqs, *max_exp_avg_sqs, *steps, *indices]
+
+
+def _forms(tensors: list[Tensor]) -> list[tuple]:
+    return [(tensor.dtype, tensor.shape, tensor.stride(), tensor.device) for tensor in tensors]
+
+
+def _rows_of(tensor: Tensor, rows: int) -> tuple[int, int, int, int]:
+    """Rows, columns and strides of the neuron view of a dense tensor, as in the specification's ``_as_rows``."""
+    if tensor.ndim == 2:
+        return *tensor.shape, *tensor.stride()
+    cols = tensor.numel() // rows
+    step = tensor.stride(0) if tensor.ndim == 1 else 1
+    return rows, cols, cols * step, step

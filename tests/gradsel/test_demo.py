@@ -1,0 +1,243 @@
+"""The demo, the network and the loop it uses, and the command line."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import sys
+
+import gradsel
+import pytest
+import torch
+from gradsel import cli
+from gradsel.models import VisionTransformer, vit_base_patch16_224
+from gradsel.training import fine_tune, jitter, warmup_cosine
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+from gradsel import demo
+
+TINY = demo.Settings(dim=8, depth=1, heads=2, pretrain_epochs=1, shots=3, epochs=2)
+
+
+def small(classes: int = 5) -> VisionTransformer:
+    return VisionTransformer(8, 2, 1, dim=8, depth=2, heads=2, num_classes=classes)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    # On a busy machine, threads that wait for each other cost these tiny networks ten times their work.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# --- The network -------------------------------------------------------------------------------------------------
+
+
+def test_vit_base_has_the_published_counts():
+    classes = 10
+    model = vit_base_patch16_224(classes)
+    backbone = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("head."))
+    assert backbone == 85_798_656
+    selection = gradsel.select(model, None, None, gradsel.PerNeuron(1), "random", progress=False)
+    assert selection.trainable_count() == 83_712 + 83_712 + 769 * classes
+
+
+def test_parameters_have_timms_names():
+    block = [f"{part}.{kind}" for part in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+             for kind in ("weight", "bias")]  # fmt: skip
+    assert [name for name, _ in small().named_parameters()] == [
+        "cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias",
+        *(f"blocks.{i}.{name}" for i in range(2) for name in block),
+        "norm.weight", "norm.bias", "head.weight", "head.bias",
+    ]  # fmt: skip
+
+
+def test_features_are_the_class_token_behind_the_norm():
+    model, images = small(), torch.randn(3, 1, 8, 8)
+    features = model.forward_features(images)
+    assert features.shape == (3, 8)
+    torch.testing.assert_close(features.mean(1), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(model.head(features), model(images))
+
+
+def test_attention_mixes_tokens_head_by_head():
+    attention, x = small().blocks[0].attn, torch.randn(2, 5, 8)
+    q, k, v = (part.unflatten(2, (2, 4)) for part in attention.qkv(x).chunk(3, dim=2))
+    weights = torch.einsum("bqhd,bkhd->bhqk", q, k).div(math.sqrt(4)).softmax(-1)
+    expected = attention.proj(torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(2))
+    torch.testing.assert_close(attention(x), expected)
+
+
+def test_sizes_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match="patch must divide image_size, got 3 and 8"):
+        VisionTransformer(8, 3)
+    with pytest.raises(ValueError, match="heads must divide dim, got 5 and 768"):
+        VisionTransformer(heads=5)
+
+
+# --- The loop ----------------------------------------------------------------------------------------------------
+
+
+def test_schedule():
+    rates = [warmup_cosine(step, 100, peak=1.0) for step in range(100)]
+    assert rates[0] == 1e-7
+    assert rates[5] == pytest.approx(0.5)
+    assert rates[10] == 1.0 == max(rates)
+    assert rates[55] == pytest.approx(0.5)
+    assert rates[99] == pytest.approx((1 + math.cos(math.pi * 89 / 90)) / 2, abs=1e-7)
+    assert sorted(rates[10:], reverse=True) == rates[10:]
+    assert warmup_cosine(100, 100, peak=1.0) == pytest.approx(1e-8)
+    assert warmup_cosine(0, 1, peak=1.0) == 1.0
+
+
+def test_jitter_is_the_identity_at_zero_and_shifts_by_pixels():
+    image = torch.rand(1, 1, 8, 8)
+    generator = torch.Generator().manual_seed(0)
+    torch.testing.assert_close(jitter(image, generator, 0, 0, 0), image)
+    flat = torch.full((4, 1, 8, 8), 0.3)
+    torch.testing.assert_close(jitter(flat, generator), flat)
+    spots = torch.zeros(500, 1, 8, 8)
+    spots[:, :, 4, 4] = 1.0
+    moved = jitter(spots, generator, 1.0, 0, 0)
+    torch.testing.assert_close(moved[:, :, 3:6, 3:6].sum((1, 2, 3)), torch.ones(500))  # never farther than a pixel
+    assert moved[:, 0, 3, 3].max() > 0.8  # but as far, in every direction
+    assert moved[:, 0, 5, 5].max() > 0.8
+
+
+def test_every_image_gets_its_own_jitter_and_the_same_for_a_seed():
+    images = torch.rand(1, 1, 8, 8).expand(2, -1, -1, -1)
+    first, again = (jitter(images, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first[0], first[1])
+
+
+def test_masked_training_changes_only_what_is_selected():
+    model = small()
+    before = copy.deepcopy(model.state_dict())
+    selection = gradsel.select(model, None, None, gradsel.PerNeuron(2), "random", progress=False)
+    gradsel.freeze(model, selection)
+    optimizer = gradsel.MaskedAdam(model.named_parameters(), masks=selection)
+    history = fine_tune(model, optimizer, torch.randn(40, 1, 8, 8), torch.arange(40) % 5, epochs=3, lr=1e-2)
+    assert len(history.losses) == len(history.seconds) == 6
+    for name, after in model.state_dict().items():
+        trained = selection[name].to_dense()
+        assert torch.equal(after[~trained], before[name][~trained]), name
+        if selection[name].nnz:
+            assert not torch.equal(after[trained], before[name][trained]), name
+
+
+# --- The demo ----------------------------------------------------------------------------------------------------
+
+
+def test_splits_share_no_image_and_cover_the_classes():
+    tuning, reported = (demo.split(demo.NEW, 3, part) for part in (demo.TUNING, demo.REPORTED))
+    parts = [tuning.images, tuning.test_images, reported.images, reported.test_images]
+    count = sum(map(len, parts))
+    images, labels = demo.digits()
+    new = images[labels >= demo.NEW.start]
+    assert count == len(new)
+    assert len(torch.cat(parts).unique(dim=0)) == len(new.unique(dim=0))
+    for labels in (tuning.labels, reported.labels):
+        assert labels.bincount().tolist() == [3] * 5
+    assert reported.test_labels.unique().tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.fixture(scope="module")
+def results():
+    return demo.run(seeds=(0, 1), quiet=True, settings=TINY)
+
+
+def test_the_same_seeds_give_the_same_results(results):
+    again = demo.run(seeds=(0, 1), quiet=True, settings=TINY)
+    for row, same in zip(results.rows, again.rows, strict=True):
+        assert row.accuracies == same.accuracies
+        assert row.used_columns() == same.used_columns()
+
+
+def test_adapting_leaves_frozen_weights_and_the_pretrained_network_alone():
+    pretrained, _ = demo.pretrain(TINY, quiet=True)
+    before = copy.deepcopy(pretrained.state_dict())
+    data = demo.split(demo.NEW, TINY.shots, demo.REPORTED)
+    for method in demo.METHODS:
+        model, _ = demo.adapt(pretrained, method, data, 0, epochs=2)
+        for name, tensor in pretrained.state_dict().items():
+            assert torch.equal(tensor, before[name])
+        if method.dense:
+            continue
+        torch.manual_seed(0)
+        fresh = copy.deepcopy(pretrained)
+        fresh.reset_classifier(len(demo.NEW))
+        selection = method.choose(fresh, data, 0)
+        for name, after in model.state_dict().items():
+            frozen = ~selection[name].to_dense()
+            assert torch.equal(after[frozen], before[name][frozen]), (method.name, name)
+
+
+def test_costs_are_counted_as_documented(results):
+    rows = {row.method: row.outcomes[0] for row in results.rows}
+    total = rows["GPS K=1"].parameters
+    neurons = 8 + 24 + 8 + 32 + 8  # patch embedding, qkv, proj, fc1, fc2; as many biases
+    head = 9 * 5
+    assert rows["linear probe"].trained == head
+    assert rows["GPS K=3"].trained == 3 * neurons + neurons + head
+    assert rows["GPS K=3"].delta_bytes == 6 * 3 * neurons + 4 * (neurons + head)
+    assert rows["full fine-tuning"].trained == total
+    assert rows["full fine-tuning"].delta_bytes == 4 * total
+    tensors = len(list(VisionTransformer(8, 2, 1, 8, 1, 2, num_classes=5).parameters()))
+    assert rows["full fine-tuning"].state_bytes == 8 * total + 4 * tensors  # two moments, and a step count a tensor
+    assert rows["GPS K=1"].trained == rows["random K=1"].trained
+    assert rows["GPS K=1"].used_columns.keys() == {
+        "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.attn.proj.weight",
+        "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight",
+    }  # fmt: skip
+
+
+# --- The command line --------------------------------------------------------------------------------------------
+
+
+def test_the_command_prints_a_table_and_writes_its_files(results, monkeypatch, tmp_path, capsys):
+    asked = []
+
+    def run(seeds, quiet):
+        asked.append((seeds, quiet))
+        return results
+
+    monkeypatch.setattr(demo, "run", run)
+    picture = tmp_path / "new" / "picture.png"
+    assert cli.main(["demo", "--seeds", "0", "1", "--quiet", "--output", str(picture)]) == 0
+    assert asked == [([0, 1], True)]
+    printed = capsys.readouterr().out
+    for method in demo.METHODS:
+        assert method.name in printed
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    record = json.loads((tmp_path / "new" / "results.json").read_text())
+    assert [row["method"] for row in record["rows"]] == [method.name for method in demo.METHODS]
+    assert record["rows"][0]["outcomes"][1]["accuracy"] == results.rows[0].accuracies[1]
+
+
+@pytest.mark.parametrize("package", ["sklearn", "matplotlib"])
+def test_a_missing_package_is_named_with_what_to_install(package, monkeypatch, capsys):
+    for module in [name for name in sys.modules if name.split(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, module)
+    for module in ("gradsel.demo", "gradsel.plots"):
+        monkeypatch.delitem(sys.modules, module)
+    for name in ("demo", "plots"):
+        monkeypatch.delattr(gradsel, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    assert cli.main(["demo"]) == 2
+    message = capsys.readouterr().err
+    assert package in message
+    assert "pip install 'gradsel-kernels[demo]'" in message
+
+
+def test_config_and_version(capsys):
+    assert cli.main(["config"]) == 0
+    assert "gradsel_kernels" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as left:
+        cli.main(["--version"])
+    assert left.value.code == 0
+    assert gradsel.__version__ in capsys.readouterr().out
