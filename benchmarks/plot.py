@@ -37,15 +37,17 @@ def milliseconds(row: dict[str, str]) -> str:
 
 def table(results: Results) -> str:
     """Markdown: our median, and how many times as long every other provider of the same run takes."""
-    lines = ["| kernel | size | dtype | K | ours | fraction of copy | others, as a multiple of ours |", "|---" * 7 + "|"]
+    lines = [
+        "| kernel | size | dtype | K | ours | of copy | others, as a multiple of ours |",
+        "|---" * 7 + "|",
+    ]
     for (kernel, size, dtype, k), rows in sorted(results.items()):
         ours = rows[OURS]
         others = ", ".join(
             f"{name} {float(row['p50_us']) / float(ours['p50_us']):.3g}x" for name, row in rows.items() if name != OURS
         )
-        lines.append(
-            f"| {kernel} | {size} | {dtype} | {k or ''} | {milliseconds(ours)} | {ours['fraction_of_copy']} | {others} |"
-        )
+        fraction = ours["fraction_of_copy"]
+        lines.append(f"| {kernel} | {size} | {dtype} | {k or ''} | {milliseconds(ours)} | {fraction} | {others} |")
     return "\n".join(lines)
 
 

@@ -15,6 +15,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from types import ModuleType, TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,7 +105,7 @@ def use_backend(name: str | None) -> _Forced:
     return _Forced(previous)
 
 
-def _entry(op: str) -> Callable:
+def _entry(op: str) -> Callable[..., Any]:
     """The kernel registered with the torch dispatcher for one operator."""
     check = getattr(_checks, "topk_rows" if op == "topk_rows_bits" else op)
 
@@ -125,7 +126,8 @@ def _entry(op: str) -> Callable:
             module.masked_adam_(weights, values, grads, exp_avgs, *args, **kwargs)
             _bump_versions([*weights, *values])
 
-    return {"scatter_rows_": scatter_rows_, "masked_adam_": masked_adam_}.get(op, kernel)
+    entries: dict[str, Callable[..., Any]] = {"scatter_rows_": scatter_rows_, "masked_adam_": masked_adam_}
+    return entries.get(op, kernel)
 
 
 def _bump_versions(written: list[Tensor]) -> None:

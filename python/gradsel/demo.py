@@ -21,7 +21,6 @@ from torch import Tensor
 
 import gradsel
 from gradsel import plots
-from gradsel.masks import Frozen, PerRow, Whole
 from gradsel.models import VisionTransformer
 from gradsel.training import accuracy, batches, fine_tune, jitter
 
@@ -57,19 +56,14 @@ class Split(NamedTuple):
 Chooser = Callable[[VisionTransformer, Split, int], gradsel.Selection]
 
 
-def head_only(model: VisionTransformer, data: Split, seed: int) -> gradsel.Selection:
-    """Linear probe."""
-    return gradsel.Selection(
-        {
-            name: Whole(parameter.shape) if name.startswith("head.") else Frozen(parameter.shape, "backbone")
-            for name, parameter in model.named_parameters()
-        }
-    )
+def linear_probe(model: VisionTransformer, data: Split, seed: int) -> gradsel.Selection:
+    """The head alone."""
+    return gradsel.select(model, None, None, criterion="random", freeze=["*"], whole=["head.*"], progress=False)
 
 
-def everything(model: VisionTransformer, data: Split, seed: int) -> gradsel.Selection:
-    """Full fine-tuning."""
-    return gradsel.Selection({name: Whole(parameter.shape) for name, parameter in model.named_parameters()})
+def full(model: VisionTransformer, data: Split, seed: int) -> gradsel.Selection:
+    """Every weight."""
+    return gradsel.select(model, None, None, criterion="random", whole=["*"], progress=False)
 
 
 def random_weights(k: int) -> Chooser:
@@ -113,8 +107,8 @@ class Method:
 # Every rate is the best of RATES for its method by tune(), which adapts to images that the table does not use.
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 METHODS = (
-    Method("linear probe", 1e-2, head_only, plots.GREY),
-    Method("full fine-tuning", 3e-3, everything, plots.PINK, dense=True),
+    Method("linear probe", 1e-2, linear_probe, plots.GREY),
+    Method("full fine-tuning", 3e-3, full, plots.PINK, dense=True),
     Method("random K=1", 1e-1, random_weights(1), plots.ORANGE),
     Method("GPS K=1", 3e-2, gps(1), plots.BLUE),
     Method("GPS K=3", 3e-2, gps(3), plots.GREEN),
@@ -171,21 +165,21 @@ def adapt(
         state_bytes=gradsel.state_bytes(optimizer),
         delta_bytes=delta_bytes(selection),
         step_ms=1000 * statistics.median(history.seconds),
-        used_columns=used_columns(selection),
+        used_columns=used_columns(model, selection),
     )
 
 
 def delta_bytes(selection: gradsel.Selection) -> int:
     """Bytes of the fine-tuned difference: 4 for a value, and 2 for the column of a selected entry."""
-    return sum(mask.nnz * (6 if isinstance(mask, PerRow) else 4) for mask in selection.values())
+    return sum(4 * mask.nnz + 2 * sum(t.numel() for t in mask.tensors().values()) for mask in selection.values())
 
 
-def used_columns(selection: gradsel.Selection) -> dict[str, float]:
+def used_columns(model: VisionTransformer, selection: gradsel.Selection) -> dict[str, float]:
     """For each matrix with K weights a neuron: how many percent of its inputs any neuron has selected."""
     return {
-        name: 100 * mask.cols.unique().numel() / mask.view.shape(mask.shape)[1]
+        name: 100 * mask.used_columns().numel() / model.get_parameter(name)[0].numel()
         for name, mask in selection.items()
-        if isinstance(mask, PerRow)
+        if mask.kind == "per-row"
     }
 
 

@@ -69,6 +69,10 @@ class Mask(ABC):
     def describe(self) -> dict[str, Any]:
         """Everything but tensors, as JSON; :func:`from_parts` reads it."""
 
+    @abstractmethod
+    def used_columns(self) -> Tensor:
+        """The columns of the neuron view with a selected entry, ascending: the inputs that backward needs. int64."""
+
     def to_bits(self) -> Tensor:
         """The packed bitmask, int32 [rows, words], of the parameter flattened behind its first dimension."""
         dense = self.to_dense()
@@ -126,6 +130,9 @@ class PerRow(Mask):
     def to_dense(self) -> Tensor:
         dense = torch.zeros(self.view.shape(self.shape), dtype=torch.bool, device=self.cols.device)
         return self.view.undo(dense.scatter_(1, self.cols.long(), True), self.shape)
+
+    def used_columns(self) -> Tensor:
+        return self.cols.unique().long()
 
     def operands(self, weight: Tensor, grad: Tensor) -> Operands:
         if self.view.is_first_dim and weight.is_contiguous() and grad.is_contiguous():
@@ -192,6 +199,9 @@ class Flat(Mask):
         dense = torch.zeros(math.prod(self.shape), dtype=torch.bool, device=self.indices.device)
         return dense.index_fill_(0, self.indices.long(), True).view(self.shape)
 
+    def used_columns(self) -> Tensor:
+        return (self.indices.long() % max(_columns(self.shape), 1)).unique()
+
     def operands(self, weight: Tensor, grad: Tensor) -> Operands:
         if weight.ndim <= 2 or (weight.is_contiguous() and grad.is_contiguous()):
             return Operands(weight, grad, self.indices, gk.Layout.FLAT)
@@ -224,6 +234,9 @@ class Whole(Mask):
 
     def to_dense(self) -> Tensor:
         return torch.ones(self.shape, dtype=torch.bool)
+
+    def used_columns(self) -> Tensor:
+        return torch.arange(_columns(self.shape))
 
     def operands(self, weight: Tensor, grad: Tensor) -> Operands:
         if weight.ndim <= 2 or (weight.is_contiguous() and grad.is_contiguous()):
@@ -265,6 +278,9 @@ class Frozen(Mask):
     def to_dense(self) -> Tensor:
         return torch.zeros(self.shape, dtype=torch.bool)
 
+    def used_columns(self) -> Tensor:
+        return torch.empty(0, dtype=torch.int64)
+
     def operands(self, weight: Tensor, grad: Tensor) -> Operands:
         return Operands(weight.new_empty(0), grad.new_empty(0), None, gk.Layout.ALL)
 
@@ -290,6 +306,11 @@ def from_parts(kind: str, shape: Sequence[int], description: dict[str, Any], ten
     if kind == Frozen.kind:
         return Frozen(shape, description["reason"])
     raise ValueError(f"unknown kind of mask {kind!r}")
+
+
+def _columns(shape: tuple[int, ...]) -> int:
+    """Columns of a parameter flattened behind its first dimension."""
+    return math.prod(shape[1:])
 
 
 def _memory(tensor: Tensor) -> Tensor:

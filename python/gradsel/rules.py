@@ -59,15 +59,16 @@ def parameter_rules(
     Args:
         model: any module. A parameter that several modules share is judged by all of them and named once.
         head: module names; parameters below such a module train whole.
-        rank, whole, freeze: glob patterns on parameter names (``"blocks.0.*"``) that override the defaults. A
-            parameter that several of them match takes the last: freeze before whole before rank.
+        rank, whole, freeze: glob patterns on parameter names (``"blocks.0.*"``) that override the defaults. Where
+            several match, rank goes before whole and whole before freeze, so that ``freeze=["*"]`` leaves what the
+            other two name.
 
     Raises:
         ValueError: a pattern matches no parameter.
     """
     owners = _owners(model)
     names = [name for uses in owners.values() for name, _, _ in uses]
-    overrides = {"freeze": tuple(freeze), "whole": tuple(whole), "rank": tuple(rank)}
+    overrides = {"rank": tuple(rank), "whole": tuple(whole), "freeze": tuple(freeze)}
     for action, patterns in overrides.items():
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):

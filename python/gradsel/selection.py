@@ -199,7 +199,7 @@ class Selection(Mapping[str, Mask]):
 def select(
     model: nn.Module,
     batches: Iterable[Any] | None,
-    loss: Callable[[nn.Module, Any], Tensor] | None,
+    loss: Callable[[Any, Any], Tensor] | None,
     policy: PerNeuron = PerNeuron(1),
     criterion: str | Criterion | Score = "gradient",
     *,
@@ -323,7 +323,7 @@ def _accumulate(
     model: nn.Module,
     ranked: Mapping[str, nn.Parameter],
     batches: Iterable[Any],
-    loss: Callable[[nn.Module, Any], Tensor],
+    loss: Callable[[Any, Any], Tensor],
     progress: bool | None,
 ) -> tuple[dict[str, Tensor], int]:
     """Signed gradient sums in at least float32, for the parameters that got any; and the number of batches."""

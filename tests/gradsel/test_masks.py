@@ -121,6 +121,14 @@ def test_parts_round_trip(shape, view):
         assert repr(again) == repr(mask)
 
 
+def test_used_columns():
+    per_row = PerRow(torch.tensor([[0, 5], [5, 39], [2, 5]], dtype=torch.int32), (3, 40))
+    assert per_row.used_columns().tolist() == [0, 2, 5, 39]
+    assert Flat(torch.tensor([1, 7, 13]), (3, 6)).used_columns().tolist() == [1]
+    assert Whole((4, 3, 2)).used_columns().tolist() == [0, 1, 2, 3, 4, 5]
+    assert Frozen((4, 3), "a test").used_columns().numel() == 0
+
+
 def test_to_bits():
     mask = PerRow(torch.tensor([[0, 33], [5, 39]], dtype=torch.int32), (2, 40))
     assert torch.equal(gk.bits_to_cols(mask.to_bits(), 2), mask.cols)

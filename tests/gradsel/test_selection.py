@@ -73,8 +73,11 @@ def test_patterns_override_the_rules():
         Toy(), batches(), cross_entropy, whole=["*.norm.*"], freeze=["blocks.0.*"], rank=["head.weight"]
     )
     assert selection["blocks.1.norm.weight"].kind == "whole"
-    assert selection["blocks.0.norm.weight"].kind == "frozen"  # freeze goes before whole
+    assert selection["blocks.0.norm.weight"].kind == "whole"  # whole goes before freeze
+    assert selection["blocks.0.fc1.weight"].kind == "frozen"
     assert selection["head.weight"].kind == "per-row"
+    probe = gradsel.select(Toy(), None, None, criterion="random", freeze=["*"], whole=["head.*"])
+    assert {name for name, mask in probe.items() if mask.nnz} == {"head.weight", "head.bias"}
     assert gradsel.select(Toy(), batches(), cross_entropy, head=[])["head.weight"].kind == "per-row"
 
 
