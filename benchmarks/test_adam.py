@@ -5,13 +5,13 @@ Every provider trains its own copy of the 86 M weights, so none finds another's 
 
 from __future__ import annotations
 
-import gradsel
 import pytest
 import torch
-from gradsel.masks import PerRow
 from torch import nn
 
+import gradsel
 import gradsel_kernels as gk
+from gradsel.masks import PerRow
 
 LINE = 64  # bytes that the memory moves for one scattered access on a CPU
 SHAPES = [(768, 768), *[(2304, 768), (768, 768), (3072, 768), (768, 3072)] * 12]

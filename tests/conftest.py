@@ -16,15 +16,19 @@ import gradsel_kernels as gk
 from gradsel_kernels.backends import backend as backend_module
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-CANDIDATES = [("triton", "cpu")] if INTERPRETED else [("native", "cpu"), ("triton", "cuda")]
+CUDA = torch.cuda.is_available()
+CANDIDATES = [("triton", "cpu")] if INTERPRETED else [("native", "cpu")] + [("triton", "cuda")] * CUDA
+
+
+def pytest_report_header() -> str:
+    tested = " and ".join(f"{backend} on {device} tensors" for backend, device in CANDIDATES)
+    return f"kernels under test: {tested}" + ("" if CUDA or INTERPRETED else "; there is no CUDA device for Triton")
 
 
 @pytest.fixture(params=CANDIDATES, ids=lambda c: f"{c[0]}-{c[1]}")
 def fast(request):
     """Puts one fast backend in use; its value is the device to make tensors on."""
     name, device = request.param
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device on this machine")
     reason = backend_module(name).why_off(torch.device(device))
     if reason:
         pytest.fail(f"the {name} backend is off: {reason}")

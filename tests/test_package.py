@@ -91,7 +91,6 @@ def test_setup_imports_no_torch():
 
 def test_both_packages_have_one_version():
     import gradsel
-
     import gradsel_kernels
 
     assert gradsel.__version__ == gradsel_kernels.__version__

@@ -7,9 +7,10 @@ import json
 import math
 import sys
 
-import gradsel
 import pytest
 import torch
+
+import gradsel
 from gradsel import cli
 from gradsel.models import VisionTransformer, vit_base_patch16_224
 from gradsel.training import fine_tune, jitter, warmup_cosine

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gradsel.masks import Flat, Frozen, PerRow, Whole, from_parts
-from gradsel.views import NeuronView, memory_offsets
 from torch import nn
 
 import gradsel_kernels as gk
+from gradsel.masks import Flat, Frozen, PerRow, Whole, from_parts
+from gradsel.views import NeuronView, memory_offsets
 from tests.kernels.cases import same_bits
 
 LEADING = NeuronView()

@@ -6,14 +6,14 @@ import copy
 import io
 import pickle
 
-import gradsel
 import pytest
 import torch
-from gradsel.masks import Flat, PerRow
 from torch import nn
 from torch.optim import lr_scheduler
 
+import gradsel
 import gradsel_kernels as gk
+from gradsel.masks import Flat, PerRow
 from tests.gradsel.toy import Toy, batches, cross_entropy
 from tests.kernels.cases import same_bits
 

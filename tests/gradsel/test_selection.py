@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 
-import gradsel
 import pytest
 import torch
-from gradsel.masks import Frozen, PerRow, Whole
-from gradsel.rules import parameter_rules, strip_wrappers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import gradsel
+from gradsel.masks import Frozen, PerRow, Whole
+from gradsel.rules import parameter_rules, strip_wrappers
 from tests.gradsel.toy import Toy, batches, cross_entropy
 
 
