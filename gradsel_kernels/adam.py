@@ -59,7 +59,7 @@ def masked_adam_(
     """
     if not weights:
         return
-    nothing = exp_avgs[0].new_empty(0)
+    nothing = _nothing(exp_avgs[0])
     if indices is None:
         indices = [None] * len(weights)
     if layouts is None:
@@ -82,3 +82,15 @@ def masked_adam_(
         decoupled_weight_decay=decoupled_weight_decay,
         maximize=maximize,
     )
+
+
+_empty: dict[torch.device, Tensor] = {}
+
+
+def _nothing(like: Tensor) -> Tensor:
+    """An empty tensor on the same device: the same one in every call, by which backends know a repetition."""
+    if torch.compiler.is_compiling() or type(like) is not Tensor:
+        return like.new_empty(0)  # a traced graph must not hold on to a real tensor
+    if like.device not in _empty:
+        _empty[like.device] = like.new_empty(0)
+    return _empty[like.device]

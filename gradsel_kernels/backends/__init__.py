@@ -29,6 +29,7 @@ PREFERRED = {"native": "cpu", "triton": "cuda"}
 NAMES = (*PREFERRED, "reference")
 
 _modules: dict[str, ModuleType] = {}
+_resolved: dict[torch.device, ModuleType] = {}
 _forced: str | None = None
 _told: set[str] = set()
 _lock = threading.Lock()
@@ -42,6 +43,14 @@ def backend(name: str) -> ModuleType:
 
 
 def _resolve(device: torch.device) -> ModuleType:
+    """The backend in use for a device. The answer is remembered until :func:`use_backend` is called."""
+    module = _resolved.get(device)
+    if module is None:
+        module = _resolved[device] = _choose(device)
+    return module
+
+
+def _choose(device: torch.device) -> ModuleType:
     if _forced is not None:
         module = backend(_forced)
         reason = module.why_off(device)
@@ -83,8 +92,7 @@ class _Forced:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        global _forced
-        _forced = self._previous
+        _force(self._previous)
 
 
 def use_backend(name: str | None) -> _Forced:
@@ -96,13 +104,19 @@ def use_backend(name: str | None) -> _Forced:
     The setting holds at once and for the whole process, threads of the autograd engine included. Used as a context
     manager, it ends with the block. A backend that cannot run says why when an operation is called.
     """
-    global _forced
     if name == "auto":
         name = None
     if name is not None and name not in NAMES:
         raise ValueError(f"unknown backend {name!r}; choose one of {', '.join(NAMES)}, or None")
-    previous, _forced = _forced, name
+    previous = _forced
+    _force(name)
     return _Forced(previous)
+
+
+def _force(name: str | None) -> None:
+    global _forced
+    _forced = name
+    _resolved.clear()
 
 
 def _entry(op: str) -> Callable[..., Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -36,7 +37,7 @@ class Mask(ABC):
     shape: tuple[int, ...]
     compact_shape: tuple[int, ...]
 
-    @property
+    @cached_property
     def nnz(self) -> int:
         """Number of selected entries."""
         return math.prod(self.compact_shape)
