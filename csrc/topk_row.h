@@ -187,6 +187,10 @@ FN Key smallest(const Key* keys, int count) {
 
 // All NaNs are one key, just above infinity's: `nan`. A bound t <= nan sorts unclamped keys as it sorts clamped ones.
 
+// Up to here a row is searched to its end: where the search would stop cannot be predicted, and a wrong guess keeps the
+// processor from starting on the next row meanwhile.
+constexpr int64_t kShortChunks = 32;
+
 template <class Key>
 FN void select_one(const Row<Key>& row, Key nan, int32_t* out) {
   Key lanes[64];
@@ -195,6 +199,12 @@ FN void select_one(const Row<Key>& row, Key nan, int32_t* out) {
   const uint64_t winners = at_least<false>(lanes, best);
   if ((winners & (winners - 1)) == 0) {  // one lane: 1 in 64 of the row to look at
     const int lane = lowest_bit(winners);
+    if (row.chunks <= kShortChunks) {
+      int64_t first = row.chunks;
+      for (int64_t c = row.chunks - 1; c >= 0; --c) first = magnitude(row.keys[64 * c + lane]) >= best ? c : first;
+      *out = static_cast<int32_t>(64 * first + lane);
+      return;
+    }
     for (int64_t c = 0; c < row.chunks; ++c) {
       if (magnitude(row.keys[64 * c + lane]) >= best) {
         *out = static_cast<int32_t>(64 * c + lane);
@@ -311,7 +321,6 @@ TOPK_TARGET void select_rows(const Key* grad, int64_t row_stride, int64_t rows, 
                              int32_t* cols, uint32_t* bits) {
   const int64_t words = (n + 31) / 32;
   const bool prefetch = k > 1 && n * static_cast<int64_t>(sizeof(Key)) <= kPrefetchBytes;
-  if (bits) std::memset(bits, 0, static_cast<size_t>(rows * words) * sizeof(uint32_t));
   Row<Key> row;
   for (int64_t r = 0; r < rows; ++r) {
     int32_t* out = cols + r * k;
@@ -332,6 +341,7 @@ TOPK_TARGET void select_rows(const Key* grad, int64_t row_stride, int64_t rows, 
     }
     if (bits) {
       uint32_t* line = bits + r * words;
+      for (int64_t j = 0; j < words; ++j) line[j] = 0;
       for (int64_t j = 0; j < k; ++j) line[out[j] >> 5] |= 1u << (out[j] & 31);
     }
   }

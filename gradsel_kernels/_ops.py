@@ -14,6 +14,7 @@ from gradsel_kernels import _checks
 
 NAMESPACE = "gradsel_kernels"
 library = torch.library.Library(NAMESPACE, "DEF")
+OPS = torch.ops.gradsel_kernels
 
 SCHEMAS = {
     "topk_rows": "(Tensor grad, SymInt k) -> Tensor",

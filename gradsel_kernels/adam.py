@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gradsel_kernels._checks import Layout
+from gradsel_kernels._ops import OPS
 
 
 def masked_adam_(
@@ -64,7 +65,7 @@ def masked_adam_(
         indices = [None] * len(weights)
     if layouts is None:
         layouts = [Layout.ALL] * len(weights)
-    torch.ops.gradsel_kernels.masked_adam_(
+    OPS.masked_adam_.default(
         [nothing if weight is None else weight for weight in weights],
         [] if values is None else [nothing if value is None else value for value in values],
         list(grads),

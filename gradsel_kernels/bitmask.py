@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from gradsel_kernels._ops import OPS
 
 
 def pack_bits(mask: Tensor) -> Tensor:
@@ -15,7 +16,7 @@ def pack_bits(mask: Tensor) -> Tensor:
     Returns:
         int32 [rows, ceil(n / 32)].
     """
-    return torch.ops.gradsel_kernels.pack_bits(mask)
+    return OPS.pack_bits.default(mask)
 
 
 def unpack_bits(bits: Tensor, n: int) -> Tensor:
@@ -28,7 +29,7 @@ def unpack_bits(bits: Tensor, n: int) -> Tensor:
     Returns:
         bool [rows, n].
     """
-    return torch.ops.gradsel_kernels.unpack_bits(bits, n)
+    return OPS.unpack_bits.default(bits, n)
 
 
 def bits_to_cols(bits: Tensor, k: int) -> Tensor:
@@ -44,7 +45,7 @@ def bits_to_cols(bits: Tensor, k: int) -> Tensor:
     Raises:
         ValueError: a row has more or fewer than ``k`` bits set. Finding out synchronises a CUDA device.
     """
-    cols = torch.ops.gradsel_kernels.bits_to_cols(bits, k + 1)  # one more than asked for shows a row that has more
+    cols = OPS.bits_to_cols.default(bits, k + 1)  # one more than asked for shows a row that has more
     wrong = cols[:, k] >= 0
     if k:
         wrong = wrong | (cols[:, k - 1] < 0)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from gradsel_kernels._ops import OPS
 
 
 def gather_rows(weight: Tensor, cols: Tensor) -> Tensor:
@@ -20,7 +21,7 @@ def gather_rows(weight: Tensor, cols: Tensor) -> Tensor:
         IndexError: a column lies outside 0 to n - 1. On CUDA tensors the columns are trusted instead: looking would
             synchronise the device. An entry out of range then reads as NaN, and memory outside is never touched.
     """
-    return torch.ops.gradsel_kernels.gather_rows(weight, cols)
+    return OPS.gather_rows.default(weight, cols)
 
 
 def scatter_rows_(weight: Tensor, cols: Tensor, values: Tensor) -> Tensor:
@@ -37,5 +38,5 @@ def scatter_rows_(weight: Tensor, cols: Tensor, values: Tensor) -> Tensor:
     Raises:
         IndexError: a column lies outside 0 to n - 1; ``weight`` is unchanged. On CUDA tensors such an entry is skipped.
     """
-    torch.ops.gradsel_kernels.scatter_rows_(weight, cols, values)
+    OPS.scatter_rows_.default(weight, cols, values)
     return weight

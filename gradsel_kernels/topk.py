@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from gradsel_kernels._ops import OPS
 
 
 def topk_rows(grad: Tensor, k: int) -> Tensor:
@@ -23,7 +24,7 @@ def topk_rows(grad: Tensor, k: int) -> Tensor:
         TypeError: ``grad`` is sparse, complex or not floating point.
         ValueError: ``grad`` is not 2-D, or ``k`` is below 1.
     """
-    return torch.ops.gradsel_kernels.topk_rows(grad, k)
+    return OPS.topk_rows.default(grad, k)
 
 
 def topk_rows_bits(grad: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -32,4 +33,4 @@ def topk_rows_bits(grad: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Returns:
         ``(cols, bits)``: int32 [rows, min(k, n)] and int32 [rows, ceil(n / 32)] as in :func:`pack_bits`.
     """
-    return torch.ops.gradsel_kernels.topk_rows_bits(grad, k)
+    return OPS.topk_rows_bits.default(grad, k)
