@@ -70,7 +70,7 @@ def draw_over_k(axes: Axes, results: Results, kernel: str, size: str, dtype: str
 
 
 def draw(results: Results, path: Path) -> None:
-    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     left, middle, right = figure.subplots(1, 3)
     topk = ["native", "g.abs().topk", "g.sum", "native, with bits"]
@@ -81,10 +81,11 @@ def draw(results: Results, path: Path) -> None:
         "torch Adam(fused), dense",
         "dense mask, then torch Adam(fused)",
         "native, compact gradient and values",
+        "gather_rows of weights and gradients alone",
     ]
     draw_over_k(right, results, "masked_adam_", "ViT-B/16, 86 M", "float32", adam)
-    for axes in (middle, right):
-        axes.legend(fontsize=7, frameon=False, loc="best")
+    for axes in (left, middle, right):
+        axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.18))
     row = next(iter(next(iter(results.values())).values()))
     figure.suptitle(f"{row['device']}, {row['threads']} threads, torch {row['torch']}", fontsize=10)
     figure.savefig(path, dpi=150)
