@@ -72,11 +72,11 @@ def _tell_once(name: str, reason: str) -> None:
             return
         _told.add(name)
     warnings.warn(
-        f"gradsel_kernels runs without its {name} backend: {reason} Results are the same, but the operations fall "
-        "back to plain torch: selection is about 10 and the optimizer step about 50 times slower. "
-        "gradsel_kernels.show_config() has the details.",
+        f"gradsel_kernels runs without its {name} backend: {reason} Results are the same, but plain torch is slower: "
+        "hundreds of times for selection, about ten times for the optimizer step. gradsel_kernels.show_config() has "
+        "the details.",
         RuntimeWarning,
-        stacklevel=5,
+        stacklevel=7,  # the caller of the public function
     )
 
 

@@ -19,8 +19,8 @@ from gradsel_kernels.backends.native_adam import CODES, known_table, new_table
 ABI = 1
 
 _REBUILD = (
-    "Install a C++17 compiler and the Python headers, then reinstall: "
-    "pip install --force-reinstall --no-deps gradsel-kernels, or, in a checkout, python setup.py build_ext --inplace."
+    "Install a C++17 compiler and the Python headers, then install again from the checkout: "
+    "pip install --force-reinstall --no-deps ."
 )
 _off: str | None = None
 try:
