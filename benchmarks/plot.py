@@ -81,7 +81,7 @@ def draw(results: Results, path: Path) -> None:
         "torch Adam(fused), dense",
         "dense mask, then torch Adam(fused)",
         "native, compact gradient and values",
-        "gather_rows of weights and gradients alone",
+        "gather_rows of weights and gradients",
     ]
     draw_over_k(right, results, "masked_adam_", "ViT-B/16, 86 M", "float32", adam)
     for axes in (left, middle, right):

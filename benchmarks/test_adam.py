@@ -59,7 +59,7 @@ def test_step(compare, k):
     bound_cols = [mask.cols for mask in random_selection(bound_named, k).values()]
 
     def gather_only():
-        """What no step on dense tensors can do without: one read of every selected weight and gradient."""
+        """For scale: reading every selected weight and gradient once, and nothing else, by two calls a matrix."""
         for (_, parameter), cols in zip(bound_named, bound_cols, strict=True):
             gk.gather_rows(parameter.detach(), cols)
             gk.gather_rows(parameter.grad, cols)
@@ -77,7 +77,7 @@ def test_step(compare, k):
         {
             "torch Adam(fused), dense": (dense.step, 28 * weights),
             "dense mask, then torch Adam(fused)": (mask_then_step, (28 + 12) * weights),
-            "gather_rows of weights and gradients alone": (gather_only, (4 + 4 + 2 * LINE) * nnz),
+            "gather_rows of weights and gradients": (gather_only, (4 + 4 + 2 * LINE) * nnz),
             "native, compact gradient and values": (compact.step, 28 * nnz),
             "native": (ours.step, per_entry * nnz),
         },

@@ -29,9 +29,10 @@
 #define GRADSEL_X86 0
 #endif
 
-// Auto-vectorised loops compiled once for each x86-64 level; the loader picks. Needs ifunc, so GCC with glibc. The
+// Auto-vectorised loops compiled once for each x86-64 level; the loader picks. Needs ifunc, so glibc, and GCC 12, the
+// first that knows the levels; other compilers build one portable version. The
 // cloned function must hold the loop itself: neither an OpenMP region nor a call that is not inlined.
-#if GRADSEL_X86 && !defined(__clang__) && defined(__linux__) && defined(__GLIBC__)
+#if GRADSEL_X86 && !defined(__clang__) && defined(__linux__) && defined(__GLIBC__) && __GNUC__ >= 12
 #define GRADSEL_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define GRADSEL_CLONES
@@ -39,7 +40,7 @@
 
 namespace gradsel {
 
-// The dtype codes of native.py.
+// The dtype codes of native_adam.py.
 enum Dtype : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 
 enum class Simd : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };

@@ -22,7 +22,7 @@ bool gather_rows(const void* weight, Dtype dtype, int64_t rows, int64_t cols, in
 bool scatter_rows(void* weight, Dtype dtype, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride,
                   const int32_t* index, int64_t k, const void* values, Dtype values_dtype, int threads, Range* found);
 
-// One tensor of a masked Adam step: a row of the int64 table that native.py builds, field by field.
+// One tensor of a masked Adam step: a row of the int64 table that native_adam.py builds, field by field.
 struct AdamItem {
   int64_t layout, nnz, rows, cols;
   int64_t weight, weight_dtype, weight_row_stride, weight_col_stride;  // weight 0: there is none

@@ -87,7 +87,8 @@ GRADSEL_CLONES Range range_of(const int32_t* index, int64_t count) { return rang
 GRADSEL_CLONES Range range_of(const int64_t* index, int64_t count) { return range_loop(index, count); }
 
 GRADSEL_CLONES bool all_below(const int32_t* index, int64_t count, int64_t end) {
-  return count <= 0 || static_cast<int64_t>(unsigned_max(index, count)) < end;
+  // A negative index is one from 2^31 up, which is out of range even of a row that has so many columns.
+  return count <= 0 || static_cast<int64_t>(unsigned_max(index, count)) < std::min(end, int64_t{1} << 31);
 }
 GRADSEL_CLONES bool all_below(const int64_t* index, int64_t count, int64_t end) {
   return count <= 0 || unsigned_max(index, count) < static_cast<uint64_t>(end);

@@ -190,6 +190,8 @@ def _adam_item(
         raise ValueError(f"step must be one float on {exp_avg.device}, got {_describe(step)}")
 
     rows, cols = _adam_layout(index, layout, shape, nnz)
+    if layout != Layout.ALL:
+        _same_device("indices", index, "exp_avg", exp_avg)
     compact = value is not None and value.numel() != 0
     if weight.numel() != 0:
         if weight.dtype not in FLOATS or (weight.dtype is torch.float64 and dtype is not torch.float64):
@@ -208,16 +210,21 @@ def _adam_item(
         raise TypeError(f"grad must be dense, got {grad.layout}; Adam does not support sparse gradients")
     _floating("grad", grad)
     _same_device("grad", grad, "exp_avg", exp_avg)
-    if grad.shape == shape and layout != Layout.ALL:
+    if grad_is_dense(grad, weight):
+        _dense_view("grad", grad, layout, rows, cols, nnz)
+    elif grad.shape == shape:
         if not grad.is_contiguous():
             raise ValueError(f"a compact grad must be contiguous, got strides {grad.stride()}")
-    elif grad.shape != (weight.shape if weight.numel() else shape):
+    else:
         raise ValueError(
             f"grad must be dense with the shape of the weight {list(weight.shape)} or compact {list(shape)}, "
             f"got {list(grad.shape)}"
         )
-    else:
-        _dense_view("grad", grad, layout, rows, cols, nnz)
+
+
+def grad_is_dense(grad: Tensor, weight: Tensor) -> bool:
+    """Whether a gradient of masked_adam_ is dense: it has the weight's shape. If not, it lies in mask order."""
+    return grad.shape == weight.shape
 
 
 def _adam_layout(index: Tensor, layout: int, shape: torch.Size, nnz: int) -> tuple[int | None, int | None]:

@@ -37,7 +37,8 @@ def masked_adam_(
     Args:
         weights: dense weights: a neuron view [rows, n] with any strides, or a contiguous tensor whose memory holds
             the rows one after the other. Only selected entries change. None if there are only ``values``.
-        grads: the gradient, either dense (the shape of the weight) or compact (the shape of ``exp_avgs``).
+        grads: the gradient, either dense (the shape of the weight) or compact, in mask order (the shape of
+            ``exp_avgs``, contiguous). Where the two shapes are the same, it is dense.
         exp_avgs, exp_avg_sqs: first and second moments of the selected entries, in mask order, contiguous, float32
             (float64 for float64 weights): [rows, k] for ``COLS``, [nnz] for ``BITS`` and ``FLAT``, any for ``ALL``.
         steps: one float each, the number of steps done so far; counted up here.
@@ -60,7 +61,10 @@ def masked_adam_(
     """
     if not weights:
         return
-    nothing = _nothing(exp_avgs[0])
+    given = [t for t in (*exp_avgs, *grads, *weights, *(values or ())) if t is not None]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*weights, *(values or ()))):
+        raise RuntimeError("masked_adam_ writes to tensors that require grad; call it under torch.no_grad()")
+    nothing = _nothing(given[0] if given else torch.empty(0))
     if indices is None:
         indices = [None] * len(weights)
     if layouts is None:

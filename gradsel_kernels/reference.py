@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from gradsel_kernels._checks import WORD, Layout, words
+from gradsel_kernels._checks import WORD, Layout, grad_is_dense, words
 
 
 def topk_rows(grad: Tensor, k: int) -> Tensor:
@@ -104,7 +104,7 @@ def masked_adam_(
     for i, (view, entry) in enumerate(zip(views, entries, strict=True)):
         state = exp_avgs[i]
         grad = grads[i]
-        if entry is not None and grad.shape != state.shape:
+        if entry is not None and grad_is_dense(grad, weights[i]):
             grad = _as_rows(grad, indices[i], layouts[i])[entry]
         grad = grad.to(state.dtype).reshape(state.shape)
         if values and values[i].numel():

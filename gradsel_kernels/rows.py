@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from gradsel_kernels._ops import OPS
@@ -15,13 +16,13 @@ def gather_rows(weight: Tensor, cols: Tensor) -> Tensor:
         cols: int32 [rows, k], any strides.
 
     Returns:
-        [rows, k] in the dtype of ``weight``. Not differentiable.
+        [rows, k] in the dtype of ``weight``, detached: no gradient flows back.
 
     Raises:
         IndexError: a column lies outside 0 to n - 1. On CUDA tensors the columns are trusted instead: looking would
             synchronise the device. An entry out of range then reads as NaN, and memory outside is never touched.
     """
-    return OPS.gather_rows.default(weight, cols)
+    return OPS.gather_rows.default(weight.detach(), cols)
 
 
 def scatter_rows_(weight: Tensor, cols: Tensor, values: Tensor) -> Tensor:
@@ -36,7 +37,10 @@ def scatter_rows_(weight: Tensor, cols: Tensor, values: Tensor) -> Tensor:
         ``weight``.
 
     Raises:
+        RuntimeError: ``weight`` or ``values`` require grad, outside ``torch.no_grad()``: this is not differentiable.
         IndexError: a column lies outside 0 to n - 1; ``weight`` is unchanged. On CUDA tensors such an entry is skipped.
     """
+    if torch.is_grad_enabled() and (weight.requires_grad or values.requires_grad):
+        raise RuntimeError("scatter_rows_ is not differentiable, but an argument requires grad; use torch.no_grad()")
     OPS.scatter_rows_.default(weight, cols, values)
     return weight

@@ -72,9 +72,8 @@ def _tell_once(name: str, reason: str) -> None:
             return
         _told.add(name)
     warnings.warn(
-        f"gradsel_kernels runs without its {name} backend: {reason} Results are the same, but plain torch is slower: "
-        "hundreds of times for selection, about ten times for the optimizer step. gradsel_kernels.show_config() has "
-        "the details.",
+        f"gradsel_kernels runs without its {name} backend: {reason} Plain torch takes its place: the same "
+        "selections and, within rounding, the same updates, but much slower. gradsel_kernels.show_config() has more.",
         RuntimeWarning,
         stacklevel=7,  # the caller of the public function
     )

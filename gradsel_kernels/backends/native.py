@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gradsel_kernels import _checks as checks
 from gradsel_kernels._checks import words
-from gradsel_kernels.backends.native_adam import CODES, known_table, new_table
+from gradsel_kernels.backends.native_adam import CODES, WIDTH, known_table, new_table
 
 #: Must equal the number compiled into the extension (csrc/bindings.cpp).
 ABI = 1
@@ -30,7 +30,7 @@ except ModuleNotFoundError:
 except (ImportError, OSError) as error:
     _off = f"the C++ extension gradsel_kernels._C cannot be loaded ({error}). {_REBUILD}"
 else:
-    if getattr(_C, "ABI", None) != ABI:
+    if getattr(_C, "ABI", None) != ABI or _C.ADAM_FIELDS != WIDTH:
         found = getattr(_C, "ABI", "none")
         _off = f"the C++ extension gradsel_kernels._C is from another version (ABI {found}, not {ABI}). {_REBUILD}"
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from gradsel_kernels._checks import Layout
+from gradsel_kernels._checks import Layout, grad_is_dense
 
 # The dtype codes of csrc/common.h.
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 # Plain integers: comparing enum members is slow enough to show.
-_ALL, _COLS, _BITS = int(Layout.ALL), int(Layout.COLS), int(Layout.BITS)
-_GRAD, _WIDTH = 9, 23  # of AdamItem in csrc/kernels.h: the place of the gradient's address, and fields in all
+_COLS, _BITS = int(Layout.COLS), int(Layout.BITS)
+GRAD, WIDTH = 9, 23  # of AdamItem in csrc/kernels.h: the place of the gradient's address, and fields in all
 
 
 class AdamTable:
@@ -40,23 +40,19 @@ class AdamTable:
     ) -> None:
         self.items = array("q")
         self.count = len(weights)
-        self._copies = []  # gradients that had to be made contiguous live as long as their addresses are used
         for i, weight in enumerate(weights):
             grad, state, step, index, layout = grads[i], exp_avgs[i], steps[i], indices[i], layouts[i]
             address = weight.data_ptr()  # 0 without a weight: an empty tensor has no address
-            rows = cols = weight_row = weight_col = grad_row = grad_col = grad_is_dense = width = 0
+            rows = cols = weight_row = weight_col = grad_row = grad_col = dense = width = 0
             if layout in (_COLS, _BITS):
                 masked_rows, width = index.shape
             else:
                 masked_rows = 1
             if address:
                 rows, cols, weight_row, weight_col = _rows_of(weight, masked_rows)
-                if layout == _ALL or grad.shape != state.shape:
-                    grad_is_dense = 1
+                if grad_is_dense(grad, weight):
+                    dense = 1
                     _, _, grad_row, grad_col = _rows_of(grad, masked_rows)
-            elif not grad.is_contiguous():
-                grad = grad.contiguous()
-                self._copies.append(grad)
             self.items.extend(
                 (
                     layout,
@@ -70,7 +66,7 @@ class AdamTable:
                     values[i].data_ptr() if values else 0,
                     grad.data_ptr(),
                     CODES[grad.dtype],
-                    grad_is_dense,
+                    dense,
                     grad_row,
                     grad_col,
                     state.data_ptr(),
@@ -86,7 +82,7 @@ class AdamTable:
             )
         # Everything the table was made from. The first moment is left out: it is the key that keeps the table alive.
         self._tensors = _kept(weights, values, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, indices)
-        self._addresses = [tensor.data_ptr() for tensor in (exp_avgs[0], *self._tensors)]
+        self._memory = _memory([exp_avgs[0], *self._tensors])
         self._layouts = list(layouts)
         self._forms = _forms(weights), _forms(grads)
 
@@ -103,18 +99,16 @@ class AdamTable:
         layouts: list[int],
     ) -> bool:
         """Whether only the gradients' addresses are new in this call; the table then holds them."""
-        if self._copies or layouts != self._layouts or any(grad.layout is not torch.strided for grad in grads):
+        if layouts != self._layouts or any(grad.layout is not torch.strided for grad in grads):
             return False
         tensors = _kept(weights, values, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, indices)
         if len(tensors) != len(self._tensors) or not all(map(is_, tensors, self._tensors)):
             return False
         # A tensor can stay and its memory change (.data, set_, resize_); weights can be seen in another way, too.
-        if [tensor.data_ptr() for tensor in (exp_avgs[0], *tensors)] != self._addresses:
-            return False
-        if (_forms(weights), _forms(grads)) != self._forms:
+        if _memory([exp_avgs[0], *tensors]) != self._memory or (_forms(weights), _forms(grads)) != self._forms:
             return False
         for i, grad in enumerate(grads):
-            self.items[i * _WIDTH + _GRAD] = grad.data_ptr()
+            self.items[i * WIDTH + GRAD] = grad.data_ptr()
         return True
 
 
@@ -145,6 +139,10 @@ def _kept(
     indices: list[Tensor],
 ) -> list[Tensor]:
     return [*weights, *values, *exp_avgs[1:], *exp_avg_sqs, *max_exp_avg_sqs, *steps, *indices]
+
+
+def _memory(tensors: list[Tensor]) -> list[tuple]:
+    return [(tensor.data_ptr(), tensor.numel(), tensor.dtype) for tensor in tensors]
 
 
 def _forms(tensors: list[Tensor]) -> list[tuple]:

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradsel_kernels._checks import Layout
+from gradsel_kernels._checks import Layout, grad_is_dense
 from gradsel_kernels.triton.common import TRITON_DTYPES, convert, div_rn, fma, on_device, popcount, sqrt_rn
 
 _ALL = tl.constexpr(int(Layout.ALL))
@@ -356,7 +356,7 @@ def _describe(
     has_weight = weight.numel() > 0
     if not has_weight:
         layout = Layout.ALL  # where the entries lie in a weight does not matter
-    compact = layout != Layout.ALL and grad.shape == exp_avg.shape
+    compact = not grad_is_dense(grad, weight)
     rows, cols = 1, nnz
     strides: tuple[int, ...] = (nnz, 1)
     grad_strides: tuple[int, ...] = strides

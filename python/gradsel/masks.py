@@ -36,6 +36,7 @@ class Mask(ABC):
     kind: ClassVar[str]
     shape: tuple[int, ...]
     compact_shape: tuple[int, ...]
+    _scattered: tuple[tuple[int, ...], Tensor] | None = None
 
     @cached_property
     def nnz(self) -> int:
@@ -74,6 +75,19 @@ class Mask(ABC):
     def used_columns(self) -> Tensor:
         """The columns of the neuron view with a selected entry, ascending: the inputs that backward needs. int64."""
 
+    def _pick(self, entries: Tensor) -> Tensor:
+        """The selected ones of a tensor shaped like the parameter, in mask order, flat."""
+        return entries.reshape(-1)
+
+    def _offsets(self, weight: Tensor) -> Tensor:
+        """The selected entries as places in the memory of ``weight``, worked out once for its strides."""
+        if self._scattered is None or self._scattered[0] != weight.stride():
+            offsets = self._pick(memory_offsets(weight))
+            if weight.numel() <= 2**31:
+                offsets = offsets.to(torch.int32)
+            self._scattered = (weight.stride(), offsets)
+        return self._scattered[1]
+
     def to_bits(self) -> Tensor:
         """The packed bitmask, int32 [rows, words], of the parameter flattened behind its first dimension."""
         dense = self.to_dense()
@@ -102,6 +116,7 @@ class PerRow(Mask):
     def __init__(self, cols: Tensor, shape: Sequence[int], view: NeuronView | None = None) -> None:
         self.shape = tuple(shape)
         self.view = view or NeuronView()
+        self.view.check(self.shape)
         rows, n = self.view.shape(self.shape)
         if cols.dtype is not torch.int32:
             raise TypeError(f"cols must be int32, got {cols.dtype}")
@@ -116,7 +131,6 @@ class PerRow(Mask):
             raise ValueError(f"cols must ascend in every row, row {row} does not: {cols[row].tolist()}")
         self.cols = cols.contiguous()
         self.compact_shape = tuple(cols.shape)
-        self._scattered: tuple[tuple[int, ...], Tensor] | None = None
 
     def gather(self, weight: Tensor) -> Tensor:
         return gk.gather_rows(self.view.of(weight), self.cols)
@@ -126,7 +140,7 @@ class PerRow(Mask):
         if matrix is not None:
             gk.scatter_rows_(matrix, self.cols, values)
         else:
-            _memory(weight)[self._offsets(weight).long()] = values.reshape(-1).to(weight.dtype)
+            _memory(weight).view(-1)[self._offsets(weight).long()] = values.reshape(-1).to(weight.dtype)
 
     def to_dense(self) -> Tensor:
         dense = torch.zeros(self.view.shape(self.shape), dtype=torch.bool, device=self.cols.device)
@@ -144,14 +158,8 @@ class PerRow(Mask):
             return Operands(matrix, self.view.of(grad), self.cols, gk.Layout.COLS)
         return Operands(_memory(weight), self.gather(grad), self._offsets(weight), gk.Layout.FLAT)
 
-    def _offsets(self, weight: Tensor) -> Tensor:
-        """The selected entries as places in the memory of ``weight``, in mask order."""
-        if self._scattered is None or self._scattered[0] != weight.stride():
-            offsets = self.view.of(memory_offsets(weight)).gather(1, self.cols.long()).view(-1)
-            if weight.numel() <= 2**31:
-                offsets = offsets.to(torch.int32)
-            self._scattered = (weight.stride(), offsets)
-        return self._scattered[1]
+    def _pick(self, entries: Tensor) -> Tensor:
+        return self.view.of(entries).gather(1, self.cols.long()).view(-1)
 
     def to(self, device: torch.device) -> PerRow:
         return self if self.cols.device == device else PerRow(self.cols.to(device), self.shape, self.view)
@@ -206,8 +214,10 @@ class Flat(Mask):
     def operands(self, weight: Tensor, grad: Tensor) -> Operands:
         if weight.ndim <= 2 or (weight.is_contiguous() and grad.is_contiguous()):
             return Operands(weight, grad, self.indices, gk.Layout.FLAT)
-        offsets = memory_offsets(weight).reshape(-1)[self.indices.long()]
-        return Operands(_memory(weight), self.gather(grad), offsets, gk.Layout.FLAT)
+        return Operands(_memory(weight), self.gather(grad), self._offsets(weight), gk.Layout.FLAT)
+
+    def _pick(self, entries: Tensor) -> Tensor:
+        return entries.reshape(-1)[self.indices.long()]
 
     def to(self, device: torch.device) -> Flat:
         return self if self.indices.device == device else Flat(self.indices.to(device), self.shape)
@@ -242,8 +252,7 @@ class Whole(Mask):
     def operands(self, weight: Tensor, grad: Tensor) -> Operands:
         if weight.ndim <= 2 or (weight.is_contiguous() and grad.is_contiguous()):
             return Operands(weight, grad, None, gk.Layout.ALL)
-        offsets = memory_offsets(weight).reshape(-1)
-        return Operands(_memory(weight), self.gather(grad), offsets, gk.Layout.FLAT)
+        return Operands(_memory(weight), self.gather(grad), self._offsets(weight), gk.Layout.FLAT)
 
     def to(self, device: torch.device) -> Whole:
         return self
@@ -296,7 +305,13 @@ class Frozen(Mask):
 
 
 def from_parts(kind: str, shape: Sequence[int], description: dict[str, Any], tensors: dict[str, Tensor]) -> Mask:
-    """The inverse of :meth:`Mask.describe` and :meth:`Mask.tensors`."""
+    """The inverse of :meth:`Mask.describe` and :meth:`Mask.tensors`.
+
+    Raises:
+        TypeError, ValueError, KeyError: parts that make no mask, such as those of a damaged file.
+    """
+    if not isinstance(shape, (list, tuple)) or not all(isinstance(size, int) and size >= 0 for size in shape):
+        raise ValueError(f"a shape is a list of sizes, got {shape!r}")
     if kind == PerRow.kind:
         view = NeuronView(tuple(description["row_dims"]), description["groups"])
         return PerRow(tensors["cols"], shape, view)
@@ -305,7 +320,7 @@ def from_parts(kind: str, shape: Sequence[int], description: dict[str, Any], ten
     if kind == Whole.kind:
         return Whole(shape)
     if kind == Frozen.kind:
-        return Frozen(shape, description["reason"])
+        return Frozen(shape, str(description["reason"]))
     raise ValueError(f"unknown kind of mask {kind!r}")
 
 
@@ -315,5 +330,5 @@ def _columns(shape: tuple[int, ...]) -> int:
 
 
 def _memory(tensor: Tensor) -> Tensor:
-    """The memory of a dense tensor as one row."""
-    return tensor.as_strided((tensor.numel(),), (1,))
+    """The memory of a dense tensor as one row; no compact gradient has this shape, so none is taken for a dense one."""
+    return tensor.as_strided((1, 1, tensor.numel()), (tensor.numel(), tensor.numel(), 1))

@@ -23,6 +23,7 @@ class MaskedAdam(Optimizer):
     Argument order and defaults are those of :class:`torch.optim.Adam`; without ``masks`` it is Adam. With them,
     unselected entries never change by a bit, and the state has the size of the selection: two float32 (float64 for
     float64 parameters) for each selected entry, and a float32 master copy where the parameter is bfloat16 or float16.
+    Weights written by others between steps are taken over, except through ``.data``, which nobody can see.
     The whole parameter group is updated by one kernel call.
 
     Args:
@@ -73,6 +74,7 @@ class MaskedAdam(Optimizer):
             )
         self._selection = masks
         self._masks: dict[Tensor, Mask] = {}
+        self._versions: dict[Tensor, int] = {}  # of low-precision parameters, as of our last step
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -88,7 +90,7 @@ class MaskedAdam(Optimizer):
         super().add_param_group(param_group)
         try:
             self._masks.update(self._bind(self.param_groups[-1]))
-        except (KeyError, ValueError):
+        except Exception:
             self.param_groups.pop()
             raise
 
@@ -105,6 +107,10 @@ class MaskedAdam(Optimizer):
         bound: dict[Tensor, Mask] = {}
         for name, parameter in zip(group["param_names"], params, strict=True):
             mask = lookup(self._selection, name)
+            if not isinstance(mask, Mask):
+                raise TypeError(
+                    f"the mask of {name} is a {type(mask).__name__}; Selection.from_dense(masks) takes boolean tensors"
+                )
             if mask.shape != tuple(parameter.shape):
                 raise ValueError(
                     f"the mask of {name} is for shape {list(mask.shape)}, the parameter has {list(parameter.shape)}; "
@@ -132,7 +138,7 @@ class MaskedAdam(Optimizer):
         return loss
 
     def _step_group(self, group: dict[str, Any]) -> None:
-        operands, states = [], []
+        operands, states, low_precision = [], [], []
         for parameter in group["params"]:
             grad = parameter.grad
             mask = self._masks[parameter]
@@ -143,7 +149,9 @@ class MaskedAdam(Optimizer):
             if grad.is_complex():
                 raise RuntimeError("MaskedAdam does not support complex parameters; use torch.view_as_real")
             operands.append(mask.operands(parameter, grad))
-            states.append(self.state[parameter] or self._new_state(parameter, mask, group["amsgrad"]))
+            states.append(self._state(parameter, mask, group["amsgrad"]))
+            if "master" in states[-1]:
+                low_precision.append(parameter)
         if not operands:
             return
         beta1, beta2 = group["betas"]
@@ -165,15 +173,26 @@ class MaskedAdam(Optimizer):
             decoupled_weight_decay=group["decoupled_weight_decay"],
             maximize=group["maximize"],
         )
+        for parameter in low_precision:
+            self._versions[parameter] = parameter._version
 
-    def _new_state(self, parameter: Tensor, mask: Mask, amsgrad: bool) -> dict[str, Tensor]:
-        state = self.state[parameter]
+    def _state(self, parameter: Tensor, mask: Mask, amsgrad: bool) -> dict[str, Tensor]:
+        """The state of a parameter, completed: all of it at first, a master after loading that of a float32 run."""
+        state: dict[str, Tensor] = self.state[parameter]
         dtype = _state_dtype(parameter)
-        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
         for name in _MOMENTS if amsgrad else _MOMENTS[:2]:
-            state[name] = torch.zeros(mask.compact_shape, dtype=dtype, device=parameter.device)
+            if name not in state:
+                state[name] = torch.zeros(mask.compact_shape, dtype=dtype, device=parameter.device)
         if parameter.dtype != dtype:
-            state["master"] = mask.gather(parameter).to(dtype)
+            if "master" not in state:
+                state["master"] = mask.gather(parameter).to(dtype)
+            elif self._versions.get(parameter) != parameter._version:
+                # Somebody else may have written the weight, a loaded checkpoint for example: what they wrote counts.
+                written = mask.gather(parameter)
+                theirs = written != state["master"].to(parameter.dtype)
+                state["master"] = torch.where(theirs, written.to(dtype), state["master"])
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -188,9 +207,10 @@ class MaskedAdam(Optimizer):
         for number, (saved_id, parameter) in enumerate(pairs):
             mask = self._masks[parameter]
             for name, value in state_dict["state"].get(saved_id, {}).items():
-                if name != "step" and tuple(value.shape) != mask.compact_shape:
+                shape = tuple(torch.as_tensor(value).shape)
+                if name != "step" and shape != mask.compact_shape:
                     raise ValueError(
-                        f"{name} of parameter {number} has shape {list(value.shape)} in the state_dict, but the mask "
+                        f"{name} of parameter {number} has shape {list(shape)} in the state_dict, but the mask "
                         f"selects {list(mask.compact_shape)}; load the state of a run with the same selection"
                     )
         super().load_state_dict(state_dict)
@@ -198,11 +218,11 @@ class MaskedAdam(Optimizer):
             # Optimizer.load_state_dict casts to the parameter's dtype, which would cost bfloat16 runs their moments.
             for name, value in state_dict["state"].get(saved_id, {}).items():
                 dtype = torch.float32 if name == "step" else _state_dtype(parameter)
-                self.state[parameter][name] = value.detach().to(parameter.device, dtype, copy=True)
+                self.state[parameter][name] = torch.as_tensor(value).detach().to(parameter.device, dtype, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
         # Optimizer takes three attributes through pickle and deepcopy; a copy without its masks would train everything.
-        return {**super().__getstate__(), "_selection": self._selection, "_masks": self._masks}
+        return {**super().__getstate__(), "_selection": self._selection, "_masks": self._masks, "_versions": {}}
 
 
 class MaskedAdamW(MaskedAdam):

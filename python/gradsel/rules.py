@@ -80,10 +80,18 @@ def parameter_rules(
         rule = _default(uses, frozenset(head))
         for action, patterns in overrides.items():
             if any(fnmatchcase(name, pattern) for name, _, _ in uses for pattern in patterns):
-                rule = Rule(action, "named", _view(uses), named=True)
+                rule = _named(action, uses)
                 break
         rules[canonical] = rule
     return rules
+
+
+def _named(action: str, uses: list[_Use]) -> Rule:
+    name, module, short = uses[0]
+    parameter = getattr(module, short)
+    if action != "freeze" and not parameter.is_floating_point():
+        raise ValueError(f"{action} names {name}, which cannot be trained: it is {parameter.dtype}")
+    return Rule(action, "named", _view(uses), named=True)
 
 
 _Use = tuple[str, nn.Module, str]  # full name, owning module, name in it
@@ -94,9 +102,9 @@ def _owners(model: nn.Module) -> dict[str, list[_Use]]:
     by_id: dict[int, tuple[str, list[_Use]]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         for short, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            name = f"{prefix}.{short}" if prefix else short
+            name = strip_wrappers(f"{prefix}.{short}" if prefix else short)
             by_id.setdefault(id(parameter), (name, []))[1].append((name, module, short))
-    order = {name: id(parameter) for name, parameter in model.named_parameters()}
+    order = {strip_wrappers(name): id(parameter) for name, parameter in model.named_parameters()}
     return {name: by_id[key][1] for name, key in order.items()}
 
 
@@ -104,6 +112,8 @@ def _default(uses: list[_Use], head: frozenset[str]) -> Rule:
     modules = [module for _, module, _ in uses]
     shorts = {short for _, _, short in uses}
     parameter = getattr(modules[0], uses[0][2])
+    if not parameter.is_floating_point():
+        return Rule("freeze", f"{parameter.dtype}".removeprefix("torch."))
     if any(_is_embedding(module) for module in modules):
         return Rule("freeze", "embedding" if len(uses) == 1 else "embedding, tied")
     if any(_is_norm(module) for module in modules):

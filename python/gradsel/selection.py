@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 import gradsel_kernels as gk
 from gradsel.masks import Frozen, Mask, PerRow, Whole, from_parts
-from gradsel.rules import HEAD, Rule, parameter_rules
+from gradsel.rules import HEAD, Rule, parameter_rules, strip_wrappers
 
 _FORMAT = "gradsel.selection"
 _FORMAT_VERSION = 1
@@ -37,16 +37,17 @@ class Criterion:
     name: str
     score: Callable[[Tensor, Tensor | None], Tensor]
     needs_gradient: bool = True
+    reset: Callable[[], object] = lambda: None  # called before a selection, so that each one starts alike
 
 
 def random_scores(seed: int = 0) -> Criterion:
     """Random entries, the baseline of GPS Tab. 6; the same for the same seed."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator()
 
     def score(weight: Tensor, grad: Tensor | None) -> Tensor:
         return torch.rand(weight.shape, generator=generator).to(weight.device)
 
-    return Criterion(f"random, seed {seed}", score, needs_gradient=False)
+    return Criterion(f"random, seed {seed}", score, needs_gradient=False, reset=lambda: generator.manual_seed(seed))
 
 
 _CRITERIA: dict[str, Callable[[], Criterion]] = {
@@ -115,7 +116,7 @@ class Selection(Mapping[str, Mask]):
         """A table with one line for each group of equal parameters; block numbers are written as ``*``."""
         groups: dict[tuple[str, tuple[int, ...], str, int], int] = {}
         for name, mask in self.items():
-            how = mask.reason if isinstance(mask, Frozen) else mask.kind
+            how = mask.reason if isinstance(mask, Frozen) else mask.kind if mask.nnz else "nothing selected"
             key = (re.sub(r"(?<![^.])\d+(?![^.])", "*", name), mask.shape, how, mask.nnz)
             groups[key] = groups.get(key, 0) + 1
         rows = [
@@ -150,7 +151,7 @@ class Selection(Mapping[str, Mask]):
         for name, mask in self.items():
             parameters[name] = {"kind": mask.kind, "shape": list(mask.shape), **mask.describe()}
             for part, tensor in mask.tensors().items():
-                tensors[f"{name}:{part}"] = tensor.cpu()
+                tensors[f"{name}:{part}"] = tensor.cpu().clone()  # two names may share one mask
         metadata = {
             "format": _FORMAT,
             "version": str(_FORMAT_VERSION),
@@ -192,7 +193,7 @@ class Selection(Mapping[str, Mask]):
                 parts = {key[len(name) + 1 :]: t for key, t in tensors.items() if key.rpartition(":")[0] == name}
                 masks[name] = from_parts(described["kind"], described["shape"], described, parts)
             return Selection(masks, json.loads(metadata["notes"]))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is damaged: {error!r}") from None
 
 
@@ -216,7 +217,8 @@ def select(
 
     Args:
         model: run as it is: mode, autocast and device are the caller's. Gradients, ``requires_grad`` flags, buffers
-            and random number generators are given back as they were.
+            and torch's random number generators (CPU and CUDA) are given back as they were. Parameters are known by
+            their names without the prefixes of DistributedDataParallel and torch.compile.
         batches: anything to iterate over, once. None for a criterion that needs no gradient.
         loss: ``loss(model, batch)`` returns the scalar to differentiate, for example supervised contrastive loss on
             features: ``lambda model, batch: SupConLoss()(model.forward_features(batch[0]), batch[1])``.
@@ -235,11 +237,12 @@ def select(
     """
     chosen = _criterion(criterion)
     rules = parameter_rules(model, head=head, rank=rank, whole=whole, freeze=freeze)
-    parameters = dict(model.named_parameters())
+    parameters = {strip_wrappers(name): parameter for name, parameter in model.named_parameters()}
+    chosen.reset()
     ranked = {name: parameters[name] for name, rule in rules.items() if rule.action == "rank"}
     grads: dict[str, Tensor] = {}
     count = 0
-    if chosen.needs_gradient:
+    if chosen.needs_gradient and ranked:
         if batches is None or loss is None:
             raise ValueError(f"criterion {chosen.name!r} needs gradients: pass batches and loss")
         with _kept(model):
@@ -270,11 +273,12 @@ def select(
     if chosen.needs_gradient:
         notes["batches"] = count
     if zero_rows:
-        notes["neurons without gradient"] = sum(zero_rows.values())
+        notes["neurons that score zero"] = sum(zero_rows.values())
         worst = max(zero_rows, key=lambda name: zero_rows[name])
+        hint = " Under fp16 autocast, scale the loss." if chosen.needs_gradient else ""
         warnings.warn(
-            f"{sum(zero_rows.values())} neurons have a zero gradient (most in {worst}: {zero_rows[worst]}); "
-            "their first inputs were selected. Under fp16 autocast, scale the loss.",
+            f"{sum(zero_rows.values())} neurons score zero everywhere (most in {worst}: {zero_rows[worst]}); "
+            f"their first inputs were selected.{hint}",
             stacklevel=2,
         )
     return Selection(masks, notes)
@@ -296,8 +300,6 @@ def freeze(model: nn.Module, selection: Selection) -> None:
 
 def lookup(selection: Mapping[str, Mask], name: str) -> Mask:
     """The mask of a parameter whose name may carry the prefixes of DistributedDataParallel or torch.compile."""
-    from gradsel.rules import strip_wrappers
-
     for candidate in (name, strip_wrappers(name)):
         if candidate in selection:
             return selection[candidate]
@@ -369,7 +371,12 @@ def _kept(model: nn.Module) -> Iterator[None]:
     """Gives flags, gradients, modes, buffers and random number generators back as they were."""
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     devices = {p.device for p, _, _ in parameters if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=[device.index for device in devices if device.index is not None]):
         try:
@@ -382,8 +389,10 @@ def _kept(model: nn.Module) -> Iterator[None]:
             for module, training in modes:
                 module.training = training
             with torch.no_grad():
-                for buffer, original in buffers:
-                    buffer.copy_(original)
+                for module, name, buffer, original in buffers:
+                    module._buffers[name] = buffer  # forward may have put another tensor in its place
+                    if not torch.equal(buffer, original):
+                        buffer.copy_(original)
 
 
 def _describe(value: object) -> str:

@@ -40,6 +40,18 @@ class NeuronView:
         rows = math.prod(sizes[dim] for dim in self.row_dims)
         return rows, math.prod(size for dim, size in enumerate(sizes) if dim not in self.row_dims)
 
+    def check(self, shape: Sequence[int]) -> None:
+        """Refuses a shape that this view does not fit.
+
+        Raises:
+            ValueError: ``row_dims`` are not distinct dimensions of it, or ``groups`` does not divide its first one.
+        """
+        if self.groups < 1 or (self.groups > 1 and (not shape or shape[0] % self.groups)):
+            raise ValueError(f"groups = {self.groups} does not divide the first dimension of {list(shape)}")
+        ndim = len(self._split(shape))
+        if len(set(self.row_dims)) != len(self.row_dims) or not all(0 <= dim < ndim for dim in self.row_dims):
+            raise ValueError(f"row_dims {self.row_dims} are not distinct dimensions of a tensor with {ndim}")
+
     def of(self, tensor: Tensor) -> Tensor:
         """The matrix [rows, cols]: an alias of ``tensor`` where strides allow it, else a copy."""
         return self._permuted(tensor).reshape(self.shape(tensor.shape))

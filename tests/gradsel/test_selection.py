@@ -157,10 +157,10 @@ def test_the_same_selection_on_every_run_and_gradients_kept_signed():
         return sign[0] * cross_entropy(model, batch)
 
     twice = [batches()[0], batches()[0]]
-    with pytest.warns(UserWarning, match="neurons have a zero gradient"):
+    with pytest.warns(UserWarning, match="neurons score zero everywhere .* scale the loss"):
         cancelled = gradsel.select(model, twice, alternating)
     assert cancelled["blocks.0.fc1.weight"].cols.eq(0).all()  # a zero row selects its first input
-    assert cancelled.notes["neurons without gradient"] > 0
+    assert cancelled.notes["neurons that score zero"] > 0
 
 
 def test_low_precision_gradients_are_summed_in_float32():
@@ -181,6 +181,45 @@ def test_low_precision_gradients_are_summed_in_float32():
             assert torch.equal(kept, rows.topk(2, 1).values)
 
 
+def test_buffers_come_back_even_replaced_or_expanded():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+            self.register_buffer("seen", torch.zeros(()))
+            self.register_buffer("mask", torch.ones(1, 3).expand(2, 3))
+
+        def forward(self, x):
+            self.seen = self.seen + 1
+            return self.layer(x)
+
+    model = Counting()
+    seen = model.seen
+    gradsel.select(model, [torch.randn(4, 3)], lambda m, x: m(x).square().sum())
+    assert model.seen is seen
+    assert float(seen) == 0
+
+
+def test_names_of_wrapped_models_are_those_of_the_model():
+    model = Toy()
+    wrapped = nn.Module()
+    wrapped.module = model
+    wrapped.forward = model.forward
+    selection = gradsel.select(wrapped, None, None, criterion="magnitude", freeze=["blocks.0.*"])
+    assert set(selection) == {name for name, _ in model.named_parameters()}
+    gradsel.freeze(wrapped, selection)
+    gradsel.MaskedAdam(model.named_parameters(), masks=selection)
+
+
+def test_parameters_that_are_no_floats_are_frozen():
+    model = nn.Linear(3, 2)
+    model.table = nn.Parameter(torch.zeros(4, 5, dtype=torch.int8), requires_grad=False)
+    selection = gradsel.select(model, [torch.randn(4, 3)], lambda m, x: m(x).square().sum())
+    assert selection["table"].reason == "int8"
+    with pytest.raises(ValueError, match=r"rank names table, which cannot be trained: it is torch\.int8"):
+        gradsel.select(model, None, None, criterion="magnitude", rank=["table"])
+
+
 def test_other_criteria():
     model = Toy()
     magnitude = gradsel.select(model, None, None, gradsel.PerNeuron(2), "magnitude")
@@ -189,6 +228,9 @@ def test_other_criteria():
     one, same = (gradsel.select(model, None, None, criterion="random") for _ in range(2))
     other = gradsel.select(model, None, None, criterion=gradsel.random_scores(seed=1))
     assert torch.equal(one["blocks.0.fc1.weight"].cols, same["blocks.0.fc1.weight"].cols)
+    criterion = gradsel.random_scores(seed=1)
+    again = [gradsel.select(model, None, None, criterion=criterion)["blocks.0.fc1.weight"].cols for _ in range(2)]
+    assert torch.equal(*again)
     assert not torch.equal(one["blocks.0.fc1.weight"].cols, other["blocks.0.fc1.weight"].cols)
 
     def saliency(weight, grad):
@@ -278,6 +320,10 @@ def damage(path, change):
     save_file(tensors, path, metadata)
 
 
+def replace_in(metadata, old, new):
+    metadata["parameters"] = metadata["parameters"].replace(old, new)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -285,8 +331,16 @@ def damage(path, change):
         (lambda m, t: m.update(version="99"), "is of version 99; this library reads 1"),
         (lambda m, t: t["blocks.0.fc1.weight:cols"].fill_(10**6), "is damaged.*found 1000000"),
         (lambda m, t: t.pop("blocks.0.fc1.weight:cols"), "is damaged: KeyError"),
-        (lambda m, t: m.update(parameters=m["parameters"].replace("per-row", "diagonal")), "unknown kind"),
+        (lambda m, t: replace_in(m, "per-row", "diagonal"), "unknown kind"),
         (lambda m, t: m.update(parameters=json.dumps({"a": 1})), "is damaged"),
+        (lambda m, t: m.update(parameters="[]"), "is damaged"),
+        (lambda m, t: m.update(parameters="[" * 100_000), "is damaged"),
+        (
+            lambda m, t: m.update(parameters=m["parameters"].replace('"row_dims": [0]', '"row_dims": [5]')),
+            "not distinct",
+        ),
+        (lambda m, t: m.update(parameters=m["parameters"].replace('"groups": 1', '"groups": 0')), "groups = 0"),
+        (lambda m, t: m.update(parameters='{"a": {"kind": "whole", "shape": [-3, 4]}}'), "list of sizes"),
     ],
 )
 def test_damaged_files_are_refused(tmp_path, change, message):

@@ -381,6 +381,45 @@ def test_wrong_bit_count(fast):
             problem.step()
 
 
+def test_tensors_resized_between_steps_are_seen():
+    """The native backend remembers the last call; what has changed in place must not be what it remembers."""
+    weight, grad = torch.zeros(100), torch.ones(100)
+    index = torch.arange(64, dtype=torch.int32)
+    exp_avg, exp_avg_sq, step = torch.zeros(64), torch.zeros(64), torch.zeros(())
+    arguments = {"indices": [index], "layouts": [Layout.FLAT], "lr": 0.1}
+    gk.masked_adam_([weight], [grad], [exp_avg], [exp_avg_sq], [step], **arguments)
+    for tensor in (index, exp_avg, exp_avg_sq):
+        tensor.resize_(8)
+    before = weight.clone()
+    gk.masked_adam_([weight], [grad], [exp_avg], [exp_avg_sq], [step], **arguments)
+    assert (weight != before).nonzero().view(-1).tolist() == list(range(8))
+    gk.masked_adam_([weight], [torch.full((100,), -1.0)], [exp_avg], [exp_avg_sq], [step], **arguments)
+    with pytest.raises(ValueError, match="grad must be dense"):
+        gk.masked_adam_([weight], [torch.ones(99)], [exp_avg], [exp_avg_sq], [step], **arguments)
+
+
+def test_a_negative_index_is_out_of_range_of_any_tensor():
+    """As an unsigned number -1 is below the 4.9e9 entries of this overlapping view."""
+    base = torch.zeros(150_000)
+    weight = base.as_strided((70_000, 70_000), (1, 1), 10)
+    state = [torch.zeros(1), torch.zeros(1), torch.zeros(())]
+    index = torch.tensor([-1], dtype=torch.int32)
+    for backend in ("reference", "native"):
+        with gk.use_backend(backend), pytest.raises(IndexError, match="found -1"):
+            gk.masked_adam_(
+                [weight], [torch.ones(1)], state[:1], state[1:2], state[2:],
+                indices=[index], layouts=[Layout.FLAT], lr=0.1,
+            )  # fmt: skip
+    assert not base.any()
+
+
+def test_tensors_that_require_grad_need_no_grad():
+    weight = torch.ones(2, 3, requires_grad=True)
+    state = [torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(())]
+    with pytest.raises(RuntimeError, match=r"call it under torch\.no_grad"):
+        gk.masked_adam_([weight], [torch.ones(2, 3)], state[:1], state[1:2], state[2:], lr=0.1)
+
+
 def test_no_tensors():
     gk.masked_adam_([], [], [], [], [], lr=0.1)
 
@@ -413,6 +452,8 @@ def adam_arguments(**changes):
         ({"exp_avg_sqs": [torch.zeros(2, 2)]}, ValueError, "exp_avg_sq must match exp_avg"),
         ({"values": [torch.zeros(2, 1).half()]}, ValueError, "values must match exp_avg"),
         ({"indices": [torch.zeros(2, 2, dtype=torch.int32)]}, ValueError, r"shape of exp_avg \[2, 1\]"),
+        ({"exp_avgs": []}, ValueError, "exp_avgs has 0 entries"),
+        ({"indices": [torch.zeros(2, 1, dtype=torch.int32, device="meta")]}, ValueError, "indices is on meta"),
         ({"indices": [torch.zeros(2, 1)]}, ValueError, r"indices must be int32 \[rows, k\]"),
         ({"layouts": [9]}, ValueError, "unknown layout 9"),
         ({"layouts": [Layout.FLAT], "indices": [torch.zeros(3, dtype=torch.int32)]}, ValueError, "indices must be 2"),

@@ -42,6 +42,13 @@ def test_scatter_rounds_as_torch_converts(fast, weight_dtype, value_dtype):
     assert cases.same_bits(weight.cpu()[~nan], expected[~nan])
 
 
+def test_no_gradient_flows(fast):
+    weight = torch.ones(2, 3, device=fast, requires_grad=True)
+    assert not gk.gather_rows(weight, COLS.to(fast)).requires_grad
+    with pytest.raises(RuntimeError, match="scatter_rows_ is not differentiable"):
+        gk.scatter_rows_(2 * weight, COLS.to(fast), torch.ones(2, 1, device=fast))
+
+
 def test_strided_columns(fast):
     weight = cases.normal((6, 40)).float()
     cols = cases.random_cols(6, 40, 5)
