@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import gradsel_kernels as gk
-from gradsel.masks import Frozen, Mask, PerRow, Whole, from_parts
+from gradsel.masks import Flat, Frozen, Mask, PerRow, Whole, from_parts
 from gradsel.rules import HEAD, Rule, parameter_rules, strip_wrappers
 
 _FORMAT = "gradsel.selection"
@@ -95,8 +95,6 @@ class Selection(Mapping[str, Mask]):
     @staticmethod
     def from_dense(masks: Mapping[str, Tensor]) -> Selection:
         """From boolean masks shaped like their parameters, such as published code saves."""
-        from gradsel.masks import Flat
-
         return Selection({name: Flat.from_dense(mask) for name, mask in masks.items()}, {"policy": "imported"})
 
     def __getitem__(self, name: str) -> Mask:
