@@ -28,7 +28,6 @@ from gradsel_kernels._version import __version__
 PREFERRED = {"native": "cpu", "triton": "cuda"}
 NAMES = (*PREFERRED, "reference")
 
-_modules: dict[str, ModuleType] = {}
 _resolved: dict[torch.device, ModuleType] = {}
 _forced: str | None = None
 _told: set[str] = set()
@@ -37,9 +36,7 @@ _lock = threading.Lock()
 
 def backend(name: str) -> ModuleType:
     """The module of a backend, imported at first use (importing Triton takes half a second)."""
-    if name not in _modules:
-        _modules[name] = importlib.import_module(f"gradsel_kernels.backends.{name}")
-    return _modules[name]
+    return importlib.import_module(f"gradsel_kernels.backends.{name}")
 
 
 def _resolve(device: torch.device) -> ModuleType:

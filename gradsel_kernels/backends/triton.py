@@ -8,14 +8,28 @@ from torch import Tensor
 try:
     import triton
 
-    from gradsel_kernels.triton import adam, bitmask, rows, topk
+    from gradsel_kernels.triton import topk
+    from gradsel_kernels.triton.adam import masked_adam_
+    from gradsel_kernels.triton.bitmask import bits_to_cols, pack_bits, unpack_bits
     from gradsel_kernels.triton.common import INTERPRETED
+    from gradsel_kernels.triton.rows import gather_rows, scatter_rows_
 
     _missing = None
 except ImportError as error:
     _missing = str(error)
 
-DEVICES = ("cuda",)
+__all__ = [
+    "about",
+    "bits_to_cols",
+    "gather_rows",
+    "masked_adam_",
+    "pack_bits",
+    "scatter_rows_",
+    "topk_rows",
+    "topk_rows_bits",
+    "unpack_bits",
+    "why_off",
+]
 
 
 def why_off(device: torch.device) -> str | None:
@@ -51,62 +65,3 @@ def topk_rows_bits(grad: Tensor, k: int) -> tuple[Tensor, Tensor]:
     cols, bits = topk.topk(grad, k, with_bits=True)
     assert bits is not None
     return cols, bits
-
-
-def pack_bits(mask: Tensor) -> Tensor:
-    return bitmask.pack_bits(mask)
-
-
-def unpack_bits(bits: Tensor, n: int) -> Tensor:
-    return bitmask.unpack_bits(bits, n)
-
-
-def bits_to_cols(bits: Tensor, k: int) -> Tensor:
-    return bitmask.bits_to_cols(bits, k)
-
-
-def gather_rows(weight: Tensor, cols: Tensor) -> Tensor:
-    return rows.gather_rows(weight, cols)
-
-
-def scatter_rows_(weight: Tensor, cols: Tensor, values: Tensor) -> None:
-    rows.scatter_rows_(weight, cols, values)
-
-
-def masked_adam_(
-    weights: list[Tensor],
-    values: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    max_exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    indices: list[Tensor],
-    layouts: list[int],
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decoupled_weight_decay: bool,
-    maximize: bool,
-) -> None:
-    adam.masked_adam_(
-        weights,
-        values,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        max_exp_avg_sqs,
-        steps,
-        indices,
-        layouts,
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        eps=eps,
-        weight_decay=weight_decay,
-        decoupled_weight_decay=decoupled_weight_decay,
-        maximize=maximize,
-    )

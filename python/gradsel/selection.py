@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import warnings
@@ -130,7 +131,7 @@ class Selection(Mapping[str, Mask]):
         widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(3)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)).rstrip()
                  for row in [heads, *rows]]  # fmt: skip
-        total = sum(_numel(mask.shape) for mask in self.values())
+        total = sum(math.prod(mask.shape) for mask in self.values())
         share = 100 * self.trainable_count() / max(total, 1)
         lines.append(f"{self.trainable_count():,} of {total:,} parameters trained ({share:.2f} %)")
         how = ", ".join(f"{key} {value}" for key, value in self.notes.items())
@@ -401,10 +402,3 @@ def _describe(value: object) -> str:
 
 def _quiet(progress: bool | None) -> bool | None:
     return None if progress is None else not progress  # tqdm's None: only on a terminal
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
