@@ -1,4 +1,5 @@
-"""Kernels for gradient-based sparse fine-tuning: per-row top-K selection, bitmask packing, masked Adam.
+"""Kernels for gradient-based sparse fine-tuning: per-row top-K selection, bitmask packing, selected
+weight gradients, masked Adam.
 
 Every operation takes 2-D neuron views (one row per output neuron) and runs on three backends: ``reference`` (plain
 torch, the specification), ``native`` (C++ on the CPU) and ``triton`` (CUDA). :func:`use_backend` overrides the choice.
@@ -11,6 +12,7 @@ from gradsel_kernels.backends import show_config, use_backend
 from gradsel_kernels.bitmask import bits_to_cols, pack_bits, unpack_bits
 from gradsel_kernels.rows import gather_rows, scatter_rows_
 from gradsel_kernels.topk import topk_rows, topk_rows_bits
+from gradsel_kernels.weight_grad import selected_weight_grad, selected_weight_grad_bias, take_columns
 
 __all__ = [
     "Layout",
@@ -20,7 +22,10 @@ __all__ = [
     "masked_adam_",
     "pack_bits",
     "scatter_rows_",
+    "selected_weight_grad",
+    "selected_weight_grad_bias",
     "show_config",
+    "take_columns",
     "topk_rows",
     "topk_rows_bits",
     "unpack_bits",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 WORD = 32
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+STRATEGIES = ("auto", "union", "gather", "tile")
 _INDEX_LIMIT = 2**31
 
 
@@ -115,6 +116,61 @@ def scatter_rows_(weight: Tensor, cols: Tensor, values: Tensor) -> None:
     _same_device("values", values, "weight", weight)
     if values.shape != cols.shape:
         raise ValueError(f"values must have the shape of cols {list(cols.shape)}, got {list(values.shape)}")
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums over tokens are taken and returned."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def _activations(name: str, tensor: Tensor, features: str) -> None:
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got a sparse one ({tensor.layout}); call .to_dense() first")
+    if tensor.ndim not in (2, 3):
+        raise ValueError(
+            f"{name} must be [tokens, {features}] or [batch, tokens, {features}], got {_describe(tensor)}; "
+            f"flatten(0, -2) makes it so"
+        )
+    _floating(name, tensor)
+
+
+def take_columns(input: Tensor, columns: Tensor) -> None:
+    _activations("input", input, "features")
+    if columns.ndim != 1 or columns.dtype is not torch.int32:
+        raise ValueError(f"columns must be int32 [count], got {_describe(columns)}")
+    _same_device("columns", columns, "input", input)
+
+
+def selected_weight_grad(
+    grad_output: Tensor, input: Tensor, cols: Tensor, row_offsets: Tensor | None, strategy: str
+) -> None:
+    _activations("grad_output", grad_output, "rows")
+    _activations("input", input, "features")
+    if input.dtype is not grad_output.dtype:
+        raise TypeError(f"input is {input.dtype}, but grad_output is {grad_output.dtype}; cast one of them")
+    _same_device("input", input, "grad_output", grad_output)
+    if input.shape[:-1] != grad_output.shape[:-1]:
+        raise ValueError(
+            f"input {list(input.shape)} and grad_output {list(grad_output.shape)} must have the same tokens: "
+            "every dimension but the last is equal"
+        )
+    rows = grad_output.shape[-1]
+    _dtype("cols", cols, torch.int32)
+    _same_device("cols", cols, "grad_output", grad_output)
+    if row_offsets is None:
+        _matrix("cols", cols, "tensor of columns [rows, k]")
+        if cols.shape[0] != rows:
+            raise ValueError(
+                f"cols has {cols.shape[0]} rows, but grad_output has {rows} features; one row of columns a neuron"
+            )
+    else:
+        if cols.ndim != 1:
+            raise ValueError(f"with row_offsets, cols must be [nnz], got {_describe(cols)}")
+        if row_offsets.dtype is not torch.int64 or row_offsets.shape != (rows + 1,):
+            raise ValueError(f"row_offsets must be int64 [{rows + 1}] (rows + 1), got {_describe(row_offsets)}")
+        _same_device("row_offsets", row_offsets, "grad_output", grad_output)
+    if strategy not in STRATEGIES:
+        raise ValueError(f"unknown strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}")
 
 
 def masked_adam_(

@@ -24,6 +24,13 @@ SCHEMAS = {
     "bits_to_cols": "(Tensor bits, SymInt k) -> Tensor",
     "gather_rows": "(Tensor weight, Tensor cols) -> Tensor",
     "scatter_rows_": "(Tensor(a!) weight, Tensor cols, Tensor values) -> ()",
+    "take_columns": "(Tensor input, Tensor columns) -> Tensor",
+    "selected_weight_grad": (
+        "(Tensor grad_output, Tensor input, Tensor cols, Tensor? row_offsets, str strategy) -> Tensor"
+    ),
+    "selected_weight_grad_bias": (
+        "(Tensor grad_output, Tensor input, Tensor cols, Tensor? row_offsets, str strategy) -> (Tensor, Tensor)"
+    ),
     "masked_adam_": (
         "(Tensor(a!)[] weights, Tensor(b!)[] values, Tensor[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, "
         "Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] steps, Tensor[] indices, int[] layouts, *, float lr, float beta1, "
@@ -80,6 +87,28 @@ def gather_rows(weight: Tensor, cols: Tensor) -> Tensor:
 @_fake
 def scatter_rows_(weight: Tensor, cols: Tensor, values: Tensor) -> None:
     _checks.scatter_rows_(weight, cols, values)
+
+
+@_fake
+def take_columns(input: Tensor, columns: Tensor) -> Tensor:
+    _checks.take_columns(input, columns)
+    return input.new_empty((*input.shape[:-2], columns.shape[0], input.shape[-2]))
+
+
+@_fake
+def selected_weight_grad(
+    grad_output: Tensor, input: Tensor, cols: Tensor, row_offsets: Tensor | None, strategy: str
+) -> Tensor:
+    _checks.selected_weight_grad(grad_output, input, cols, row_offsets, strategy)
+    return grad_output.new_empty(cols.shape, dtype=_checks.sum_dtype(grad_output.dtype))
+
+
+@_fake
+def selected_weight_grad_bias(
+    grad_output: Tensor, input: Tensor, cols: Tensor, row_offsets: Tensor | None, strategy: str
+) -> tuple[Tensor, Tensor]:
+    grad = selected_weight_grad(grad_output, input, cols, row_offsets, strategy)
+    return grad, grad.new_empty(grad_output.shape[-1])
 
 
 @_fake

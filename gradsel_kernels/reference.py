@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from gradsel_kernels._checks import WORD, Layout, grad_is_dense, words
+from gradsel_kernels._checks import WORD, Layout, grad_is_dense, sum_dtype, words
 
 
 def topk_rows(grad: Tensor, k: int) -> Tensor:
@@ -71,6 +71,45 @@ def _row_numbers(weight: Tensor) -> Tensor:
     # Indexing, not Tensor.gather and scatter_: on the CPU those rewrite the payload of bfloat16 NaNs, scatter_ even of
     # those that cols does not name.
     return torch.arange(weight.shape[0], device=weight.device).unsqueeze(1)
+
+
+def take_columns(input: Tensor, columns: Tensor) -> Tensor:
+    """The columns of an activation that backward needs, each with its tokens one after the other in memory."""
+    check_range("columns", columns, input.shape[-1])
+    return input[..., columns.long()].mT.contiguous()
+
+
+def selected_weight_grad(
+    grad_output: Tensor, input: Tensor, cols: Tensor, row_offsets: Tensor | None, strategy: str
+) -> Tensor:
+    """The selected entries of ``grad_output^T @ input``; every strategy has this result."""
+    check_range("cols", cols, input.shape[-1])
+    rows = grad_output.shape[-1]
+    row = torch.arange(rows, device=cols.device)
+    if row_offsets is None:
+        row = row.unsqueeze(1)
+    else:
+        check_offsets(row_offsets, cols.shape[0])
+        row = row.repeat_interleave(row_offsets.diff())
+    return _flat_tokens(grad_output).t().mm(_flat_tokens(input))[row, cols.long()]
+
+
+def selected_weight_grad_bias(
+    grad_output: Tensor, input: Tensor, cols: Tensor, row_offsets: Tensor | None, strategy: str
+) -> tuple[Tensor, Tensor]:
+    grad = selected_weight_grad(grad_output, input, cols, row_offsets, strategy)
+    return grad, _flat_tokens(grad_output).sum(0)
+
+
+def check_offsets(row_offsets: Tensor, nnz: int) -> None:
+    """Refuses row offsets that do not cut 0 .. nnz into consecutive rows."""
+    if int(row_offsets[0]) != 0 or int(row_offsets[-1]) != nnz or bool((row_offsets.diff() < 0).any()):
+        raise IndexError(f"row_offsets must ascend from 0 to {nnz}, the size of cols")
+
+
+def _flat_tokens(activations: Tensor) -> Tensor:
+    """[tokens, features] in the dtype of sums."""
+    return activations.reshape(activations.shape[:-1].numel(), activations.shape[-1]).to(sum_dtype(activations.dtype))
 
 
 def masked_adam_(

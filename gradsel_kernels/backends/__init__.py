@@ -115,9 +115,12 @@ def _force(name: str | None) -> None:
     _resolved.clear()
 
 
+_SAME_CHECK = {"topk_rows_bits": "topk_rows", "selected_weight_grad_bias": "selected_weight_grad"}
+
+
 def _entry(op: str) -> Callable[..., Any]:
     """The kernel registered with the torch dispatcher for one operator."""
-    check = getattr(_checks, "topk_rows" if op == "topk_rows_bits" else op)
+    check = getattr(_checks, _SAME_CHECK.get(op, op))
 
     def kernel(*args, **kwargs):
         check(*args, **kwargs)

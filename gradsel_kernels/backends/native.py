@@ -14,6 +14,7 @@ from torch import Tensor
 from gradsel_kernels import _checks as checks
 from gradsel_kernels._checks import words
 from gradsel_kernels.backends.native_adam import CODES, WIDTH, known_table, new_table
+from gradsel_kernels.reference import selected_weight_grad, selected_weight_grad_bias, take_columns  # noqa: F401
 
 #: Must equal the number compiled into the extension (csrc/bindings.cpp).
 ABI = 1

@@ -8,6 +8,7 @@ from torch import Tensor
 try:
     import triton
 
+    from gradsel_kernels.reference import selected_weight_grad, selected_weight_grad_bias, take_columns
     from gradsel_kernels.triton import topk
     from gradsel_kernels.triton.adam import masked_adam_
     from gradsel_kernels.triton.bitmask import bits_to_cols, pack_bits, unpack_bits
@@ -25,6 +26,9 @@ __all__ = [
     "masked_adam_",
     "pack_bits",
     "scatter_rows_",
+    "selected_weight_grad",
+    "selected_weight_grad_bias",
+    "take_columns",
     "topk_rows",
     "topk_rows_bits",
     "unpack_bits",

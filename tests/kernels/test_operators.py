@@ -30,6 +30,12 @@ def sample_inputs(op: str, device: str):
         return [(weight, cols), (weight.t().contiguous().t(), cols)]
     if op == "scatter_rows_":
         return [(weight, cols, torch.randn(6, 3, device=device))]
+    if op == "take_columns":
+        return [(weight, cols[0]), (weight.view(2, 3, 70), cols[0])]
+    if op.startswith("selected_weight_grad"):
+        grad_output = torch.randn(6, 4, device=device)
+        offsets = torch.tensor([0, 1, 1, 3, 3], device=device)
+        return [(grad_output, weight, cols[:4], None, "auto"), (grad_output, weight, cols[0], offsets, "union")]
     problem = everything(torch.float32).to(device)
     nothing = torch.empty(0, device=device)
 

@@ -1,0 +1,255 @@
+"""Selected weight gradients of every backend and strategy against the dense product in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import gradsel_kernels as gk
+from gradsel_kernels import reference
+from gradsel_kernels._checks import STRATEGIES, sum_dtype
+from tests.kernels import cases
+
+#: (tokens, rows, n, k)
+PROBLEMS = [(1, 1, 1, 1), (7, 5, 3, 2), (33, 17, 31, 1), (50, 64, 96, 3), (129, 40, 33, 33), (255, 19, 7, 5)]
+LARGE = [(1100, 130, 70, 1), (700, 96, 300, 10), (64, 515, 129, 4)]
+EMPTY = [(0, 5, 4, 2), (6, 0, 4, 2), (6, 5, 4, 0), (6, 5, 0, 0)]
+if cases.INTERPRETED:
+    PROBLEMS, LARGE = PROBLEMS[:4], [(140, 40, 50, 3)]
+
+
+def name(case):
+    return getattr(case, "__name__", str(case)).removeprefix("torch.")
+
+
+def offsets_of(counts: Tensor) -> Tensor:
+    return torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+
+
+def check(grad_output, input, cols, device, strategy, row_offsets=None):
+    """The error against float64 is no larger than that of torch's own dense product in float32, plus epsilon."""
+    grad_output, input = grad_output.to(device), input.to(device)
+    before = grad_output.clone(), input.clone()
+    where = (cols.to(device), strategy)
+    offsets = None if row_offsets is None else row_offsets.to(device)
+    grad = gk.selected_weight_grad(grad_output, input, *where, row_offsets=offsets)
+    again, bias = gk.selected_weight_grad_bias(grad_output, input, *where, row_offsets=offsets)
+    total = sum_dtype(grad_output.dtype)
+    assert grad.dtype == bias.dtype == total
+    assert grad.shape == cols.shape
+    assert cases.same_bits(grad, again)
+    assert cases.same_bits(grad, gk.selected_weight_grad(grad_output, input, *where, row_offsets=offsets))
+    assert cases.same_bits(grad_output, before[0])
+    assert cases.same_bits(input, before[1])
+
+    wide = grad_output.double().cpu(), input.double().cpu()
+    truth = reference.selected_weight_grad(*wide, cols, row_offsets, "auto")
+    scale = reference.selected_weight_grad(wide[0].abs(), wide[1].abs(), cols, row_offsets, "auto")
+    torchs = reference.selected_weight_grad(wide[0].to(total), wide[1].to(total), cols, row_offsets, "auto")
+    eps = torch.finfo(total).eps
+    allowed = (torchs.double() - truth).abs().max() if truth.numel() else 0
+    assert ((grad.double().cpu() - truth).abs() <= allowed + 4 * eps * scale).all()
+    sums = wide[0].flatten(0, -2).sum(0)
+    assert ((bias.double().cpu() - sums).abs() <= 8 * eps * wide[0].flatten(0, -2).abs().sum(0)).all()
+
+
+def inputs(tokens, rows, n, dtype=torch.float32, batch=None):
+    lead = (tokens,) if batch is None else (batch, tokens)
+    grad_output = torch.randn(*lead, rows, dtype=torch.float64).to(dtype)
+    return grad_output, torch.randn(*lead, n, dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=name)
+def test_matches_the_specification(fast, dtype, strategy):
+    for tokens, rows, n, k in PROBLEMS + LARGE + EMPTY:
+        check(*inputs(tokens, rows, n, dtype), cases.random_cols(rows, n, k), fast, strategy)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=name)
+def test_batches(fast, dtype, strategy):
+    for batch, tokens, rows, n, k in [(3, 49, 17, 20, 2), (1, 5, 3, 4, 1), (0, 5, 3, 4, 1), (40, 2, 33, 9, 3)]:
+        check(*inputs(tokens, rows, n, dtype, batch), cases.random_cols(rows, n, k), fast, strategy)
+
+
+def token_contiguous(activations: Tensor) -> Tensor:
+    return activations.mT.contiguous().mT
+
+
+def spaced(activations: Tensor) -> Tensor:
+    shape = [2 * size for size in activations.shape]
+    return torch.zeros(shape, dtype=activations.dtype)[tuple(slice(None, None, 2) for _ in shape)].copy_(activations)
+
+
+def expanded(activations: Tensor) -> Tensor:
+    """What ``output.sum().backward()`` hands to a layer: one number for all."""
+    return activations[..., :1, :1].expand(activations.shape)
+
+
+VIEWS = (token_contiguous, spaced, expanded)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
+@pytest.mark.parametrize("batch", [None, 3])
+def test_strided_views(fast, batch, dtype, strategy):
+    grad_output, input = inputs(50, 37, 30, dtype, batch)
+    cols = cases.random_cols(37, 30, 2)
+    for left in (name_view(grad_output) for name_view in VIEWS):
+        check(left, input, cols, fast, strategy)
+        check(left, token_contiguous(input), cols, fast, strategy)
+    check(grad_output, spaced(input), cols, fast, strategy)
+    check(grad_output, expanded(input), cols.t().contiguous().t(), fast, strategy)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=name)
+def test_rows_of_different_length(fast, dtype, strategy):
+    for tokens, rows, n in [(40, 23, 31), (9, 3, 1), (130, 70, 50)]:
+        counts = torch.randint(0, n + 1, (rows,)) * (torch.rand(rows) < 0.7)
+        cols = torch.cat([torch.randperm(n)[:count].sort().values for count in counts.tolist()] or [counts])
+        check(*inputs(tokens, rows, n, dtype), cols.to(torch.int32), fast, strategy, offsets_of(counts))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_columns_may_repeat_and_need_no_order(fast, strategy):
+    grad_output, input = inputs(60, 20, 11)
+    check(grad_output, input, torch.randint(0, 11, (20, 5), dtype=torch.int32), fast, strategy)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=name)
+def test_what_is_not_selected_does_not_leak(fast, dtype, strategy):
+    """NaN and infinity in an unused column, or in another row of the gradient, stay where they are."""
+    grad_output, input = inputs(70, 33, 20, dtype)
+    cols = cases.random_cols(33, 19, 2)
+    expected = gk.selected_weight_grad(grad_output.to(fast), input.to(fast), cols.to(fast), strategy)
+    input[:, 19] = torch.tensor([float("nan"), float("inf")]).repeat(35)
+    grad_output[3, 32] = float("nan")
+    found = gk.selected_weight_grad(grad_output.to(fast), input.to(fast), cols.to(fast), strategy)
+    assert cases.same_bits(found[:32], expected[:32])
+    assert found[32].isnan().all()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_half_precision_is_summed_in_float32(fast, strategy):
+    """4096 ones: a bfloat16 sum would stick at 256."""
+    ones = torch.ones(4096, 5, dtype=torch.bfloat16, device=fast)
+    cols = torch.tensor([[0], [1], [2], [3], [4]], dtype=torch.int32, device=fast)
+    grad, bias = gk.selected_weight_grad_bias(ones, ones, cols, strategy)
+    assert (grad == 4096).all()
+    assert (bias == 4096).all()
+
+
+@pytest.mark.skipif(cases.INTERPRETED, reason="one thread")
+def test_the_number_of_threads_changes_no_bit(fast):
+    threads = torch.get_num_threads()
+    grad_output, input = (tensor.to(fast) for tensor in inputs(900, 300, 80))
+    cols = cases.random_cols(300, 80, 3).to(fast)
+    one_sum = cols[:, :1]
+    try:
+        found = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(gk.selected_weight_grad(grad_output, input, cols, "gather"))
+            found.append(gk.selected_weight_grad(grad_output, input, one_sum, "gather"))
+        for i in (2, 4):
+            assert cases.same_bits(found[i], found[0])
+            assert cases.same_bits(found[i + 1], found[1])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=name)
+def test_take_columns(fast, dtype):
+    for shape in [(9, 20), (300, 33), (0, 4), (5, 0), (3, 49, 20), (2, 0, 3), (1, 1, 1)]:
+        input = torch.randn(shape, dtype=torch.float64).to(dtype)
+        for count in {0, min(1, shape[-1]), shape[-1] // 2, shape[-1]}:
+            columns = torch.randperm(shape[-1])[:count].sort().values.to(torch.int32)
+            for view in (torch.clone, token_contiguous, spaced):
+                expected = reference.take_columns(input, columns)
+                taken = gk.take_columns(view(input).to(fast), columns.to(fast))
+                assert taken.is_contiguous()
+                assert cases.same_bits(taken.cpu(), expected)
+
+
+def test_columns_out_of_range(fast):
+    grad_output, input = (tensor.to(fast) for tensor in inputs(20, 4, 6))
+    for bad in (6, -1, 2**31 - 1):
+        cols = torch.tensor([[0, 1], [2, 3], [4, bad], [5, 0]], dtype=torch.int32, device=fast)
+        columns = cols.view(-1)
+        if fast == "cpu" and not cases.INTERPRETED:
+            for strategy in STRATEGIES:
+                with pytest.raises(IndexError, match="cols must lie in 0 to 5, found"):
+                    gk.selected_weight_grad(grad_output, input, cols, strategy)
+            with pytest.raises(IndexError, match="columns must lie in 0 to 5, found"):
+                gk.take_columns(input, columns)
+        else:
+            found = gk.selected_weight_grad(grad_output, input, cols, "gather")
+            assert found.isnan().view(-1).tolist() == [i == 5 for i in range(8)]
+            assert gk.take_columns(input, columns).isnan().all(1).tolist() == [i == 5 for i in range(8)]
+
+
+def test_offsets_out_of_range(fast):
+    if fast != "cpu" or cases.INTERPRETED:
+        pytest.skip("row offsets are trusted on a GPU: looking at them would synchronise it")
+    grad_output, input = inputs(20, 3, 6)
+    cols = torch.tensor([0, 1, 2], dtype=torch.int32)
+    for offsets in ([0, 1, 2, 4], [1, 1, 2, 3], [0, 2, 1, 3], [0, -5, 2, 3]):
+        with pytest.raises(IndexError, match="row_offsets must ascend from 0 to 3"):
+            gk.selected_weight_grad(grad_output, input, cols, row_offsets=torch.tensor(offsets))
+
+
+def test_offsets_past_two_to_the_31(fast):
+    """Tokens lie 2**31 elements apart; the memory between them is reserved, not used."""
+    stride = 2**31 + 7
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        storage = torch.empty(stride + 64, dtype=torch.float16, device=fast)
+    except RuntimeError as error:
+        pytest.skip(f"4 GiB cannot be reserved here: {error}")
+    far = storage.as_strided((2, 40), (stride, 1))
+    far.copy_(torch.randn(2, 40))
+    near = far.clone()
+    cols = cases.random_cols(40, 40, 2).to(fast)
+    for strategy in STRATEGIES:
+        expected = gk.selected_weight_grad(near, near, cols, strategy)
+        assert cases.same_bits(gk.selected_weight_grad(far, far, cols, strategy), expected)
+    assert cases.same_bits(gk.take_columns(far, cols[0]), gk.take_columns(near, cols[0]))
+
+
+GOOD = (torch.ones(4, 3), torch.ones(4, 5), torch.zeros(3, 2, dtype=torch.int32))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({0: torch.ones(3)}, ValueError, r"grad_output must be \[tokens, rows\] or \[batch, tokens, rows\]"),
+        ({1: torch.ones(2, 2, 2, 5)}, ValueError, "input must be .*flatten"),
+        ({1: torch.ones(4, 5).half()}, TypeError, "input is torch.float16, but grad_output is torch.float32"),
+        ({0: torch.ones(4, 3).int()}, TypeError, "grad_output must be float32"),
+        ({1: torch.ones(6, 5)}, ValueError, "must have the same tokens"),
+        ({2: torch.zeros(3, 2)}, TypeError, "cols must be torch.int32"),
+        ({2: torch.zeros(4, 2, dtype=torch.int32)}, ValueError, "cols has 4 rows, but grad_output has 3 features"),
+        ({3: "dense"}, ValueError, "unknown strategy 'dense'; choose one of auto, union, gather, tile"),
+        ({0: torch.ones(4, 3).to_sparse()}, TypeError, "grad_output must be a dense tensor"),
+    ],
+)
+def test_bad_input(changes, error, message):
+    arguments = [*GOOD, "auto"]
+    for place, value in changes.items():
+        arguments[place] = value
+    for function in (gk.selected_weight_grad, gk.selected_weight_grad_bias):
+        with pytest.raises(error, match=message):
+            function(*arguments)
+
+
+def test_bad_offsets_and_columns():
+    with pytest.raises(ValueError, match=r"with row_offsets, cols must be \[nnz\]"):
+        gk.selected_weight_grad(*GOOD, row_offsets=torch.tensor([0, 1, 2, 2]))
+    with pytest.raises(ValueError, match=r"row_offsets must be int64 \[4\]"):
+        gk.selected_weight_grad(GOOD[0], GOOD[1], torch.zeros(2, dtype=torch.int32), row_offsets=torch.tensor([0, 2]))
+    with pytest.raises(ValueError, match=r"columns must be int32 \[count\]"):
+        gk.take_columns(torch.ones(3, 4), torch.tensor([1, 2]))
