@@ -12,11 +12,20 @@ import torch
 from torch import Tensor
 
 import gradsel_kernels as gk
+from gradsel.products import COPIED_SHARE, Lookup, Product
 from gradsel.views import NeuronView, memory_offsets
 
 
+class Place(NamedTuple):
+    """Where the selected entries lie in a parameter, in the form that ``gradsel_kernels.masked_adam_`` takes."""
+
+    weight: Tensor
+    indices: Tensor | None
+    layout: gk.Layout
+
+
 class Operands(NamedTuple):
-    """What ``gradsel_kernels.masked_adam_`` wants to know of one parameter."""
+    """A :class:`Place`, and a gradient that is dense or in mask order."""
 
     weight: Tensor
     grad: Tensor
@@ -29,11 +38,13 @@ class Mask(ABC):
 
     Attributes:
         kind: the name of the kind, as files and tables show it.
+        is_whole: every entry is selected, and no more needs to be known.
         shape: shape of the parameter.
         compact_shape: shape of a tensor of the selected entries: gradients, moments, values.
     """
 
     kind: ClassVar[str]
+    is_whole: ClassVar[bool] = False
     shape: tuple[int, ...]
     compact_shape: tuple[int, ...]
     _scattered: tuple[tuple[int, ...], Tensor] | None = None
@@ -56,8 +67,15 @@ class Mask(ABC):
         """bool, shaped like the parameter."""
 
     @abstractmethod
+    def place(self, weight: Tensor) -> Place:
+        """Weight and indices for a gradient in mask order, as aliases."""
+
     def operands(self, weight: Tensor, grad: Tensor) -> Operands:
-        """Weight, gradient and indices in the form that the kernels take, as aliases wherever strides allow it."""
+        """Weight, dense gradient and indices in the form that the kernels take, aliases wherever strides allow it."""
+        place = self.place(weight)
+        if place.weight is not weight or not (weight.ndim <= 2 or grad.is_contiguous()):
+            grad = self.gather(grad)
+        return Operands(place.weight, grad, place.indices, place.layout)
 
     @abstractmethod
     def to(self, device: torch.device) -> Mask:
@@ -74,6 +92,37 @@ class Mask(ABC):
     @abstractmethod
     def used_columns(self) -> Tensor:
         """The columns of the neuron view with a selected entry, ascending: the inputs that backward needs. int64."""
+
+    def product(self, view: NeuronView, groups: int = 1, share: float = COPIED_SHARE) -> Product:
+        """How a layer that multiplies by the parameter computes the gradient of the selected entries.
+
+        Args:
+            view: the layer's rows and columns.
+            groups: of a grouped convolution: its rows are cut into as many blocks, each with inputs of its own.
+            share: see :data:`gradsel.products.COPIED_SHARE`.
+        """
+        rows, n = view.shape(self.shape)
+        row, col = self._coordinates(view)
+        return Product.irregular(row, col + row // (rows // groups) * n, rows, groups * n, share)
+
+    def lookup(self) -> Lookup:
+        """How an embedding [tokens, dim] computes the gradient of the selected entries."""
+        row, col = self._coordinates(NeuronView())
+        rows, slots = row.unique(return_inverse=True)
+        return Lookup(self.compact_shape, self.shape[0], rows=rows, entries=torch.stack([slots, col]))
+
+    def _coordinates(self, view: NeuronView) -> tuple[Tensor, Tensor]:
+        """Row and column of every selected entry, int64 [nnz] in mask order."""
+        numbers = torch.arange(math.prod(self.shape), device=self.device)
+        places = torch.empty_like(numbers).scatter_(0, view.of(numbers.view(self.shape)).reshape(-1), numbers)
+        entries = places[self._pick(numbers.view(self.shape))]
+        columns = view.shape(self.shape)[1]
+        return entries // columns, entries % columns
+
+    @property
+    def device(self) -> torch.device:
+        """Where the indices are."""
+        return torch.device("cpu")
 
     def _pick(self, entries: Tensor) -> Tensor:
         """The selected ones of a tensor shaped like the parameter, in mask order, flat."""
@@ -99,7 +148,53 @@ class Mask(ABC):
         return f"{type(self).__name__}(shape={list(self.shape)}, nnz={self.nnz})"
 
 
-class PerRow(Mask):
+class _Viewed(Mask):
+    """Entries named by rows and columns of a neuron view.
+
+    Attributes:
+        view: how the parameter is seen as rows and columns.
+        layout: how :attr:`indices` name entries of that matrix.
+    """
+
+    layout: ClassVar[gk.Layout]
+
+    def __init__(self, shape: Sequence[int], view: NeuronView | None) -> None:
+        self.shape = tuple(shape)
+        self.view = view or NeuronView()
+        self.view.check(self.shape)
+        self.rows_and_columns = self.view.shape(self.shape)
+
+    @property
+    @abstractmethod
+    def indices(self) -> Tensor:
+        """For ``gradsel_kernels.masked_adam_``."""
+
+    def _matrix(self, weight: Tensor) -> Tensor | None:
+        """The neuron view as an alias; the weight itself where the kernels see it so, which is cheaper."""
+        if self.view.is_first_dim and (weight.ndim == 2 or weight.is_contiguous()):
+            return weight
+        return self.view.alias(weight)
+
+    def place(self, weight: Tensor) -> Place:
+        matrix = self._matrix(weight)
+        if matrix is not None:
+            return Place(matrix, self.indices, self.layout)
+        return Place(_memory(weight), self._offsets(weight), gk.Layout.FLAT)
+
+    def operands(self, weight: Tensor, grad: Tensor) -> Operands:
+        place = self.place(weight)
+        if place.weight is not weight and place.layout is self.layout and place.weight.ndim == 2:
+            return Operands(place.weight, self.view.of(grad), place.indices, place.layout)
+        return super().operands(weight, grad)
+
+    def _scatter_to_memory_(self, weight: Tensor, values: Tensor) -> None:
+        _memory(weight).view(-1)[self._offsets(weight).long()] = values.reshape(-1).to(weight.dtype)
+
+    def describe(self) -> dict[str, Any]:
+        return {"row_dims": list(self.view.row_dims), "groups": self.view.groups}
+
+
+class PerRow(_Viewed):
     """K entries in every row of a neuron view: GPS.
 
     Args:
@@ -112,12 +207,11 @@ class PerRow(Mask):
     """
 
     kind = "per-row"
+    layout = gk.Layout.COLS
 
     def __init__(self, cols: Tensor, shape: Sequence[int], view: NeuronView | None = None) -> None:
-        self.shape = tuple(shape)
-        self.view = view or NeuronView()
-        self.view.check(self.shape)
-        rows, n = self.view.shape(self.shape)
+        super().__init__(shape, view)
+        rows, n = self.rows_and_columns
         if cols.dtype is not torch.int32:
             raise TypeError(f"cols must be int32, got {cols.dtype}")
         if cols.ndim != 2 or cols.shape[0] != rows or cols.shape[1] > n:
@@ -132,6 +226,14 @@ class PerRow(Mask):
         self.cols = cols.contiguous()
         self.compact_shape = tuple(cols.shape)
 
+    @property
+    def indices(self) -> Tensor:
+        return self.cols
+
+    @property
+    def device(self) -> torch.device:
+        return self.cols.device
+
     def gather(self, weight: Tensor) -> Tensor:
         return gk.gather_rows(self.view.of(weight), self.cols)
 
@@ -140,23 +242,27 @@ class PerRow(Mask):
         if matrix is not None:
             gk.scatter_rows_(matrix, self.cols, values)
         else:
-            _memory(weight).view(-1)[self._offsets(weight).long()] = values.reshape(-1).to(weight.dtype)
+            self._scatter_to_memory_(weight, values)
 
     def to_dense(self) -> Tensor:
-        dense = torch.zeros(self.view.shape(self.shape), dtype=torch.bool, device=self.cols.device)
+        dense = torch.zeros(self.rows_and_columns, dtype=torch.bool, device=self.cols.device)
         return self.view.undo(dense.scatter_(1, self.cols.long(), True), self.shape)
 
     def used_columns(self) -> Tensor:
         return self.cols.unique().long()
 
-    def operands(self, weight: Tensor, grad: Tensor) -> Operands:
-        if self.view.is_first_dim and weight.is_contiguous() and grad.is_contiguous():
-            # No view is needed, which saves its cost on every step: rows lie one after the other in memory.
-            return Operands(weight, grad, self.cols, gk.Layout.COLS)
-        matrix = self.view.alias(weight)
-        if matrix is not None:
-            return Operands(matrix, self.view.of(grad), self.cols, gk.Layout.COLS)
-        return Operands(_memory(weight), self.gather(grad), self._offsets(weight), gk.Layout.FLAT)
+    def product(self, view: NeuronView, groups: int = 1, share: float = COPIED_SHARE) -> Product:
+        if view != self.view:
+            return super().product(view, groups, share)
+        rows, n = self.rows_and_columns
+        return Product.per_row(
+            self.cols + _first_inputs(rows, n, groups, self.device), groups * n, self.compact_shape, share
+        )
+
+    def lookup(self) -> Lookup:
+        if not self.view.is_first_dim:
+            return super().lookup()
+        return Lookup(self.compact_shape, self.shape[0], cols=self.cols.long())
 
     def _pick(self, entries: Tensor) -> Tensor:
         return self.view.of(entries).gather(1, self.cols.long()).view(-1)
@@ -167,8 +273,148 @@ class PerRow(Mask):
     def tensors(self) -> dict[str, Tensor]:
         return {"cols": self.cols}
 
-    def describe(self) -> dict[str, Any]:
-        return {"row_dims": list(self.view.row_dims), "groups": self.view.groups}
+
+class WholeRows(_Viewed):
+    """All entries of some neurons: GRFT with rows, single tokens of an embedding.
+
+    Args:
+        rows: int32 [k], ascending.
+        shape: shape of the parameter.
+        view: how the parameter is seen as rows and columns.
+
+    Raises:
+        TypeError, ValueError: ``rows`` is not int32, or not strictly ascending in range.
+    """
+
+    kind = "rows"
+    layout = gk.Layout.FLAT
+
+    def __init__(self, rows: Tensor, shape: Sequence[int], view: NeuronView | None = None) -> None:
+        super().__init__(shape, view)
+        _check_ascending("rows", rows, self.rows_and_columns[0])
+        self.rows = rows
+        self.compact_shape = (rows.numel(), self.rows_and_columns[1])
+
+    @cached_property
+    def indices(self) -> Tensor:
+        rows, n = self.rows_and_columns
+        flat = (self.rows.long().unsqueeze(1) * n + torch.arange(n, device=self.device)).view(-1)
+        return flat if rows * n > 2**31 else flat.to(torch.int32)
+
+    @property
+    def device(self) -> torch.device:
+        return self.rows.device
+
+    def gather(self, weight: Tensor) -> Tensor:
+        return self.view.of(weight)[self.rows.long()]
+
+    def scatter_(self, weight: Tensor, values: Tensor) -> None:
+        matrix = self.view.alias(weight)
+        if matrix is not None:
+            matrix[self.rows.long()] = values.to(weight.dtype)
+        else:
+            self._scatter_to_memory_(weight, values)
+
+    def to_dense(self) -> Tensor:
+        dense = torch.zeros(self.rows_and_columns, dtype=torch.bool, device=self.device)
+        dense[self.rows.long()] = True
+        return self.view.undo(dense, self.shape)
+
+    def used_columns(self) -> Tensor:
+        return torch.arange(self.rows_and_columns[1] if self.rows.numel() else 0, device=self.device)
+
+    def product(self, view: NeuronView, groups: int = 1, share: float = COPIED_SHARE) -> Product:
+        if view != self.view:
+            return super().product(view, groups, share)
+        rows, n = self.rows_and_columns
+        if groups == 1:
+            return Product.whole_rows(self.rows, n)
+        cols = torch.arange(n, dtype=torch.int32, device=self.device) + _first_inputs(rows, n, groups, self.device)
+        rows64 = self.rows.long()
+        return Product.per_row(cols[rows64], groups * n, self.compact_shape, share, rows64)
+
+    def lookup(self) -> Lookup:
+        if not self.view.is_first_dim:
+            return super().lookup()
+        return Lookup(self.compact_shape, self.shape[0], rows=self.rows.long())
+
+    def _pick(self, entries: Tensor) -> Tensor:
+        return self.gather(entries).reshape(-1)
+
+    def to(self, device: torch.device) -> WholeRows:
+        return self if self.device == device else WholeRows(self.rows.to(device), self.shape, self.view)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"rows": self.rows}
+
+
+class WholeColumns(_Viewed):
+    """The same inputs of every neuron: GRFT with columns.
+
+    Args:
+        cols: int32 [k], ascending.
+        shape: shape of the parameter.
+        view: how the parameter is seen as rows and columns.
+
+    Raises:
+        TypeError, ValueError: ``cols`` is not int32, or not strictly ascending in range.
+    """
+
+    kind = "columns"
+    layout = gk.Layout.COLS
+
+    def __init__(self, cols: Tensor, shape: Sequence[int], view: NeuronView | None = None) -> None:
+        super().__init__(shape, view)
+        _check_ascending("cols", cols, self.rows_and_columns[1])
+        self.cols = cols
+        self.compact_shape = (self.rows_and_columns[0], cols.numel())
+
+    @cached_property
+    def indices(self) -> Tensor:
+        return self.cols.expand(self.compact_shape).contiguous()
+
+    @property
+    def device(self) -> torch.device:
+        return self.cols.device
+
+    def gather(self, weight: Tensor) -> Tensor:
+        return self.view.of(weight)[:, self.cols.long()].contiguous()
+
+    def scatter_(self, weight: Tensor, values: Tensor) -> None:
+        matrix = self.view.alias(weight)
+        if matrix is not None:
+            matrix[:, self.cols.long()] = values.to(weight.dtype)
+        else:
+            self._scatter_to_memory_(weight, values)
+
+    def to_dense(self) -> Tensor:
+        dense = torch.zeros(self.rows_and_columns, dtype=torch.bool, device=self.device)
+        dense[:, self.cols.long()] = True
+        return self.view.undo(dense, self.shape)
+
+    def used_columns(self) -> Tensor:
+        return self.cols.long()
+
+    def product(self, view: NeuronView, groups: int = 1, share: float = COPIED_SHARE) -> Product:
+        if view != self.view:
+            return super().product(view, groups, share)
+        rows, n = self.rows_and_columns
+        cols = self.cols + _first_inputs(rows, n, groups, self.device)
+        return Product.per_row(cols.expand(rows, -1), groups * n, self.compact_shape, share)
+
+    def lookup(self) -> Lookup:
+        if not self.view.is_first_dim:
+            return super().lookup()
+        return Lookup(self.compact_shape, self.shape[0], cols=self.cols.long())
+
+    def _pick(self, entries: Tensor) -> Tensor:
+        return self.gather(entries).view(-1)
+
+    def to(self, device: torch.device) -> WholeColumns:
+        return self if self.device == device else WholeColumns(self.cols.to(device), self.shape, self.view)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"cols": self.cols}
 
 
 class Flat(Mask):
@@ -211,10 +457,14 @@ class Flat(Mask):
     def used_columns(self) -> Tensor:
         return (self.indices.long() % max(_columns(self.shape), 1)).unique()
 
-    def operands(self, weight: Tensor, grad: Tensor) -> Operands:
-        if weight.ndim <= 2 or (weight.is_contiguous() and grad.is_contiguous()):
-            return Operands(weight, grad, self.indices, gk.Layout.FLAT)
-        return Operands(_memory(weight), self.gather(grad), self._offsets(weight), gk.Layout.FLAT)
+    def place(self, weight: Tensor) -> Place:
+        if weight.ndim <= 2 or weight.is_contiguous():
+            return Place(weight, self.indices, gk.Layout.FLAT)
+        return Place(_memory(weight), self._offsets(weight), gk.Layout.FLAT)
+
+    @property
+    def device(self) -> torch.device:
+        return self.indices.device
 
     def _pick(self, entries: Tensor) -> Tensor:
         return entries.reshape(-1)[self.indices.long()]
@@ -233,6 +483,7 @@ class Whole(Mask):
     """Every entry: biases, heads."""
 
     kind = "whole"
+    is_whole = True
 
     def __init__(self, shape: Sequence[int]) -> None:
         self.shape = self.compact_shape = tuple(shape)
@@ -249,10 +500,10 @@ class Whole(Mask):
     def used_columns(self) -> Tensor:
         return torch.arange(_columns(self.shape))
 
-    def operands(self, weight: Tensor, grad: Tensor) -> Operands:
-        if weight.ndim <= 2 or (weight.is_contiguous() and grad.is_contiguous()):
-            return Operands(weight, grad, None, gk.Layout.ALL)
-        return Operands(_memory(weight), self.gather(grad), self._offsets(weight), gk.Layout.FLAT)
+    def place(self, weight: Tensor) -> Place:
+        if weight.ndim <= 2 or weight.is_contiguous():
+            return Place(weight, None, gk.Layout.ALL)
+        return Place(_memory(weight), self._offsets(weight), gk.Layout.FLAT)
 
     def to(self, device: torch.device) -> Whole:
         return self
@@ -291,8 +542,8 @@ class Frozen(Mask):
     def used_columns(self) -> Tensor:
         return torch.empty(0, dtype=torch.int64)
 
-    def operands(self, weight: Tensor, grad: Tensor) -> Operands:
-        return Operands(weight.new_empty(0), grad.new_empty(0), None, gk.Layout.ALL)
+    def place(self, weight: Tensor) -> Place:
+        return Place(weight.new_empty(0), None, gk.Layout.ALL)
 
     def to(self, device: torch.device) -> Frozen:
         return self
@@ -315,6 +566,11 @@ def from_parts(kind: str, shape: Sequence[int], description: dict[str, Any], ten
     if kind == PerRow.kind:
         view = NeuronView(tuple(description["row_dims"]), description["groups"])
         return PerRow(tensors["cols"], shape, view)
+    if kind in (WholeRows.kind, WholeColumns.kind):
+        view = NeuronView(tuple(description["row_dims"]), description["groups"])
+        if kind == WholeRows.kind:
+            return WholeRows(tensors["rows"], shape, view)
+        return WholeColumns(tensors["cols"], shape, view)
     if kind == Flat.kind:
         return Flat(tensors["indices"], shape)
     if kind == Whole.kind:
@@ -322,6 +578,18 @@ def from_parts(kind: str, shape: Sequence[int], description: dict[str, Any], ten
     if kind == Frozen.kind:
         return Frozen(shape, str(description["reason"]))
     raise ValueError(f"unknown kind of mask {kind!r}")
+
+
+def _check_ascending(name: str, numbers: Tensor, end: int) -> None:
+    if numbers.dtype is not torch.int32 or numbers.ndim != 1:
+        raise TypeError(f"{name} must be int32 [k], got {numbers.dtype} {list(numbers.shape)}")
+    if numbers.numel() and (int(numbers[0]) < 0 or int(numbers[-1]) >= end or bool((numbers.diff() <= 0).any())):
+        raise ValueError(f"{name} must ascend within 0 to {end - 1}, got {numbers.tolist()}")
+
+
+def _first_inputs(rows: int, n: int, groups: int, device: torch.device) -> Tensor:
+    """int32 [rows, 1]: where the inputs of each row's group begin."""
+    return (torch.arange(rows, dtype=torch.int32, device=device) // max(rows // groups, 1) * n).unsqueeze(1)
 
 
 def _columns(shape: tuple[int, ...]) -> int:

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import gradsel_kernels as gk
-from gradsel.masks import Mask, Whole
+from gradsel.layers import owner_of
+from gradsel.masks import Mask, Operands, Whole
 from gradsel.selection import Selection, lookup
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -24,7 +25,8 @@ class MaskedAdam(Optimizer):
     unselected entries never change by a bit, and the state has the size of the selection: two float32 (float64 for
     float64 parameters) for each selected entry, and a float32 master copy where the parameter is bfloat16 or float16.
     Weights written by others between steps are taken over, except through ``.data``, which nobody can see.
-    The whole parameter group is updated by one kernel call.
+    The whole parameter group is updated by one kernel call; on a model prepared by :func:`gradsel.attach`, for which no
+    ``masks`` are passed, that call writes values, moments and the weights themselves.
 
     Args:
         params: parameters, named parameters (``model.named_parameters()``, required with ``masks``) or groups.
@@ -42,6 +44,9 @@ class MaskedAdam(Optimizer):
         ValueError: a hyper-parameter out of range; ``masks`` with unnamed parameters; a mask of another shape.
         KeyError: a parameter that ``masks`` does not know.
     """
+
+    #: attach()'s hook for other optimizers has nothing left to do after a step.
+    writes_weights = True
 
     def __init__(
         self,
@@ -99,6 +104,8 @@ class MaskedAdam(Optimizer):
         params = group["params"]
         if self._selection is None:
             return {parameter: Whole(parameter.shape) for parameter in params}
+        if any(owner_of(parameter) is not None for parameter in params):
+            raise ValueError("the model is attached, so its parameters know what is selected; leave out masks")
         if "param_names" not in group:
             raise ValueError(
                 "masks are keyed by parameter name, but the parameters have no names; "
@@ -138,7 +145,9 @@ class MaskedAdam(Optimizer):
         return loss
 
     def _step_group(self, group: dict[str, Any]) -> None:
-        operands, states, low_precision = [], [], []
+        operands: list[Operands] = []
+        values: list[Tensor | None] = []  # compact parameters of an attached model
+        states, low_precision = [], []
         for parameter in group["params"]:
             grad = parameter.grad
             mask = self._masks[parameter]
@@ -148,7 +157,15 @@ class MaskedAdam(Optimizer):
                 raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
             if grad.is_complex():
                 raise RuntimeError("MaskedAdam does not support complex parameters; use torch.view_as_real")
-            operands.append(mask.operands(parameter, grad))
+            owner = owner_of(parameter)
+            if owner is None:
+                operands.append(mask.operands(parameter, grad))
+                values.append(None)
+            else:
+                weight, selected = owner
+                weight, indices, layout = selected.mask.place(weight)
+                operands.append(Operands(weight, grad, indices, layout))
+                values.append(parameter)
             states.append(self._state(parameter, mask, group["amsgrad"]))
             if "master" in states[-1]:
                 low_precision.append(parameter)
@@ -163,7 +180,7 @@ class MaskedAdam(Optimizer):
             [state["step"] for state in states],
             indices=[o.indices for o in operands],
             layouts=[o.layout for o in operands],
-            values=[state.get("master") for state in states],
+            values=[state.get("master", value) for state, value in zip(states, values, strict=True)],
             max_exp_avg_sqs=[state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else None,
             lr=float(group["lr"]),
             beta1=float(beta1),

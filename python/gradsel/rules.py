@@ -66,7 +66,9 @@ def parameter_rules(
     Raises:
         ValueError: a pattern matches no parameter.
     """
-    owners = _owners(model)
+    if any("_selected" in vars(module) for module in model.modules()):
+        raise ValueError("the model is attached to a selection; call gradsel.detach(model) before selecting anew")
+    owners = parameter_uses(model)
     names = [name for uses in owners.values() for name, _, _ in uses]
     overrides = {"rank": tuple(rank), "whole": tuple(whole), "freeze": tuple(freeze)}
     for action, patterns in overrides.items():
@@ -86,7 +88,7 @@ def parameter_rules(
     return rules
 
 
-def _named(action: str, uses: list[_Use]) -> Rule:
+def _named(action: str, uses: list[Use]) -> Rule:
     name, module, short = uses[0]
     parameter = getattr(module, short)
     if action != "freeze" and not parameter.is_floating_point():
@@ -94,12 +96,12 @@ def _named(action: str, uses: list[_Use]) -> Rule:
     return Rule(action, "named", _view(uses), named=True)
 
 
-_Use = tuple[str, nn.Module, str]  # full name, owning module, name in it
+Use = tuple[str, nn.Module, str]  # full name, owning module, name in it
 
 
-def _owners(model: nn.Module) -> dict[str, list[_Use]]:
+def parameter_uses(model: nn.Module) -> dict[str, list[Use]]:
     """Every parameter by its first name, with all the places it is used in."""
-    by_id: dict[int, tuple[str, list[_Use]]] = {}
+    by_id: dict[int, tuple[str, list[Use]]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         for short, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             name = strip_wrappers(f"{prefix}.{short}" if prefix else short)
@@ -108,7 +110,7 @@ def _owners(model: nn.Module) -> dict[str, list[_Use]]:
     return {name: by_id[key][1] for name, key in order.items()}
 
 
-def _default(uses: list[_Use], head: frozenset[str]) -> Rule:
+def _default(uses: list[Use], head: frozenset[str]) -> Rule:
     modules = [module for _, module, _ in uses]
     shorts = {short for _, _, short in uses}
     parameter = getattr(modules[0], uses[0][2])
@@ -133,16 +135,21 @@ def _default(uses: list[_Use], head: frozenset[str]) -> Rule:
     return Rule("freeze", "neither weight nor bias")
 
 
-def _view(uses: list[_Use]) -> NeuronView:
+def _view(uses: list[Use]) -> NeuronView:
     _, module, short = uses[0]
     parameter = getattr(module, short)
     if isinstance(module, _TRANSPOSED):
         return NeuronView((0, 2), module.groups) if module.groups > 1 else NeuronView((1,))
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers' transposed Linear
+    if is_transposed_linear(module):
         return NeuronView((1,))
     if parameter.ndim == 3 and not isinstance(module, (nn.modules.conv._ConvNd, nn.Bilinear)):
         return NeuronView((0, 1))  # stacked experts [experts, out, in]
     return NeuronView((0,))
+
+
+def is_transposed_linear(module: nn.Module) -> bool:
+    """Whether it is the ``Conv1D`` of transformers: a Linear whose weight is stored as [in, out]."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,8 +19,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import gradsel_kernels as gk
-from gradsel.masks import Flat, Frozen, Mask, PerRow, Whole, from_parts
+from gradsel.masks import Flat, Frozen, Mask, PerRow, Whole, WholeColumns, WholeRows, from_parts
 from gradsel.rules import HEAD, Rule, parameter_rules, strip_wrappers
+from gradsel.tables import grouped, shape_text, table
 
 _FORMAT = "gradsel.selection"
 _FORMAT_VERSION = 1
@@ -82,6 +82,56 @@ class PerNeuron:
         return PerRow(gk.topk_rows(score, self.k), shape, rule.view)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """The ``k`` best neurons of every matrix, with all their inputs: GRFT, equations 4 to 6.
+
+    A neuron's score is the sum of its squared scores.
+
+    Args:
+        k: neurons a matrix; a matrix with fewer is kept whole.
+    """
+
+    k: int = 1
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"Rows(k) needs k >= 1, got {self.k}")
+
+    def choose(self, score: Tensor, shape: tuple[int, ...], rule: Rule) -> Mask:
+        """The mask of one parameter from its scores [rows, cols]."""
+        return WholeRows(_best(score, 1, self.k), shape, rule.view)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The ``k`` best inputs of every matrix, for all neurons: GRFT with columns.
+
+    An input's score is the sum of its squared scores.
+
+    Args:
+        k: inputs a matrix; a matrix with fewer is kept whole.
+    """
+
+    k: int = 1
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"Columns(k) needs k >= 1, got {self.k}")
+
+    def choose(self, score: Tensor, shape: tuple[int, ...], rule: Rule) -> Mask:
+        """The mask of one parameter from its scores [rows, cols]."""
+        return WholeColumns(_best(score, 0, self.k), shape, rule.view)
+
+
+def _best(score: Tensor, dim: int, k: int) -> Tensor:
+    """The rows or columns with the largest sum of squares along ``dim``: int32 [k], ascending, ties to the lowest."""
+    return gk.topk_rows(score.square().sum(dim).unsqueeze(0), k)[0]
+
+
+Policy = PerNeuron | Rows | Columns
+
+
 class Selection(Mapping[str, Mask]):
     """A mask for every parameter of a model, by name; frozen ones included.
 
@@ -113,24 +163,27 @@ class Selection(Mapping[str, Mask]):
 
     def summary(self) -> str:
         """A table with one line for each group of equal parameters; block numbers are written as ``*``."""
-        groups: dict[tuple[str, tuple[int, ...], str, int], int] = {}
-        for name, mask in self.items():
-            how = mask.reason if isinstance(mask, Frozen) else mask.kind if mask.nnz else "nothing selected"
-            key = (re.sub(r"(?<![^.])\d+(?![^.])", "*", name), mask.shape, how, mask.nnz)
-            groups[key] = groups.get(key, 0) + 1
+        groups = grouped(
+            (
+                name,
+                (
+                    mask.shape,
+                    mask.reason if isinstance(mask, Frozen) else mask.kind if mask.nnz else "nothing selected",
+                    mask.nnz,
+                ),
+            )
+            for name, mask in self.items()
+        )
         rows = [
             (
-                name + (f"  x{count}" if count > 1 else ""),
-                "x".join(map(str, shape)) or "scalar",
+                name,
+                shape_text(shape),
                 "-" if nnz == 0 else how,
                 f"{nnz * count:,}" if nnz else f"frozen: {how}",
             )
-            for (name, shape, how, nnz), count in groups.items()
+            for name, (shape, how, nnz), count in groups
         ]
-        heads = ("parameter", "shape", "mask", "trained")
-        widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(3)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)).rstrip()
-                 for row in [heads, *rows]]  # fmt: skip
+        lines = table(("parameter", "shape", "mask", "trained"), rows)
         total = sum(math.prod(mask.shape) for mask in self.values())
         share = 100 * self.trainable_count() / max(total, 1)
         lines.append(f"{self.trainable_count():,} of {total:,} parameters trained ({share:.2f} %)")
@@ -200,7 +253,7 @@ def select(
     model: nn.Module,
     batches: Iterable[Any] | None,
     loss: Callable[[Any, Any], Tensor] | None,
-    policy: PerNeuron = PerNeuron(1),
+    policy: Policy = PerNeuron(1),
     criterion: str | Criterion | Score = "gradient",
     *,
     head: Iterable[str] = HEAD,
@@ -221,7 +274,7 @@ def select(
         batches: anything to iterate over, once. None for a criterion that needs no gradient.
         loss: ``loss(model, batch)`` returns the scalar to differentiate, for example supervised contrastive loss on
             features: ``lambda model, batch: SupConLoss()(model.forward_features(batch[0]), batch[1])``.
-        policy: how many entries of what, for example ``PerNeuron(3)``.
+        policy: how many entries of what: ``PerNeuron(3)``, ``Rows(3)`` or ``Columns(3)``.
         criterion: ``"gradient"``, ``"magnitude"``, ``"random"``, or a function of the neuron views
             ``(weight, grad) -> score``.
         head, rank, whole, freeze: what is ranked, trained whole or frozen: see :func:`gradsel.rules.parameter_rules`.

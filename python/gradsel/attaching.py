@@ -1,0 +1,251 @@
+"""attach() and detach(): a model that trains what a selection says, and forms no other gradients."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from gradsel.layers import SUFFIX, Attached, attached_class, direct_forward, link, owner_of, selected_of, trained_dtype
+from gradsel.masks import Mask
+from gradsel.rules import Use, parameter_uses, strip_wrappers
+from gradsel.selection import Selection, lookup
+from gradsel.tables import grouped, shape_text, table
+
+
+@dataclass
+class Route:
+    """How one parameter is trained.
+
+    Attributes:
+        route: "direct", "harvest", "whole" or "frozen".
+        why: in a few words.
+        trained: number of trained entries.
+    """
+
+    route: str
+    why: str
+    shape: tuple[int, ...]
+    trained: int
+
+
+class AttachReport(Mapping[str, Route]):
+    """What :func:`attach` did with every parameter; printable."""
+
+    def __init__(self, routes: Mapping[str, Route]) -> None:
+        self._routes = dict(routes)
+
+    def __getitem__(self, name: str) -> Route:
+        return self._routes[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._routes)
+
+    def __len__(self) -> int:
+        return len(self._routes)
+
+    def __str__(self) -> str:
+        rows = grouped((name, (r.shape, r.route, r.why, r.trained)) for name, r in self.items())
+        cells = [
+            (name, shape_text(shape), route, why, f"{trained * count:,}" if trained else "-")
+            for name, (shape, route, why, trained), count in rows
+        ]
+        direct, harvest = (sum(r.route == route for r in self.values()) for route in ("direct", "harvest"))
+        lines = table(("parameter", "shape", "route", "why", "trained"), cells)
+        lines.append(f"{sum(r.trained for r in self.values()):,} entries trained; {direct} parameters by the direct "
+                     f"route, {harvest} by the harvest of a dense gradient")  # fmt: skip
+        return "\n".join(lines)
+
+
+@dataclass
+class _Record:
+    """What detach() gives back: kept by the module that attach() was called on."""
+
+    flags: dict[str, bool]  # requires_grad of every parameter
+    wholes: dict[str, Tensor]  # original values of the parameters that are trained whole
+
+
+_RECORD = "_gradsel_record"
+
+
+def attach(model: nn.Module, selection: Selection) -> AttachReport:
+    """Makes a model train what a selection says, without dense gradients. In place.
+
+    Partly selected weights get a parameter of their selected entries, ``<name>_values``, in float32 (float64 for
+    float64), and are frozen; parameters selected whole are trained as they are; all others are frozen. Give
+    ``trainable_parameters(model)`` to an optimizer, to :class:`~gradsel.optim.MaskedAdam` best of all. Attach before
+    wrapping the model in DistributedDataParallel or torch.compile.
+
+    Args:
+        model: any module. Its parameters stay the same objects, and its state_dict keeps its keys.
+        selection: from :func:`gradsel.select` on this model.
+
+    Returns:
+        Which parameter is trained by which route.
+
+    Raises:
+        KeyError, ValueError: the selection is for another model, or the model is attached already; nothing has changed.
+    """
+    if any(isinstance(module, Attached) or _RECORD in vars(module) for module in model.modules()):
+        raise ValueError("the model is attached already; call gradsel.detach(model) first")
+    uses = parameter_uses(model)
+    masks = {name: lookup(selection, name) for name in uses}
+    parameters = _parameters_of(uses)
+    _check(masks, parameters, uses, selection)
+
+    routes: dict[str, Route] = {}
+    values: dict[str, nn.Parameter] = {}
+    partial: dict[nn.Module, dict[str, str]] = {}  # of each module: the parameter's name in it, and its full name
+    for name, mask in masks.items():
+        if mask.is_whole or not mask.nnz:
+            why = mask.kind if mask.is_whole else getattr(mask, "reason", "nothing selected")
+            routes[name] = Route("whole" if mask.nnz else "frozen", why, mask.shape, mask.nnz)
+            continue
+        entries = mask.gather(parameters[name].detach()).to(trained_dtype(parameters[name]))
+        values[name] = nn.Parameter(entries)
+        for _, module, short in uses[name]:
+            partial.setdefault(module, {})[short] = name
+    states = {
+        module: {short: selected_of(module, name, masks[name], parameters[name], short) for short, name in own.items()}
+        for module, own in partial.items()
+    }
+    record = _Record(
+        {name: parameter.requires_grad for name, parameter in parameters.items()},
+        {name: parameters[name].detach().clone() for name, mask in masks.items() if mask.is_whole and mask.nnz},
+    )
+
+    # Nothing has changed so far; from here on nothing fails.
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in record.wholes)
+        if name not in record.wholes:
+            parameter.grad = None
+    for module, selected in states.items():
+        for short, state in selected.items():
+            module.register_parameter(short + SUFFIX, values[state.name])
+            route = "direct" if state.how is not None else "harvest"
+            known = routes.get(state.name)
+            if known is None or route == "harvest":
+                routes[state.name] = Route(route, type(module).__name__, state.mask.shape, state.mask.nnz)
+        forward = direct_forward(module) if any(s.how is not None for s in selected.values()) else None
+        module._selected = selected  # type: ignore[assignment]
+        base: Any = type(module)
+        module.__class__ = attached_class(base, forward, tuple(sorted(selected)))
+        link(module)  # type: ignore[arg-type]
+    setattr(model, _RECORD, record)
+    _watch_steps()
+    return AttachReport({name: routes[name] for name in masks})
+
+
+def _parameters_of(uses: Mapping[str, list[Use]]) -> dict[str, nn.Parameter]:
+    """The parameters themselves, also where an attached module's attribute is an alias."""
+    return {name: cast(nn.Parameter, module._parameters[short]) for name, ((_, module, short), *_) in uses.items()}
+
+
+def _check(
+    masks: Mapping[str, Mask], parameters: Mapping[str, Tensor], uses: Mapping[str, list[Use]], selection: Selection
+) -> None:
+    unknown = [name for name in selection if strip_wrappers(name) not in uses]
+    if unknown:
+        raise ValueError(
+            f"the selection has {len(unknown)} parameters that the model lacks (the first is {unknown[0]!r}); "
+            "it was made for another model"
+        )
+    for name, mask in masks.items():
+        parameter = parameters[name]
+        if mask.shape != tuple(parameter.shape):
+            raise ValueError(
+                f"the mask of {name} is for shape {list(mask.shape)}, the parameter has {list(parameter.shape)}; "
+                "select on this model"
+            )
+        if mask.nnz and not parameter.is_floating_point():
+            raise ValueError(f"{name} is {parameter.dtype}, which cannot be trained")
+        for _, module, short in uses[name]:
+            if mask.nnz and not mask.is_whole and hasattr(module, short + SUFFIX):
+                raise ValueError(f"{name}: the module has an attribute {short + SUFFIX} already, attach() needs it")
+
+
+def detach(model: nn.Module, restore: bool = False) -> nn.Module:
+    """Takes back what :func:`attach` did: the modules, parameters and ``requires_grad`` flags are those of before.
+
+    Args:
+        model: the attached model, or a wrapper around it.
+        restore: give every trained parameter its original entries back, to the bit; else it stays as trained.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: the model is not attached.
+    """
+    roots = [module for module in model.modules() if _RECORD in vars(module)]
+    if not roots:
+        raise ValueError("the model is not attached, or attach() was called on a module around it; pass that one")
+    for root in roots:
+        record: _Record = vars(root).pop(_RECORD)
+        parameters = _parameters_of(parameter_uses(root))
+        with torch.no_grad():
+            if restore:
+                for name, original in record.wholes.items():
+                    parameters[name].copy_(original)
+            for module in root.modules():
+                if isinstance(module, Attached):
+                    module.detach(restore)
+        for name, flag in record.flags.items():
+            parameters[name].requires_grad_(flag)
+    return model
+
+
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters to give to an optimizer: values and whole parameters, each once."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def sync(model: nn.Module) -> None:
+    """Writes all values to their weights. Only needed after changing values without a ``torch.optim`` optimizer."""
+    for module in model.modules():
+        if isinstance(module, Attached):
+            module.sync()
+
+
+@cache
+def _watch_steps() -> None:
+    register_optimizer_step_post_hook(_after_step)
+
+
+_stepped: weakref.WeakSet = weakref.WeakSet()
+
+
+@torch.no_grad()
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Writes the values that an optimizer has just stepped through to their weights."""
+    first = optimizer not in _stepped
+    unreached = []
+    linked = 0
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            owner = owner_of(parameter)
+            if owner is None:
+                continue
+            linked += 1
+            weight, selected = owner
+            if parameter.grad is None:
+                unreached.append(selected.name)
+            elif not getattr(optimizer, "writes_weights", False):
+                selected.mask.scatter_(weight, parameter)
+    if first and linked:
+        _stepped.add(optimizer)
+        if 0 < len(unreached) < linked:
+            names = ", ".join(unreached[:5]) + (", ..." if len(unreached) > 5 else "")
+            warnings.warn(
+                f"{len(unreached)} of {linked} selected weights got no gradient in the first backward: {names}. Either "
+                "the loss does not depend on them, or the model reads them in a way that attach() cannot see.",
+                stacklevel=3,
+            )

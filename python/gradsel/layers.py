@@ -1,0 +1,265 @@
+"""The classes of attached modules, and how a module computes the gradient of a partly selected parameter.
+
+An attached module keeps its parameters and state_dict keys. It owns one more parameter for each that is trained in
+part, ``<name>_values``, the selected entries; the weight itself is frozen, and always up to date. Gradients take one
+of two routes. The direct one, for Linear, Conv, Embedding and transformers' ``Conv1D``, is a forward of our own (see
+:mod:`gradsel.functional`). The harvest, for everything else, forms one dense gradient at a time and keeps the selected
+entries. Whoever reads the weight of an attached module from outside, as ``MultiheadAttention`` does with that of its
+``out_proj``, takes part in the harvest, too: the attribute is a property.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.weak import WeakIdKeyDictionary
+
+from gradsel import functional
+from gradsel.masks import Mask
+from gradsel.products import Lookup, Product, Taps
+from gradsel.rules import is_transposed_linear
+from gradsel.views import NeuronView
+
+SUFFIX = "_values"
+
+
+# --- What an attached module owns --------------------------------------------------------------------------------
+
+
+@dataclass
+class Selected:
+    """What one parameter of an attached module is trained by.
+
+    Attributes:
+        name: the parameter's name in the model.
+        mask: its selected entries.
+        original: their values at attach(), in the parameter's dtype.
+        how: what the direct route needs; None on the harvest route.
+        taps: of a convolution on the direct route.
+    """
+
+    name: str
+    mask: Mask
+    original: Tensor
+    how: Product | Lookup | None = None
+    taps: Taps | None = None
+
+    def to(self, device: torch.device) -> Selected:
+        return Selected(
+            self.name,
+            self.mask.to(device),
+            self.original.to(device),
+            None if self.how is None else self.how.to(device),
+            None if self.taps is None else self.taps.to(device),
+        )
+
+
+class Attached:
+    """Mixed into the class of every attached module. Its state is ``_selected``, by parameter name."""
+
+    _selected: dict[str, Selected]
+    _parameters: dict[str, nn.Parameter]
+    _recipe: tuple[type, type | None, tuple[str, ...]]
+
+    def sync(self) -> None:
+        """Writes the values to the weights."""
+        with torch.no_grad():
+            for name, selected in self._selected.items():
+                selected.mask.scatter_(self._parameters[name], self._parameters[name + SUFFIX])
+
+    def detach(self, restore: bool) -> None:
+        """Becomes the plain module again."""
+        with torch.no_grad():
+            for name, selected in self._selected.items():
+                if restore:
+                    selected.mask.scatter_(self._parameters[name], selected.original)
+                del self._parameters[name + SUFFIX]
+        del self._selected
+        self.__class__ = self._recipe[0]
+
+    def _refresh(self, name: str) -> None:
+        """Takes the values from the weight."""
+        with torch.no_grad():
+            values = self._parameters[name + SUFFIX]
+            values.copy_(self._selected[name].mask.gather(self._parameters[name]))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
+        """Moves and casts as the weights, except that values stay in the dtype they are trained in."""
+        values = {name + SUFFIX: self._parameters.pop(name + SUFFIX) for name in self._selected}
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        self._parameters.update(values)
+        for name, selected in self._selected.items():
+            weight, parameter = self._parameters[name], values[name + SUFFIX]
+            for tensor in (parameter, parameter.grad):
+                if tensor is not None:
+                    tensor.data = tensor.data.to(weight.device, trained_dtype(weight))
+            self._selected[name] = selected.to(weight.device)
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        super()._load_from_state_dict(  # type: ignore[misc]
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        for name, selected in self._selected.items():
+            if prefix + name + SUFFIX in state_dict:
+                with torch.no_grad():
+                    selected.mask.scatter_(self._parameters[name], self._parameters[name + SUFFIX])
+            elif prefix + name in state_dict:  # a checkpoint of the plain model
+                self._refresh(name)
+                if prefix + name + SUFFIX in missing_keys:
+                    missing_keys.remove(prefix + name + SUFFIX)
+
+    def extra_repr(self) -> str:
+        parts = [super().extra_repr()]  # type: ignore[misc]
+        parts += [f"{name}: {s.mask.nnz} selected ({s.mask.kind})" for name, s in self._selected.items()]
+        return ", ".join(part for part in parts if part)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        link(self)  # deepcopy and pickle make new parameters
+
+    def __reduce_ex__(self, protocol):  # the class is made at run time, so it is pickled by its recipe
+        return _empty, self._recipe, super().__reduce_ex__(protocol)[2]
+
+
+def trained_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype of the values of a weight: float64 for float64, else float32."""
+    return torch.float64 if weight.dtype is torch.float64 else torch.float32
+
+
+# --- The direct route --------------------------------------------------------------------------------------------
+
+
+class _Linear:
+    """Mixed into Linear."""
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        own = self._parameters
+        return functional.linear(input, own["weight"], self.bias, own["weight_values"], self._selected["weight"].how)
+
+
+class _Conv1D:
+    """Mixed into the Conv1D of transformers: a Linear whose weight is stored as [in, out]."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        own = self._parameters
+        return functional.linear(x, own["weight"].t(), self.bias, own["weight_values"], self._selected["weight"].how)
+
+
+class _Conv:
+    """Mixed into Conv1d, Conv2d and Conv3d."""
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        own, selected = self._parameters, self._selected["weight"]
+        pads = self._reversed_padding_repeated_twice  # two for each dimension, the last dimension first
+        if self.padding_mode == "zeros" and pads[::2] == pads[1::2]:
+            padding = pads[::-2]
+        else:
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            input = F.pad(input, pads, mode=mode)
+            padding = [0] * len(self.kernel_size)
+        how = (self.stride, padding, self.dilation, self.groups)
+        return functional.conv(input, own["weight"], self.bias, own["weight_values"], selected.how, selected.taps, *how)
+
+
+class _Embedding:
+    """Mixed into Embedding."""
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        own, how = self._parameters, self._selected["weight"].how
+        return functional.embedding(input, own["weight"], own["weight_values"], how, self.padding_idx)
+
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def direct_forward(module: nn.Module) -> type | None:
+    """The class whose forward takes the place of the module's own, or None for the harvest.
+
+    A subclass with a forward of its own is not known.
+    """
+    forward = type(module).forward
+    if forward is nn.Linear.forward and type(module) is not nn.modules.linear.NonDynamicallyQuantizableLinear:
+        return _Linear  # the exception is never called: MultiheadAttention reads its weight
+    if isinstance(module, _CONVOLUTIONS) and any(forward is known.forward for known in _CONVOLUTIONS):
+        return _Conv
+    if is_transposed_linear(module) and type(module).__module__ == "transformers.pytorch_utils":
+        return _Conv1D
+    if isinstance(module, nn.Embedding) and forward is nn.Embedding.forward:
+        plain = module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
+        return _Embedding if plain else None
+    return None
+
+
+def selected_of(module: nn.Module, name: str, mask: Mask, weight: Tensor, short: str) -> Selected:
+    """What a module needs to train its parameter ``short`` by ``mask``."""
+    mask = mask.to(weight.device)
+    selected = Selected(name, mask, mask.gather(weight.detach()))
+    if short != "weight" or direct_forward(module) is None:
+        return selected
+    if isinstance(module, nn.Embedding):
+        selected.how = mask.lookup()
+    elif isinstance(module, _CONVOLUTIONS):
+        product = mask.product(NeuronView(), module.groups, share=1.0)
+        selected.how = product
+        selected.taps = Taps.of(product, module.in_channels, module.kernel_size, weight.device)
+    else:
+        selected.how = mask.product(NeuronView((1,) if is_transposed_linear(module) else (0,)))
+    return selected
+
+
+# --- Classes of attached modules ---------------------------------------------------------------------------------
+
+
+@cache
+def attached_class(base: Any, forward: type | None, names: tuple[str, ...]) -> type:
+    """``base`` with selected parameters ``names``, and the forward of a class of the direct route."""
+    namespace: dict[str, Any] = {name: _harvested(name) for name in names}
+    namespace |= {"_recipe": (base, forward, names), "__module__": base.__module__, "__doc__": base.__doc__}
+    bases = (Attached, base) if forward is None else (Attached, forward, base)
+    return type(f"Selected{base.__name__}", bases, namespace)
+
+
+def _harvested(name: str) -> property:
+    """The attribute through which a weight is read from outside, or by a forward that is not ours."""
+
+    def read(module: Attached) -> Tensor:
+        own = module._parameters
+        return functional.harvest(own[name], own[name + SUFFIX], module._selected[name].mask)
+
+    return property(read)
+
+
+def _empty(base: Any, forward: type | None, names: tuple[str, ...]) -> nn.Module:
+    """A module without any state: what unpickling begins with."""
+    cls: Any = attached_class(base, forward, names)
+    return cls.__new__(cls)
+
+
+# --- From the values to their module -----------------------------------------------------------------------------
+
+_links: WeakIdKeyDictionary = WeakIdKeyDictionary()  # values -> (reference to a module that owns them, name)
+
+
+def link(module: Attached) -> None:
+    for name in module._selected:
+        _links[module._parameters[name + SUFFIX]] = (weakref.ref(module), name)
+
+
+def owner_of(parameter: Tensor) -> tuple[Tensor, Selected] | None:
+    """The weight that ``parameter`` holds values of, and how they are selected; None for any other parameter."""
+    found = _links.get(parameter)
+    module = None if found is None else found[0]()
+    if module is None:
+        return None
+    name = found[1]
+    return module._parameters[name], module._selected[name]
