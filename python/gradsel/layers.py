@@ -92,15 +92,16 @@ class Attached:
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
         """Moves and casts as the weights, except that values stay in the dtype they are trained in."""
-        values = {name + SUFFIX: self._parameters.pop(name + SUFFIX) for name in self._selected}
+        values = {name: self._parameters.pop(name + SUFFIX) for name in self._selected}
         super()._apply(fn, recurse)  # type: ignore[misc]
-        self._parameters.update(values)
-        for name, selected in self._selected.items():
-            weight, parameter = self._parameters[name], values[name + SUFFIX]
+        for name, parameter in values.items():
+            weight = self._parameters[name]
             for tensor in (parameter, parameter.grad):
                 if tensor is not None:
                     tensor.data = tensor.data.to(weight.device, trained_dtype(weight))
-            self._selected[name] = selected.to(weight.device)
+            self._parameters[name + SUFFIX] = parameter
+            self._selected[name] = self._selected[name].to(weight.device)
+        self.sync()  # a weight that was rounded and is wide again gets the bits that it had lost
         return self
 
     def _load_from_state_dict(

@@ -26,7 +26,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 import gradsel_kernels.triton as device_code  # noqa: E402
 from gradsel_kernels._checks import Layout  # noqa: E402
-from gradsel_kernels.triton import adam, bitmask, rows, topk  # noqa: E402
+from gradsel_kernels.triton import adam, bitmask, rows, topk, weight_grad  # noqa: E402
 
 AMPERE, HOPPER, BLACKWELL = 80, 90, 100
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -50,6 +50,7 @@ class Case:
     threads: int = 256  # that must fit in a multiprocessor, unless the block is larger
     targets: tuple[int, ...] = (HOPPER,)
     forbidden: tuple[str, ...] = field(default=())  # in the PTX
+    required: str = ""  # in the machine code, one of these instructions
 
     def id(self, target: int) -> str:
         return f"{self.kernel.__name__}-{self.name}-sm_{target}"
@@ -142,6 +143,76 @@ def adam_case(
     )
 
 
+def sums_case(
+    kernel: object,
+    dtype: str,
+    k: int,
+    n: int = 2048,
+    *,
+    grad_tokens: bool = False,
+    input_tokens: bool = True,
+    offsets: bool = False,
+    bias: bool = False,
+    targets=(HOPPER,),
+) -> Case:
+    """A sum over tokens. Tokens adjoin in the input as take_columns leaves it, and in the gradient of a convolution."""
+    itemsize = ITEMSIZE[dtype]
+    total = "fp64" if dtype == "fp64" else "fp32"
+    types = {"grad_output": f"*{dtype}", "input": f"*{dtype}", "cols": "*i32", "out": f"*{total}"}
+    types |= dict.fromkeys(("grad_batch", "input_batch", "tokens", "rows", "n", "k", "nnz"), "i32")
+    types |= dict.fromkeys(("chunks", "steps", "steps_a_split", "parts"), "i32")
+    constants = {"SUM": TYPES[total]}
+    strides = []
+    for name, adjoining, feature in (("grad", grad_tokens, "row"), ("input", input_tokens, "col")):
+        unit, other = (f"{name}_token", f"{name}_{feature}")[:: 1 if adjoining else -1]
+        constants[unit] = 1
+        types[other] = "i32"
+        strides.append(other)
+    for name, passed, pointer in (("row_offsets", offsets, "*i64"), ("bias", bias, f"*{total}")):
+        if passed:
+            types[name] = pointer
+        else:
+            constants[name] = None
+    if kernel is weight_grad._gather:
+        config = weight_grad.gather_config(k, itemsize)
+        constants["K"] = config.width
+    else:
+        config = weight_grad.tile_config(768, n, itemsize)
+        constants["COLS"] = config.width
+    constants |= {"TOKENS": config.tokens, "ROWS": config.rows}
+    matrix_units = kernel is weight_grad._tile and itemsize == 2
+    name = f"{dtype}-k{k}-n{n}" + "-conv" * grad_tokens + "-rowmajor" * (not input_tokens) + "-csr" * offsets
+    return Case(
+        kernel,
+        name + "-bias" * bias,
+        types,
+        constants,
+        (*(x for x in types if types[x][0] == "*"), *strides, "grad_batch", "input_batch", "tokens", "rows"),
+        {"num_warps": config.warps, "num_stages": config.stages},
+        vectors=True,
+        threads=512 if kernel is weight_grad._gather else 256,
+        targets=targets,
+        required=r"HGMMA|UTCHMMA|HMMA\.16816\.F32" if matrix_units else "",
+    )
+
+
+def take_case(dtype: str, *, input_tokens: bool = False) -> Case:
+    tile_tokens, cols = weight_grad.take_config(2048)
+    types = {"input": f"*{dtype}", "columns": "*i32", "out": f"*{dtype}"}
+    unit, other = ("stride_token", "stride_col")[:: 1 if input_tokens else -1]
+    types |= dict.fromkeys(("stride_batch", other, "tokens", "n", "count", "parts", "chunks"), "i32")
+    return Case(
+        weight_grad._take_columns,
+        dtype + "-tokens" * input_tokens,
+        types,
+        {unit: 1, "TOKENS": tile_tokens, "COLS": cols},
+        ("input", "columns", "out", "stride_batch", other, "tokens"),
+        {"num_warps": 4},
+        vectors=input_tokens,
+        threads=512,
+    )
+
+
 EVERYWHERE = (AMPERE, HOPPER, BLACKWELL)
 SIZES = dict.fromkeys(
     ("stride_row", "stride_col", "cols_stride_row", "cols_stride_col", "rows", "n", "k", "chunks"), "i32"
@@ -174,6 +245,19 @@ CASES = [
     adam_case(Layout.FLAT, "fp64", "fp64", compact=False, linear=True, amsgrad=True),
     adam_case(Layout.BITS, "fp32", compact=False),
     adam_case(Layout.BITS, "bf16", compact=True, values=True, targets=EVERYWHERE),
+    *(sums_case(weight_grad._gather, dtype, k) for dtype in ("fp32", "bf16", "fp16") for k in (1, 3)),
+    sums_case(weight_grad._gather, "bf16", 1, bias=True, targets=EVERYWHERE),
+    sums_case(weight_grad._gather, "fp32", 8, bias=True, offsets=True),
+    sums_case(weight_grad._gather, "bf16", 2, bias=True, grad_tokens=True),
+    sums_case(weight_grad._gather, "fp64", 1),
+    sums_case(weight_grad._tile, "bf16", 8),
+    sums_case(weight_grad._tile, "bf16", 8, bias=True, targets=EVERYWHERE),
+    sums_case(weight_grad._tile, "bf16", 1, n=48, bias=True, grad_tokens=True),
+    sums_case(weight_grad._tile, "fp16", 8, offsets=True, input_tokens=False),
+    sums_case(weight_grad._tile, "fp32", 8, bias=True, offsets=True, targets=EVERYWHERE),
+    sums_case(weight_grad._tile, "fp64", 8, targets=(HOPPER, BLACKWELL)),
+    *(take_case(dtype) for dtype in ("fp32", "bf16", "fp16")),
+    take_case("bf16", input_tokens=True),
     Case(
         adam._advance,
         "float32-steps",
@@ -245,7 +329,7 @@ class Code:
 
     @property
     def vector_loads(self) -> int:
-        return len(re.findall(r"LDG\.E\.(?:\w+\.)*128", self.sass))
+        return len(re.findall(r"LDG(?:STS)?\.E\.(?:\w+\.)*128\b", self.sass))
 
 
 def compiled(case: Case, target: int, path: Path) -> Code:
@@ -285,6 +369,7 @@ def test_machine_code(case, target, tmp_path):
     assert code.registers <= min(REGISTERS_A_THREAD, REGISTERS // threads)
     if case.vectors:
         assert code.vector_loads, "a stream that is not read 16 bytes at a time"
+    assert re.search(case.required, code.sass), "not on the matrix units"
     for word in case.forbidden:
         assert not re.search(rf"\.{word}\b|\b{word}\b", code.ptx), f"{word} in the PTX changes how results are rounded"
 

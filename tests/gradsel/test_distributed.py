@@ -1,0 +1,81 @@
+"""DistributedDataParallel with two processes: what is sent, and that both hold the same bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+
+import gradsel
+from tests.gradsel.test_attach import check_consistent, check_frozen, data, frozen_entries, toy
+from tests.gradsel.toy import cross_entropy
+
+STEPS = 4
+
+
+def train(rank: int, world: int, folder: str, optimizer_name: str) -> None:
+    """One process: trains on its share of every batch, and writes down what it has and what it has sent."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    model, selection = toy()
+    before = frozen_entries(model, selection)
+    gradsel.attach(model, selection)
+    model.eval()  # no dropout: the processes see different images, but must draw alike otherwise
+    parallel = DistributedDataParallel(model)
+    sent = []
+
+    def count(state, bucket):
+        sent.append(bucket.buffer().nbytes)
+        return allreduce_hook(state, bucket)
+
+    parallel.register_comm_hook(None, count)
+    parameters = gradsel.trainable_parameters(parallel)
+    make = gradsel.MaskedAdam if optimizer_name == "MaskedAdam" else torch.optim.AdamW
+    optimizer = make(parameters, lr=1e-2)
+    for images, labels in data(count=STEPS):
+        share = slice(rank * 5, rank * 5 + 5)
+        optimizer.zero_grad()
+        cross_entropy(parallel, (images[share], labels[share])).backward()
+        optimizer.step()
+    check_consistent(model)
+    check_frozen(model, selection, before)
+    torch.save(
+        {
+            "sent": sum(sent),
+            "trained": sum(parameter.numel() for parameter in parameters),
+            "state": model.state_dict(),
+        },
+        Path(folder) / f"rank{rank}.pt",
+    )
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="this build of torch has no gloo")
+@pytest.mark.parametrize("optimizer", ["MaskedAdam", "AdamW"])
+def test_two_processes(tmp_path, optimizer):
+    torch.multiprocessing.spawn(train, (2, str(tmp_path), optimizer), nprocs=2)
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    assert first["sent"] == STEPS * 4 * first["trained"]  # the values and the whole parameters, in float32
+    for name, tensor in first["state"].items():
+        assert torch.equal(tensor, second["state"][name]), name
+
+    # One process on the whole batch computes the same up to rounding.
+    model, selection = toy()
+    gradsel.attach(model, selection)
+    model.eval()
+    make = gradsel.MaskedAdam if optimizer == "MaskedAdam" else torch.optim.AdamW
+    alone = make(gradsel.trainable_parameters(model), lr=1e-2)
+    for batch in data(count=STEPS):
+        alone.zero_grad()
+        cross_entropy(model, batch).backward()
+        alone.step()
+    apart = [
+        (tensor - first["state"][name]).abs().max() for name, tensor in model.state_dict().items() if "fc" in name
+    ]
+    assert 0 <= max(apart) < 2e-2
+    starting = dict(toy()[0].state_dict())
+    assert not torch.equal(first["state"]["blocks.0.fc1.weight"], starting["blocks.0.fc1.weight"])
