@@ -9,7 +9,7 @@ from pathlib import Path
 
 import gradsel_kernels
 
-_DEMO_NEEDS = {"sklearn", "matplotlib"}
+_DEMO_NEEDS = {"sklearn", "matplotlib", "peft"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, told apart by all common kinds of colour vision.
-GREY, ORANGE, BLUE, GREEN, PINK = "#7f7f7f", "#d55e00", "#0072b2", "#009e73", "#cc79a7"
+GREY, ORANGE, BLUE, GREEN, PINK, SKY = "#7f7f7f", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9"
 
 
 def figure(columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:

@@ -140,7 +140,11 @@ def test_double_precision_equals_dense_training_with_masked_gradients(name, kind
     model = model.double()
     if name == "ConvNeXt":
         for parameter in model.parameters():  # layer scale starts at 1e-6, which would hide the blocks
-            if parameter.ndim == 1 and bool((parameter == parameter[0]).all()) and 0 < float(parameter[0].detach()) < 1e-3:
+            if (
+                parameter.ndim == 1
+                and bool((parameter == parameter[0]).all())
+                and 0 < float(parameter[0].detach()) < 1e-3
+            ):
                 nn.init.constant_(parameter, 0.5)
     dense = copy.deepcopy(model)
     selection = random_selection(model, kind, **RULES.get(name, {}))

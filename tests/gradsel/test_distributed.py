@@ -73,9 +73,7 @@ def test_two_processes(tmp_path, optimizer):
         alone.zero_grad()
         cross_entropy(model, batch).backward()
         alone.step()
-    apart = [
-        (tensor - first["state"][name]).abs().max() for name, tensor in model.state_dict().items() if "fc" in name
-    ]
+    apart = [(tensor - first["state"][name]).abs().max() for name, tensor in model.state_dict().items() if "fc" in name]
     assert 0 <= max(apart) < 2e-2
     starting = dict(toy()[0].state_dict())
     assert not torch.equal(first["state"]["blocks.0.fc1.weight"], starting["blocks.0.fc1.weight"])

@@ -15,8 +15,10 @@ from tests.kernels import cases
 PROBLEMS = [(1, 1, 1, 1), (7, 5, 3, 2), (33, 17, 31, 1), (50, 64, 96, 3), (129, 40, 33, 33), (255, 19, 7, 5)]
 LARGE = [(1100, 130, 70, 1), (700, 96, 300, 10), (64, 515, 129, 4)]
 EMPTY = [(0, 5, 4, 2), (6, 0, 4, 2), (6, 5, 4, 0), (6, 5, 0, 0)]
+#: (tokens, rows, n), of rows with different numbers of entries
+RAGGED = [(40, 23, 31), (9, 3, 1), (130, 70, 50)]
 if cases.INTERPRETED:
-    PROBLEMS, LARGE = PROBLEMS[:4], [(140, 40, 50, 3)]
+    PROBLEMS, LARGE, RAGGED = PROBLEMS[:4], [(140, 40, 50, 3)], [(40, 23, 31), (9, 3, 1), (70, 66, 12)]
 
 
 def name(case):
@@ -74,6 +76,15 @@ def test_batches(fast, dtype, strategy):
         check(*inputs(tokens, rows, n, dtype, batch), cases.random_cols(rows, n, k), fast, strategy)
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
+def test_rows_that_use_neighbouring_columns(fast, dtype, strategy):
+    """Several tiles in every direction, most of which hold no selected entry."""
+    tokens, rows, n = 300, 150, 280
+    cols = torch.arange(rows).unsqueeze(1) * n // rows + torch.tensor([[0, 3]])
+    check(*inputs(tokens, rows, n, dtype), cols.clamp(max=n - 1).to(torch.int32), fast, strategy)
+
+
 def token_contiguous(activations: Tensor) -> Tensor:
     return activations.mT.contiguous().mT
 
@@ -107,7 +118,7 @@ def test_strided_views(fast, batch, dtype, strategy):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=name)
 def test_rows_of_different_length(fast, dtype, strategy):
-    for tokens, rows, n in [(40, 23, 31), (9, 3, 1), (130, 70, 50)]:
+    for tokens, rows, n in RAGGED:
         counts = torch.randint(0, n + 1, (rows,)) * (torch.rand(rows) < 0.7)
         cols = torch.cat([torch.randperm(n)[:count].sort().values for count in counts.tolist()] or [counts])
         check(*inputs(tokens, rows, n, dtype), cols.to(torch.int32), fast, strategy, offsets_of(counts))
@@ -190,6 +201,17 @@ def test_columns_out_of_range(fast):
             found = gk.selected_weight_grad(grad_output, input, cols, "gather")
             assert found.isnan().view(-1).tolist() == [i == 5 for i in range(8)]
             assert gk.take_columns(input, columns).isnan().all(1).tolist() == [i == 5 for i in range(8)]
+
+
+@pytest.mark.parametrize("strategy", ["auto", "tile"])
+def test_columns_out_of_range_in_tiles(fast, strategy):
+    if fast == "cpu" and not cases.INTERPRETED:
+        pytest.skip("an error on the CPU, tested above")
+    grad_output, input = (tensor.to(fast) for tensor in inputs(20, 3, 200))
+    for bad in (200, -1, 2**31 - 1):
+        cols = torch.tensor([[0, 199], [2, bad], [70, 130]], dtype=torch.int32, device=fast)
+        found = gk.selected_weight_grad(grad_output, input, cols, strategy)
+        assert found.isnan().tolist() == [[False, False], [False, True], [False, False]]
 
 
 def test_offsets_out_of_range(fast):

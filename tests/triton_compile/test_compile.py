@@ -433,6 +433,20 @@ def test_a_new_step_compiles_nothing(compilations):
     assert compilations == ["_advance", "_step"]
 
 
+@pytest.mark.parametrize(("strategy", "kernel"), [("gather", "_gather"), ("tile", "_tile")])
+def test_other_shapes_compile_nothing(compilations, strategy, kernel):
+    """Neither do other numbers of entries, but for the tiles of one and of two entries a row."""
+
+    def gradients(tokens: int, rows: int, n: int, k: int) -> None:
+        grad_output, saved = torch.zeros(tokens, rows), torch.zeros(n, tokens)
+        cols = torch.zeros((rows, k), dtype=torch.int32)
+        weight_grad.selected_weight_grad_bias(grad_output, saved.mT, cols, None, strategy)
+
+    for shape in ((64, 48, 160, 5), (512, 80, 176, 16), (2048, 320, 1600, 9)):
+        gradients(*shape)
+    assert compilations == [kernel]
+
+
 def jit_functions() -> dict[str, object]:
     found = {}
     for module in pkgutil.iter_modules(device_code.__path__, f"{device_code.__name__}."):
