@@ -93,15 +93,18 @@ class Attached:
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
         """Moves and casts as the weights, except that values stay in the dtype they are trained in."""
         values = {name: self._parameters.pop(name + SUFFIX) for name in self._selected}
+        dtypes = {name: self._parameters[name].dtype for name in values}
         super()._apply(fn, recurse)  # type: ignore[misc]
         for name, parameter in values.items():
-            weight = self._parameters[name]
+            dtype = trained_dtype(self._parameters[name])
             for tensor in (parameter, parameter.grad):
                 if tensor is not None:
-                    tensor.data = tensor.data.to(weight.device, trained_dtype(weight))
+                    moved = fn(tensor.data)
+                    tensor.data = moved if moved.dtype is dtype else tensor.data.to(moved.device, dtype)
             self._parameters[name + SUFFIX] = parameter
-            self._selected[name] = self._selected[name].to(weight.device)
-        self.sync()  # a weight that was rounded and is wide again gets the bits that it had lost
+            self._selected[name] = self._selected[name].to(parameter.device)
+        if any(self._parameters[name].dtype is not dtype for name, dtype in dtypes.items()):
+            self.sync()  # a weight that was rounded and is wide again gets back the bits that it had lost
         return self
 
     def _load_from_state_dict(
@@ -110,6 +113,7 @@ class Attached:
         super()._load_from_state_dict(  # type: ignore[misc]
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        link(self)  # load_state_dict(assign=True) brings parameters of its own
         for name, selected in self._selected.items():
             if prefix + name + SUFFIX in state_dict:
                 with torch.no_grad():

@@ -574,6 +574,25 @@ def test_loading_a_plain_checkpoint_refreshes_the_values():
         model.load_state_dict({name: tensor for name, tensor in base.items() if name != "blocks.0.fc1.weight"})
 
 
+def test_assigned_parameters_are_linked():
+    model, selection = toy()
+    gradsel.attach(model, selection)
+    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+    optimizer = gradsel.MaskedAdam(gradsel.trainable_parameters(model), lr=0.1)
+    before = model.blocks[0].fc1.weight_values.detach().clone()
+    cross_entropy(model, data()[0]).backward()
+    optimizer.step()
+    assert not torch.equal(model.blocks[0].fc1.weight_values, before)
+    check_consistent(model)
+
+
+def test_shared_memory_includes_the_values():
+    model, selection = toy()
+    gradsel.attach(model, selection)
+    model.share_memory()
+    assert all(parameter.is_shared() for parameter in model.parameters())
+
+
 def test_sync_writes_values_changed_by_hand():
     model, selection = toy()
     gradsel.attach(model, selection)
