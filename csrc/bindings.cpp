@@ -1,6 +1,8 @@
 // The Python module _C: integers in, kernels out. No torch header, so that one build serves every torch version.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
 
@@ -11,7 +13,7 @@ namespace py = pybind11;
 namespace {
 
 // Raised whenever a signature or the Adam table changes; native.py refuses a module with another number.
-constexpr int kAbi = 1;
+constexpr int kAbi = 2;
 
 template <class T>
 T* pointer(int64_t address) {
@@ -75,6 +77,41 @@ py::object scatter_rows(int64_t weight, int64_t dtype, int64_t rows, int64_t col
   return extremes(good, found);
 }
 
+py::object columns_fault(int64_t columns, int64_t count, int64_t end, int threads) {
+  gradsel::Range found;
+  bool good;
+  {
+    py::gil_scoped_release release;
+    good = gradsel::columns_below(pointer<int32_t>(columns), count, end, threads, &found);
+  }
+  return extremes(good, found);
+}
+
+bool row_offsets_ascend(int64_t offsets, int64_t rows, int64_t nnz) {
+  return gradsel::row_offsets_ascend(pointer<int64_t>(offsets), rows, nnz);
+}
+
+void take_columns(int64_t input, int64_t dtype, int64_t batch_stride, int64_t token_stride, int64_t feature_stride,
+                  int64_t batches, int64_t tokens, int64_t columns, int64_t count, int64_t out, int threads) {
+  py::gil_scoped_release release;
+  gradsel::take_columns(pointer<void>(input), dtype_of(dtype), {batch_stride, token_stride, feature_stride}, batches,
+                        tokens, pointer<int32_t>(columns), count, pointer<void>(out), threads);
+}
+
+using Three = std::array<int64_t, 3>;  // batch, tokens, features
+
+void selected_weight_grad(int64_t dtype, int64_t grad_output, const Three& shape, const Three& grad_output_stride,
+                          int64_t input, int64_t n, const Three& input_stride, int64_t cols, int64_t row_offsets,
+                          int64_t k, int64_t out, int64_t bias, int threads) {
+  const auto strides = [](const Three& s) { return gradsel::Strides{s[0], s[1], s[2]}; };
+  py::gil_scoped_release release;
+  gradsel::selected_weight_grad(
+      {dtype_of(dtype), shape[0], shape[1], shape[2], n, pointer<void>(grad_output), strides(grad_output_stride),
+       pointer<void>(input), strides(input_stride), pointer<int32_t>(cols), pointer<int64_t>(row_offsets), k,
+       pointer<void>(out), pointer<void>(bias)},
+      threads);
+}
+
 // None, or (kind, item, low, high, end, count) of what is wrong with the indices; then nothing has changed.
 py::object masked_adam(int64_t table, int64_t count, double lr, double beta1, double beta2, double eps,
                        double weight_decay, bool decoupled_weight_decay, bool maximize, int threads) {
@@ -133,5 +170,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("bits_to_cols", &bits_to_cols);
   m.def("gather_rows", &gather_rows);
   m.def("scatter_rows", &scatter_rows);
+  m.def("columns_fault", &columns_fault);
+  m.def("row_offsets_ascend", &row_offsets_ascend);
+  m.def("take_columns", &take_columns);
+  m.def("selected_weight_grad", &selected_weight_grad);
   m.def("masked_adam", &masked_adam);
 }

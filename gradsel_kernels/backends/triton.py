@@ -8,12 +8,12 @@ from torch import Tensor
 try:
     import triton
 
-    from gradsel_kernels.reference import selected_weight_grad, selected_weight_grad_bias, take_columns
     from gradsel_kernels.triton import topk
     from gradsel_kernels.triton.adam import masked_adam_
     from gradsel_kernels.triton.bitmask import bits_to_cols, pack_bits, unpack_bits
     from gradsel_kernels.triton.common import INTERPRETED
     from gradsel_kernels.triton.rows import gather_rows, scatter_rows_
+    from gradsel_kernels.triton.weight_grad import selected_weight_grad, selected_weight_grad_bias, take_columns
 
     _missing = None
 except ImportError as error:

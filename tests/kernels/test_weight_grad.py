@@ -242,6 +242,26 @@ def test_offsets_past_two_to_the_31(fast):
     assert cases.same_bits(gk.take_columns(far, cols[0]), gk.take_columns(near, cols[0]))
 
 
+def test_products_of_strides_past_two_to_the_31(fast):
+    """Strides that fit in 32 bits, of tokens and of features; the memory between them is reserved, not used."""
+    stride = 2**30 + 4
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        storage = torch.empty(2 * stride + 64, dtype=torch.float16, device=fast)
+    except RuntimeError as error:
+        pytest.skip(f"4 GiB cannot be reserved here: {error}")
+    far = storage.as_strided((3, 40), (stride, 1))
+    far.copy_(torch.randn(3, 40))
+    near = far.clone()
+    cols = {3: cases.random_cols(3, 3, 2).to(fast), 40: cases.random_cols(40, 40, 2).to(fast)}
+    for left, right in ((far, near), (far.t(), near.t())):
+        selected = cols[left.shape[1]]
+        for strategy in STRATEGIES:
+            expected = gk.selected_weight_grad(right, right, selected, strategy)
+            torch.testing.assert_close(gk.selected_weight_grad(left, left, selected, strategy), expected)
+        assert cases.same_bits(gk.take_columns(left, selected[0]), gk.take_columns(right, selected[0]))
+
+
 GOOD = (torch.ones(4, 3), torch.ones(4, 5), torch.zeros(3, 2, dtype=torch.int32))
 
 
@@ -275,3 +295,110 @@ def test_bad_offsets_and_columns():
         gk.selected_weight_grad(GOOD[0], GOOD[1], torch.zeros(2, dtype=torch.int32), row_offsets=torch.tensor([0, 2]))
     with pytest.raises(ValueError, match=r"columns must be int32 \[count\]"):
         gk.take_columns(torch.ones(3, 4), torch.tensor([1, 2]))
+
+
+#: (batch, tokens, rows, n, k): many panels of columns, few rows for the threads to share, maps of 7 x 7 pixels
+UNEVEN = [(None, 2000, 20, 700, 9), (None, 5000, 3, 40, 1), (30, 49, 70, 300, 2), (3, 300, 17, 40, 5)]
+
+
+@pytest.fixture
+def native():
+    from gradsel_kernels.backends import native
+
+    if native.why_off(torch.device("cpu")):
+        pytest.fail("the native backend is off")
+    with gk.use_backend("native"):
+        yield native
+    native._C.limit_simd("avx512")
+
+
+@pytest.mark.skipif(cases.INTERPRETED, reason="the native backend")
+@pytest.mark.parametrize("level", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=name)
+def test_every_simd_level(native, dtype, level):
+    native._C.limit_simd(level)
+    threads = torch.get_num_threads()
+    try:
+        for batch, tokens, rows, n, k in UNEVEN:
+            grad_output, input = inputs(tokens, rows, n, dtype, batch)
+            cols = cases.random_cols(rows, n, k)
+            for left in (grad_output, token_contiguous(grad_output), spaced(grad_output)):
+                for right in (input, token_contiguous(input)):
+                    torch.set_num_threads(1)
+                    expected = gk.selected_weight_grad(left, right, cols, "gather")
+                    torch.set_num_threads(3)
+                    assert cases.same_bits(gk.selected_weight_grad(left, right, cols, "gather"), expected)
+                    check(left, right, cols, "cpu", "gather")
+    finally:
+        torch.set_num_threads(threads)
+
+
+def popular(rows: int, n: int, k: int) -> Tensor:
+    """Columns that some rows alone use, and columns that all of them do."""
+    columns = torch.multinomial((torch.arange(n) + 1.0).pow(-1.5).expand(rows, n), k)
+    return columns.sort(dim=1).values.to(torch.int32)
+
+
+def test_union_of_groups():
+    from gradsel_kernels.backends import panels
+
+    rows, n, k = 700, 400, 5
+    grad_output, input = inputs(40, rows, n)
+    cols = popular(rows, n, k)
+    assert panels._plan(cols, None).rows is not None
+    expected = reference.selected_weight_grad(grad_output.double(), input.double(), cols, None, "union")
+    torch.testing.assert_close(panels.union(grad_output, input, cols, None).double(), expected, atol=1e-4, rtol=1e-4)
+
+    kept = torch.rand(rows, k) < 0.7
+    flat, row_offsets = cols[kept], offsets_of(kept.sum(1))
+    assert panels._plan(flat, row_offsets).rows is not None
+    found = panels.union(grad_output, input, flat, row_offsets)
+    torch.testing.assert_close(found.double(), expected[kept], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [30, 700])
+def test_union_notices_changed_columns(rows):
+    from gradsel_kernels.backends import panels
+
+    grad_output, input = inputs(40, rows, 400)
+    cols = popular(rows, 400, 5)
+    before = panels._plan(cols, None)
+    assert panels._plan(cols, None) is before
+    cols.add_(1).remainder_(400)
+    expected = reference.selected_weight_grad(grad_output, input, cols, None, "union")
+    torch.testing.assert_close(panels.union(grad_output, input, cols, None), expected, atol=1e-4, rtol=1e-4)
+
+    flat = torch.tensor([0, 1, 2, 3], dtype=torch.int32)
+    for offsets in ([0, 1, 2, 4], [0, 0, 4, 4]):
+        row_offsets = torch.tensor(offsets)
+        expected = reference.selected_weight_grad(grad_output[:, :3], input, flat, row_offsets, "union")
+        found = panels.union(grad_output[:, :3], input, flat, row_offsets)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["union", "tile"])
+def test_no_panel_is_as_large_as_the_weight(monkeypatch, strategy):
+    from gradsel_kernels.backends import panels
+
+    sizes = []
+    product = panels._product
+    monkeypatch.setattr(panels, "_product", lambda *args: sizes.append(product(*args).numel()) or product(*args))
+    getattr(panels, strategy)(*inputs(10, 600, 50), cases.random_cols(600, 50, 30), None)
+    assert len(sizes) >= 4
+    assert max(sizes) <= 600 * 50 / 4
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=name)
+@pytest.mark.parametrize("batch", [None, 3])
+def test_what_lies_behind_the_last_token_does_not_leak(fast, batch, dtype, strategy):
+    """In a token-contiguous view that is the next row or column; here each second one is NaN."""
+    grad_output, input = inputs(45, 34, 12, dtype, batch)
+    grad_output[..., 1::2] = float("nan")
+    input[..., 1::2] = float("inf")
+    cols = (2 * cases.random_cols(34, 6, 2)).to(fast)
+    for left in (grad_output, token_contiguous(grad_output)):
+        for right in (input, token_contiguous(input)):
+            found = gk.selected_weight_grad(left.to(fast), right.to(fast), cols, strategy)
+            assert found[::2].isfinite().all()
+            assert found[1::2].isnan().all()

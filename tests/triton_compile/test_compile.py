@@ -173,12 +173,14 @@ def sums_case(
             types[name] = pointer
         else:
             constants[name] = None
+    divisible = [x for x in types if types[x][0] == "*"] + [*strides, "grad_batch", "input_batch", "tokens", "rows"]
     if kernel is weight_grad._gather:
         config = weight_grad.gather_config(k, itemsize)
         constants["K"] = config.width
     else:
         config = weight_grad.tile_config(768, n, itemsize)
         constants["COLS"] = config.width
+        divisible.append("n")
     constants |= {"TOKENS": config.tokens, "ROWS": config.rows}
     matrix_units = kernel is weight_grad._tile and itemsize == 2
     name = f"{dtype}-k{k}-n{n}" + "-conv" * grad_tokens + "-rowmajor" * (not input_tokens) + "-csr" * offsets
@@ -187,7 +189,7 @@ def sums_case(
         name + "-bias" * bias,
         types,
         constants,
-        (*(x for x in types if types[x][0] == "*"), *strides, "grad_batch", "input_batch", "tokens", "rows"),
+        tuple(divisible),
         {"num_warps": config.warps, "num_stages": config.stages},
         vectors=True,
         threads=512 if kernel is weight_grad._gather else 256,
