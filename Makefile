@@ -20,6 +20,8 @@ lint: $(VENV)/built
 bench: $(VENV)/built
 	$(BIN)/python -m pytest benchmarks
 	$(BIN)/python benchmarks/plot.py
+	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/plot_train_step.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info gradsel_kernels/_C*.so

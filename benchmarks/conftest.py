@@ -7,22 +7,17 @@ dtype, k and provider. Lines of an earlier run with the same key are replaced, s
 
 from __future__ import annotations
 
-import csv
-import datetime
-import platform
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-
-import gradsel_kernels as gk
+from common import MACHINE, RESULTS, machine, merge, percentiles, timed
 
 FIELDS = [
     "kernel", "size", "dtype", "k", "provider", "p20_us", "p50_us", "p80_us", "rounds", "bytes", "gb_per_s",
-    "fraction_of_copy", "device", "threads", "torch", "gradsel_kernels", "date",
+    "fraction_of_copy", *MACHINE,
 ]  # fmt: skip
 KEY = ("kernel", "size", "dtype", "k", "provider", "device", "threads")
 SECONDS_PER_TEST = 4.0
@@ -30,21 +25,6 @@ SECONDS_PER_TEST = 4.0
 
 def pytest_addoption(parser):
     parser.addoption("--results", default=None, help="the CSV file to write (default: benchmarks/results/<device>.csv)")
-
-
-def device_name() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def timed(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 @pytest.fixture(scope="session")
@@ -64,20 +44,9 @@ def copy_bandwidth() -> float:
 def rows(request):
     collected: list[dict] = []
     yield collected
-    default = Path(__file__).parent / "results" / ("cuda.csv" if torch.cuda.is_available() else "cpu.csv")
-    path = Path(request.config.getoption("--results") or default)
-    if not collected:
-        return
-    kept = []
-    if path.exists():
-        new = {tuple(str(row[field]) for field in KEY) for row in collected}
-        with path.open() as file:
-            kept = [row for row in csv.DictReader(file) if tuple(row[field] for field in KEY) not in new]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(sorted([*kept, *collected], key=lambda row: [str(row[field]) for field in KEY]))
+    default = RESULTS / ("cuda.csv" if torch.cuda.is_available() else "cpu.csv")
+    if collected:
+        merge(Path(request.config.getoption("--results") or default), FIELDS, KEY, collected)
 
 
 @pytest.fixture
@@ -113,7 +82,7 @@ def compare(benchmark, rows, copy_bandwidth):
         samples[ours] = list(benchmark.stats.stats.data)
         medians = {}
         for name, times in samples.items():
-            p20, p50, p80 = (statistics.quantiles(times, n=10, method="inclusive")[i] for i in (1, 4, 7))
+            p20, p50, p80 = percentiles(times)
             medians[name] = p50
             moved = providers[name][1]
             rows.append(
@@ -130,11 +99,7 @@ def compare(benchmark, rows, copy_bandwidth):
                     "bytes": moved,
                     "gb_per_s": f"{moved / p50 / 1e9:.1f}",
                     "fraction_of_copy": f"{moved / p50 / copy_bandwidth:.2f}",
-                    "device": device_name(),
-                    "threads": torch.get_num_threads(),
-                    "torch": torch.__version__,
-                    "gradsel_kernels": gk.__version__,
-                    "date": datetime.date.today().isoformat(),
+                    **machine(),
                 }
             )
         benchmark.extra_info.update({f"{name} / ours": medians[name] / medians[ours] for name in others})

@@ -108,7 +108,8 @@ class VisionTransformer(nn.Module):
         """Images [batch, channels, side, side] to the class token behind the final norm, [batch, dim]."""
         tokens = self.patch_embed(images)
         tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
-        return self.norm(self.blocks(tokens + self.pos_embed))[:, 0]
+        tokens = self.blocks(tokens + self.pos_embed)
+        return self.norm(tokens[:, 0].contiguous())  # copied, so that backward does not hold on to the other tokens
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [batch, channels, side, side] to logits [batch, classes]."""

@@ -26,15 +26,6 @@ def small(classes: int = 5) -> VisionTransformer:
     return VisionTransformer(8, 2, 1, dim=8, depth=2, heads=2, num_classes=classes)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    # On a busy machine, threads that wait for each other cost these tiny networks ten times their work.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # --- The network -------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,326 @@
+"""One training step of every method on the same model and batch: ``python benchmarks/train_step.py``.
+
+In each round every method takes one step (zero_grad, forward, backward, optimizer) on its own copy of the model, in an
+order that rotates from round to round. Memory is measured, not derived: what autograd saves in a forward pass, what
+``.grad`` and the optimizer's state hold after a step, and the masks. Results go to one tidy file, a line for each size
+and method; lines of an earlier run with the same key are replaced. ``plot_train_step.py`` draws them.
+
+Random weights have other gradients than trained ones, so the models are trained briefly on real data first (the state
+is kept in the temporary directory for the next run), and selections are taken from gradients on other batches of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import sys
+import tempfile
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from common import MACHINE, RESULTS, load, machine, merge, percentiles, timed
+from plot_train_step import summary
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.optim import Adam, AdamW, Optimizer
+from tqdm.auto import tqdm
+from train_step_cases import CASES, SMALL, Batch, Case, cross_entropy
+
+import gradsel
+from gradsel.demo import delta_bytes
+
+FIELDS = [
+    "benchmark", "size", "method", "k", "trained", "step_p20_ms", "step_p50_ms", "step_p80_ms", "rounds",
+    "ratio_to_full", "ratio_to_lora", "ratio_to_floor", "saved_bytes", "gradient_bytes", "optimizer_bytes",
+    "mask_bytes", "peak_bytes", "trained_bytes", "checkpoint_bytes", "used_columns_percent", "weights_bytes",
+    "peft", "transformers", *MACHINE,
+]  # fmt: skip
+KEY = ("benchmark", "size", "method", "k", "device", "threads")
+WARM_UP = 2
+RATE = 1e-5  # the same for all; so low that a method in its last round does the same work as in its first
+
+
+# --- Methods: each prepares a copy of the model ------------------------------------------------------------------
+
+
+@dataclass
+class Contender:
+    """A model that is ready to be trained by one method.
+
+    Attributes:
+        after_backward: runs before the optimizer.
+        masks: whatever holds the method's masks, indices and copies of original values.
+        checkpoint_bytes: what a user keeps for each task.
+        selection: of the methods that have one.
+    """
+
+    model: nn.Module
+    checkpoint_bytes: int
+    optimizer: Optimizer | None = None
+    after_backward: Callable[[], None] | None = None
+    masks: Any = None
+    selection: gradsel.Selection | None = None
+
+    def step(self, batch: Batch) -> float:
+        """One training step; the loss before it."""
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
+        loss = cross_entropy(self.model, batch)
+        loss.backward()
+        if self.after_backward is not None:
+            self.after_backward()
+        if self.optimizer is not None:
+            self.optimizer.step()
+        return loss.item()
+
+    @property
+    def trainable(self) -> list[nn.Parameter]:
+        return gradsel.trainable_parameters(self.model)
+
+    @property
+    def trained(self) -> int:
+        if self.selection is not None:
+            return self.selection.trainable_count()
+        return sum(parameter.numel() for parameter in self.trainable)
+
+
+Build = Callable[[Case, nn.Module], Contender]
+
+
+def floor(case: Case, model: nn.Module) -> Contender:
+    """Forward, and the gradient of every layer's input down to the first layers that ours trains; nothing else."""
+    model.requires_grad_(False)
+    for name in case.entrances:
+        model.get_submodule(name).register_forward_hook(lambda module, args, output: output.requires_grad_())
+    return Contender(model, 0)
+
+
+def full(case: Case, model: nn.Module) -> Contender:
+    return Contender(model, pinned(model.parameters()), AdamW(model.parameters(), RATE, fused=True))
+
+
+def linear_probe(case: Case, model: nn.Module) -> Contender:
+    model.requires_grad_(False)
+    head = model.get_submodule(case.head).requires_grad_(True)
+    return Contender(model, pinned(head.parameters()), AdamW(head.parameters(), RATE, fused=True))
+
+
+def adapter(config: Callable[..., peft.PeftConfig], **settings: Any) -> Build:
+    """A method of PEFT, on every linear layer of the blocks."""
+
+    def build(case: Case, model: nn.Module) -> Contender:
+        saved = [case.head] if case.trains_head else None
+        adapted = peft.get_peft_model(model, config(target_modules=case.layers, modules_to_save=saved, **settings))
+        with tempfile.TemporaryDirectory() as folder:
+            adapted.save_pretrained(folder)
+            size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+        indices = [getattr(module, "shira_indices", None) for module in adapted.modules()]
+        return Contender(adapted, size, AdamW(gradsel.trainable_parameters(adapted), RATE, fused=True), masks=indices)
+
+    return build
+
+
+def published(policy: Any) -> Build:
+    """GPS as its published code trains: dense gradients, multiplied by dense masks, and dense Adam."""
+
+    def build(case: Case, model: nn.Module) -> Contender:
+        selection = case.select(model, policy)
+        gradsel.freeze(model, selection)
+        named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        masked = [(p, selection[name].to_dense().float()) for name, p in named if not selection[name].is_whole]
+
+        def mask() -> None:
+            for parameter, dense in masked:
+                parameter.grad.mul_(dense)
+
+        optimizer = Adam([parameter for _, parameter in named], RATE, fused=True)
+        return Contender(model, delta_bytes(selection), optimizer, mask, [dense for _, dense in masked], selection)
+
+    return build
+
+
+def ours(policy: Any, criterion: str = "gradient") -> Build:
+    def build(case: Case, model: nn.Module) -> Contender:
+        selection = case.select(model, policy, criterion)
+        gradsel.attach(model, selection)
+        optimizer = gradsel.MaskedAdam(gradsel.trainable_parameters(model), RATE)
+        # Of every attached module its masks, indices and originals; of the model, the originals of whole parameters.
+        masks = [[vars(module).get(name) for name in ("_selected", "_gradsel_record")] for module in model.modules()]
+        return Contender(model, delta_bytes(selection), optimizer, masks=masks, selection=selection)
+
+    return build
+
+
+PUBLISHED, OURS = "GPS as published", "ours"  # compared with each other before anything is timed
+METHODS: dict[tuple[str, int], Build] = {
+    ("floor", 0): floor,
+    ("full fine-tuning", 0): full,
+    ("linear probe", 0): linear_probe,
+    ("LoRA", 8): adapter(peft.LoraConfig, r=8, lora_dropout=0.0),
+    ("SHiRA", 1): adapter(peft.ShiraConfig, r=1, random_seed=0),
+    (PUBLISHED, 1): published(gradsel.PerNeuron(1)),
+    **{(OURS, k): ours(gradsel.PerNeuron(k)) for k in (1, 2, 5, 10)},
+    ("ours, random", 1): ours(gradsel.PerNeuron(1), "random"),
+    ("ours, rows", 3): ours(gradsel.Rows(3)),
+    ("ours, columns", 3): ours(gradsel.Columns(3)),
+}
+
+
+# --- Measuring ---------------------------------------------------------------------------------------------------
+
+
+def tensors(holder: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
+    """Every tensor that containers and plain objects hold, at any depth."""
+    seen = set() if seen is None else seen
+    if isinstance(holder, Tensor):
+        yield holder
+    elif id(holder) not in seen:
+        seen.add(id(holder))
+        parts = holder if isinstance(holder, (dict, list, tuple)) else getattr(holder, "__dict__", {})
+        for part in parts.values() if isinstance(parts, dict) else parts:
+            yield from tensors(part, seen)
+
+
+def storages(held: Iterable[Tensor]) -> dict[int, int]:
+    """Bytes by address of the memory that tensors keep alive: all of it, also where a view shows only a part."""
+    parts: list[Tensor] = []
+    for tensor in held:
+        parts += [tensor._indices(), tensor._values()] if tensor.is_sparse else [tensor]
+    return {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts}
+
+
+def pinned(held: Iterable[Tensor]) -> int:
+    return sum(storages(held).values())
+
+
+def saved_bytes(contender: Contender, batch: Batch) -> int:
+    """What autograd keeps between forward and backward beside parameters, buffers, masks and the batch."""
+    model = contender.model
+    known = storages([*model.parameters(), *model.buffers(), *tensors(contender.masks), *batch])
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor.detach())  # alive, so that no other tensor gets its address
+        return kept[-1]
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        cross_entropy(model, batch)
+    return sum(size for address, size in storages(kept).items() if address not in known)
+
+
+def peak_bytes(contender: Contender, batch: Batch) -> int:
+    """The most that torch has allocated during a step, over what it had before, gradients of an earlier step freed."""
+    contender.model.zero_grad()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        contender.step(batch)
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def memory(contender: Contender, batch: Batch) -> dict[str, Any]:
+    """After a step, so that gradients and states are there."""
+    state = () if contender.optimizer is None else contender.optimizer.state.values()
+    gradients = [p.grad for p in contender.trainable if p.grad is not None]
+    row = {
+        "gradient_bytes": pinned(gradients),
+        "optimizer_bytes": pinned(tensors(list(state))),
+        "mask_bytes": pinned(tensors(contender.masks)),
+        "saved_bytes": saved_bytes(contender, batch),
+        "peak_bytes": peak_bytes(contender, batch),
+        "trained_bytes": pinned(contender.trainable),
+        "checkpoint_bytes": contender.checkpoint_bytes,
+    }
+    if contender.selection is not None:
+        shares = [
+            100 * mask.used_columns().numel() / mask.rows_and_columns[1]
+            for mask in contender.selection.values()
+            if mask.nnz and not mask.is_whole
+        ]
+        row["used_columns_percent"] = f"{sum(shares) / len(shares):.1f}"
+    return row
+
+
+def check(losses: dict[tuple[str, int], list[float]], where: str) -> None:
+    """Ours has to train as the published way does, or its speed means nothing."""
+    for one, other in zip(losses[OURS, 1], losses[PUBLISHED, 1], strict=True):
+        if not abs(one - other) <= 1e-5 * abs(other):
+            sys.exit(f"{where}: losses of ours {losses[OURS, 1]} and as published {losses[PUBLISHED, 1]} differ")
+
+
+def check_small(case: Case) -> None:
+    """Three steps on a small model, at a learning rate at which it moves."""
+    model = case.pretrained()
+    batches = list(case.batches(3, 3, case.samples))
+    losses = {}
+    for method in ((OURS, 1), (PUBLISHED, 1)):
+        contender = METHODS[method](case, copy.deepcopy(model))
+        contender.optimizer.param_groups[0]["lr"] = 1e-3
+        losses[method] = [contender.step(batch) for batch in batches]
+    check(losses, case.size)
+    print(f"{case.size}: ours and as published agree, losses {', '.join(f'{x:.6f}' for x in losses[OURS, 1])}")
+
+
+def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
+    """All methods on one model: the lines of the results."""
+    model = case.pretrained()
+    weights = pinned(model.parameters())
+    (batch,) = case.batches(3, 1, case.samples)
+    contenders = {method: build(case, copy.deepcopy(model)) for method, build in METHODS.items()}
+    seconds: dict[tuple[str, int], list[float]] = {method: [] for method in contenders}
+    losses: dict[tuple[str, int], list[float]] = {method: [] for method in contenders}
+    order = deque(contenders)
+    for _ in tqdm(range(WARM_UP + rounds), desc=case.size, unit="round", leave=False):
+        for method in order:
+            seconds[method].append(timed(lambda own=method: losses[own].append(contenders[own].step(batch))))
+        order.rotate(-1)
+    check(losses, case.size)
+
+    spread = {method: percentiles(times[WARM_UP:]) for method, times in seconds.items()}
+    rows = []
+    for (name, k), contender in contenders.items():
+        p20, p50, p80 = spread[name, k]
+        row = {"benchmark": "train-step", "size": case.size, "method": name, "k": k, "trained": contender.trained}
+        row |= {f"step_p{p}_ms": f"{1000 * s:.1f}" for p, s in ((20, p20), (50, p50), (80, p80))}
+        for column, other in (("full", ("full fine-tuning", 0)), ("lora", ("LoRA", 8)), ("floor", ("floor", 0))):
+            row[f"ratio_to_{column}"] = f"{p50 / spread[other][1]:.3f}"
+        row |= {"rounds": rounds, "weights_bytes": weights, **memory(contender, batch)}
+        rows.append(row | {"peft": peft.__version__, "transformers": transformers.__version__, **machine()})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", default=",".join(CASES), help="sizes, comma-separated (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=9, help="measured steps of every method (default: %(default)s)")
+    parser.add_argument("--results", type=Path, default=RESULTS / "train_step-cpu.csv", help="the CSV file")
+    args = parser.parse_args()
+    unknown = set(args.only.split(",")) - set(CASES)
+    if unknown:
+        parser.error(f"--only knows {', '.join(CASES)}, not {', '.join(unknown)}")
+    if args.rounds < 2:
+        parser.error("--rounds must be at least 2, for percentiles")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or torch.profiler writes a line at every start and stop
+    warnings.filterwarnings("ignore", module=r"peft|transformers")  # about what they do inside
+    for case in SMALL:
+        check_small(case)
+    for name in args.only.split(","):
+        rows = measure(CASES[name], args.rounds)
+        merge(args.results, FIELDS, KEY, rows)
+        print(f"\n{summary([row for row in load(args.results) if row['size'] == CASES[name].size])}")
+    print(f"\n{args.results}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""The models of ``train_step.py``, their data, and the selections that gradients on it make."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import itertools
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import AdamW
+from tqdm.auto import tqdm
+
+import gradsel
+from gradsel.demo import digits
+from gradsel.models import VisionTransformer
+
+SELECTION_BATCHES = 4
+
+Batch = tuple[Tensor, Tensor]  # inputs and targets
+Loss = Callable[[nn.Module, Batch], Tensor]
+
+
+def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
+    output = model(batch[0])
+    logits = getattr(output, "logits", output)
+    return F.cross_entropy(logits.flatten(0, -2), batch[1].flatten())
+
+
+def contrastive(model: nn.Module, batch: Batch) -> Tensor:
+    return gradsel.SupConLoss()(model.forward_features(batch[0]), batch[1])
+
+
+def masked_patches(model: nn.Module, batch: Batch) -> Tensor:
+    """SimMIM (Xie et al. 2022): from images with half of their patches blank, the pixels of all patches.
+
+    The patch embedding is its own decoder. Unlike classification, which a vision transformer learns slowly, this takes
+    some fifty steps.
+    """
+    images, embed = batch[0], model.patch_embed.proj
+    side = embed.kernel_size[0]
+    kept = torch.rand(len(images), 1, images.shape[2] // side, images.shape[3] // side) < 0.5
+    tokens = model.patch_embed(images * F.interpolate(kept.float(), scale_factor=side))
+    tokens = torch.cat([model.cls_token.expand(len(tokens), -1, -1), tokens], dim=1) + model.pos_embed
+    pixels = model.norm(model.blocks(tokens))[:, 1:] @ embed.weight.flatten(1)
+    return F.mse_loss(pixels, F.unfold(images, side, stride=side).mT)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, its data, and which of its layers the methods train.
+
+    Attributes:
+        size: its name in the results.
+        draw: a random batch of so many samples.
+        samples: of the batch that is measured.
+        selection_loss: what gradients select by, on batches of ``selection_samples``.
+        pretrain_loss: what the model is trained by first, for ``pretrain_steps`` batches of ``pretrain_samples``.
+        layers: regular expression of the linear layers that adapters go to.
+        entrances: the first trained layers: the gradient has to come down to their outputs.
+        head: the output layer.
+        trains_head: every method trains the head; else only the linear probe does, and all others freeze it.
+    """
+
+    size: str
+    make: Callable[[], nn.Module]
+    draw: Callable[[int, torch.Generator], Batch]
+    samples: int
+    selection_loss: Loss
+    selection_samples: int
+    pretrain_loss: Loss
+    pretrain_samples: int
+    layers: str
+    entrances: tuple[str, ...]
+    head: str
+    trains_head: bool
+    pretrain_steps: int = 50
+
+    def batches(self, seed: int, count: int, samples: int) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(seed)
+        return (self.draw(samples, generator) for _ in range(count))
+
+    def pretrained(self) -> nn.Module:
+        torch.manual_seed(0)
+        model = self.make()
+        described = (
+            f"{model} {self.pretrain_loss.__name__} {self.pretrain_samples} {self.pretrain_steps} {torch.__version__}"
+        )
+        name = hashlib.sha256(described.encode()).hexdigest()[:16]
+        path = Path(tempfile.gettempdir()) / "gradsel-train-step" / f"{name}.pt"
+        if path.exists():
+            model.load_state_dict(torch.load(path))
+            return model
+        optimizer = AdamW(model.parameters(), lr=3e-4, fused=True)
+        warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=10)
+        steps = self.batches(1, self.pretrain_steps, self.pretrain_samples)
+        losses = []
+        for batch in tqdm(steps, desc=f"{self.size}: training first", total=self.pretrain_steps, leave=False):
+            optimizer.zero_grad()
+            loss = self.pretrain_loss(model, batch)
+            loss.backward()
+            optimizer.step()
+            warm_up.step()
+            losses.append(loss.item())
+        print(f"{self.size}: trained for {len(losses)} steps, loss {losses[0]:.2f} to {sum(losses[-5:]) / 5:.2f}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(model.state_dict(), path)
+        return model
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Names of parameters that no selection trains."""
+        return () if self.trains_head else (f"{self.head}.*",)
+
+    @functools.cached_property
+    def gradient(self) -> gradsel.Criterion:
+        """The gradients of one selection pass, for every policy: in the order in which select() ranks parameters."""
+        model = self.pretrained()
+        sums: list[Tensor] = []
+        batches = self.batches(2, SELECTION_BATCHES, self.selection_samples)
+        gradsel.select(
+            model, batches, self.selection_loss, criterion=lambda _, grad: sums.append(grad) or grad,
+            freeze=self.frozen, progress=False,
+        )  # fmt: skip
+        replayed = itertools.cycle(sums)
+        return gradsel.Criterion("gradient", lambda weight, grad: next(replayed), needs_gradient=False)
+
+    def select(self, model: nn.Module, policy: Any, criterion: str = "gradient") -> gradsel.Selection:
+        chosen = self.gradient if criterion == "gradient" else criterion
+        return gradsel.select(model, None, None, policy, chosen, freeze=self.frozen, progress=False)
+
+
+def vit(size: str, samples: int, **config: int) -> Case:
+    """A vision transformer that has seen handwritten digits, with a fresh head to tell them apart."""
+    config = {"num_classes": 10, **config}
+    side = config.get("image_size", 224)
+
+    @functools.cache
+    def data() -> Batch:
+        images, labels = digits()
+        return (images - images.mean()) / images.std(), labels
+
+    def draw(count: int, generator: torch.Generator) -> Batch:
+        images, labels = data()
+        chosen = torch.randint(len(labels), (count,), generator=generator)
+        return F.interpolate(images[chosen], side, mode="bilinear").expand(-1, 3, -1, -1).contiguous(), labels[chosen]
+
+    return Case(
+        size, lambda: VisionTransformer(**config), draw, samples, contrastive, selection_samples=16,
+        pretrain_loss=masked_patches, pretrain_samples=8,
+        layers=r"blocks\..*\.(qkv|proj|fc1|fc2)", entrances=("patch_embed.proj",), head="head", trains_head=True,
+    )  # fmt: skip
+
+
+def llama(size: str, tokens: int, **config: int) -> Case:
+    """A decoder that reads the source text of Python's standard library, byte by byte."""
+    config = {"vocab_size": 1000, "num_hidden_layers": 1, "max_position_embeddings": tokens, **config}
+
+    @functools.cache
+    def text() -> Tensor:
+        files = sorted(Path(argparse.__file__).parent.glob("*.py"))[:60]
+        return torch.frombuffer(bytearray(b"".join(file.read_bytes() for file in files)), dtype=torch.uint8).long()
+
+    def draw(count: int, generator: torch.Generator) -> Batch:
+        starts = torch.randint(len(text()) - tokens, (count, 1), generator=generator)
+        window = text()[starts + torch.arange(tokens + 1)]
+        return window[:, :-1], window[:, 1:]
+
+    def make() -> nn.Module:
+        settings = transformers.LlamaConfig(**config, use_cache=False, attn_implementation="sdpa")
+        return transformers.LlamaForCausalLM(settings)
+
+    return Case(
+        size, make, draw, 1, cross_entropy, selection_samples=1, pretrain_loss=cross_entropy, pretrain_samples=1,
+        layers=r"model\.layers\..*_proj", entrances=tuple(f"model.layers.0.self_attn.{x}_proj" for x in "qkv"),
+        head="lm_head", trains_head=False,
+    )  # fmt: skip
+
+
+CASES = {
+    "vit-b8": vit("ViT-B/16, batch 8", 8),
+    "vit-b32": vit("ViT-B/16, 2 blocks, batch 32", 32, depth=2),
+    "llama": llama(
+        "Llama, 1 block of 2048, 512 tokens", 512,
+        hidden_size=2048, intermediate_size=8192, num_attention_heads=32, num_key_value_heads=8,
+    ),
+}  # fmt: skip
+SMALL = (
+    vit("small ViT", 16, image_size=32, patch=8, dim=64, depth=2, heads=4),
+    llama("small Llama", 64, hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2),
+)
