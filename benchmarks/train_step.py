@@ -153,7 +153,8 @@ def ours(policy: Any, criterion: str = "gradient") -> Build:
         gradsel.attach(model, selection)
         optimizer = gradsel.MaskedAdam(gradsel.trainable_parameters(model), RATE)
         # Of every attached module its masks, indices and originals; of the model, the originals of whole parameters.
-        masks = [[vars(module).get(name) for name in ("_selected", "_gradsel_record")] for module in model.modules()]
+        kept = ("_gradsel_selected", "_gradsel_record")
+        masks = [[vars(module).get(name) for name in kept] for module in model.modules()]
         return Contender(model, delta_bytes(selection), optimizer, masks=masks, selection=selection)
 
     return build

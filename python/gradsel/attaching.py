@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import warnings
-import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from gradsel.layers import SUFFIX, Attached, attached_class, direct_forward, link, owner_of, selected_of, trained_dtype
+from gradsel.layers import (
+    Attached,
+    attached_class,
+    detach_module,
+    direct_forward,
+    selected_of,
+    sync_module,
+    trained_dtype,
+)
+from gradsel.links import STATE, SUFFIX, link
 from gradsel.masks import Mask
 from gradsel.rules import Use, parameter_uses, strip_wrappers
 from gradsel.selection import Selection, lookup
@@ -122,6 +126,12 @@ def attach(model: nn.Module, selection: Selection) -> AttachReport:
         {name: parameters[name].detach().clone() for name, mask in masks.items() if mask.is_whole and mask.nnz},
     )
 
+    classes: dict[nn.Module, Any] = {}
+    for module, selected in states.items():
+        forward = direct_forward(module) if any(state.how is not None for state in selected.values()) else None
+        base: Any = type(module)
+        classes[module] = attached_class(base, forward, tuple(sorted(selected)))
+
     # Nothing has changed so far; from here on nothing fails.
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in record.wholes)
@@ -131,16 +141,12 @@ def attach(model: nn.Module, selection: Selection) -> AttachReport:
         for short, state in selected.items():
             module.register_parameter(short + SUFFIX, values[state.name])
             route = "direct" if state.how is not None else "harvest"
-            known = routes.get(state.name)
-            if known is None or route == "harvest":
+            if state.name not in routes or route == "harvest":
                 routes[state.name] = Route(route, type(module).__name__, state.mask.shape, state.mask.nnz)
-        forward = direct_forward(module) if any(s.how is not None for s in selected.values()) else None
-        module._selected = selected  # type: ignore[assignment]
-        base: Any = type(module)
-        module.__class__ = attached_class(base, forward, tuple(sorted(selected)))
-        link(module)  # type: ignore[arg-type]
+        setattr(module, STATE, selected)
+        module.__class__ = classes[module]
+        link(module)
     setattr(model, _RECORD, record)
-    _watch_steps()
     return AttachReport({name: routes[name] for name in masks})
 
 
@@ -167,9 +173,15 @@ def _check(
             )
         if mask.nnz and not parameter.is_floating_point():
             raise ValueError(f"{name} is {parameter.dtype}, which cannot be trained")
+        if mask.is_whole or not mask.nnz:
+            continue
         for _, module, short in uses[name]:
-            if mask.nnz and not mask.is_whole and hasattr(module, short + SUFFIX):
+            if hasattr(module, short + SUFFIX):
                 raise ValueError(f"{name}: the module has an attribute {short + SUFFIX} already, attach() needs it")
+            if getattr(module, "max_norm", None) is not None:
+                raise ValueError(f"{name}: max_norm rescales the whole weight in forward; set it to None, or freeze it")
+            if isinstance(module, torch.jit.ScriptModule):
+                raise ValueError(f"{name}: its module is TorchScript, whose class cannot change; use the Python module")
 
 
 def detach(model: nn.Module, restore: bool = False) -> nn.Module:
@@ -177,7 +189,8 @@ def detach(model: nn.Module, restore: bool = False) -> nn.Module:
 
     Args:
         model: the attached model, or a wrapper around it.
-        restore: give every trained parameter its original entries back, to the bit; else it stays as trained.
+        restore: give every trained parameter its original entries back, to the bit; else it stays as trained. Buffers
+            (running statistics) are left as they are.
 
     Returns:
         ``model``.
@@ -189,17 +202,19 @@ def detach(model: nn.Module, restore: bool = False) -> nn.Module:
     if not roots:
         raise ValueError("the model is not attached, or attach() was called on a module around it; pass that one")
     for root in roots:
-        record: _Record = vars(root).pop(_RECORD)
-        parameters = _parameters_of(parameter_uses(root))
+        record: _Record = vars(root)[_RECORD]
+        parameters = _parameters_of(parameter_uses(root))  # without any that the caller has replaced since
         with torch.no_grad():
-            if restore:
-                for name, original in record.wholes.items():
+            for name, original in record.wholes.items():
+                if restore and name in parameters:
                     parameters[name].copy_(original)
-            for module in root.modules():
-                if isinstance(module, Attached):
-                    module.detach(restore)
+        for module in root.modules():
+            if isinstance(module, Attached):
+                detach_module(module, restore)
         for name, flag in record.flags.items():
-            parameters[name].requires_grad_(flag)
+            if name in parameters:
+                parameters[name].requires_grad_(flag)
+        delattr(root, _RECORD)
     return model
 
 
@@ -209,43 +224,7 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def sync(model: nn.Module) -> None:
-    """Writes all values to their weights. Only needed after changing values without a ``torch.optim`` optimizer."""
+    """Writes all values to their weights. Needed after changing values by anything but a ``torch.optim`` optimizer."""
     for module in model.modules():
         if isinstance(module, Attached):
-            module.sync()
-
-
-@cache
-def _watch_steps() -> None:
-    register_optimizer_step_post_hook(_after_step)
-
-
-_stepped: weakref.WeakSet = weakref.WeakSet()
-
-
-@torch.no_grad()
-def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Writes the values that an optimizer has just stepped through to their weights."""
-    first = optimizer not in _stepped
-    unreached = []
-    linked = 0
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            owner = owner_of(parameter)
-            if owner is None:
-                continue
-            linked += 1
-            weight, selected = owner
-            if parameter.grad is None:
-                unreached.append(selected.name)
-            elif not getattr(optimizer, "writes_weights", False):
-                selected.mask.scatter_(weight, parameter)
-    if first and linked:
-        _stepped.add(optimizer)
-        if 0 < len(unreached) < linked:
-            names = ", ".join(unreached[:5]) + (", ..." if len(unreached) > 5 else "")
-            warnings.warn(
-                f"{len(unreached)} of {linked} selected weights got no gradient in the first backward: {names}. Either "
-                "the loss does not depend on them, or the model reads them in a way that attach() cannot see.",
-                stacklevel=3,
-            )
+            sync_module(module)

@@ -39,7 +39,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, p
     """
     if not (torch.is_grad_enabled() and values.requires_grad):
         return F.linear(input, weight, bias)
-    return _Linear.apply(_autocast(input), weight, bias, values, product)
+    tokens = _autocast(input).reshape(-1, input.shape[-1])
+    output = _Linear.apply(tokens, weight, bias, values, product)
+    return output.view(*input.shape[:-1], weight.shape[0])
 
 
 class _Linear(Function):
@@ -47,10 +49,8 @@ class _Linear(Function):
     def forward(
         ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, product: Product
     ) -> Tensor:
-        tokens = input.reshape(-1, input.shape[-1])
-        ctx.save_for_backward(weight, product.keep(tokens))
+        ctx.save_for_backward(weight, product.keep(input))
         ctx.product = product
-        ctx.lead = input.shape[:-1]
         return F.linear(input, weight, bias)
 
     @staticmethod
@@ -58,10 +58,7 @@ class _Linear(Function):
     def backward(ctx: Any, grad_output: Tensor):
         weight, kept = ctx.saved_tensors
         wants_input, _, wants_bias, _, _ = ctx.needs_input_grad
-        grad_output = grad_output.reshape(-1, grad_output.shape[-1])
-        grad_input = None
-        if wants_input:
-            grad_input = grad_output.mm(weight.to(grad_output.dtype)).view(*ctx.lead, weight.shape[1])
+        grad_input = grad_output.mm(weight.to(grad_output.dtype)) if wants_input else None
         grad_values, grad_bias = ctx.product.weight_grad(grad_output, ctx.product.factor(kept), wants_bias)
         return grad_input, None, grad_bias, grad_values, None
 
@@ -161,6 +158,8 @@ def embedding(input: Tensor, weight: Tensor, values: Tensor, lookup: Lookup, pad
     """
     if not (torch.is_grad_enabled() and values.requires_grad):
         return F.embedding(input, weight, padding_idx)
+    if padding_idx is not None and padding_idx < 0:
+        padding_idx += weight.shape[0]
     return _Embedding.apply(input, weight, values, lookup, padding_idx)
 
 
@@ -205,12 +204,15 @@ class _Harvest(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor):
-        return None, ctx.mask.gather(grad).to(ctx.dtype), None
+        dense = grad.to_dense() if grad.is_sparse else grad
+        return None, ctx.mask.gather(dense).to(ctx.dtype), None
 
 
 def _autocast(input: Tensor) -> Tensor:
     """The input in the dtype that autocast would have it in, if it is on."""
     device = input.device.type
-    if not torch.is_autocast_enabled(device) or input.dtype is torch.float64:
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return input
+    if input.dtype is torch.float64:
         return input
     return input.to(torch.get_autocast_dtype(device))

@@ -10,7 +10,6 @@ entries. Whoever reads the weight of an attached module from outside, as ``Multi
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -19,16 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.weak import WeakIdKeyDictionary
 
 from gradsel import functional
+from gradsel.links import STATE, SUFFIX, link, selected_in
 from gradsel.masks import Mask
-from gradsel.products import Lookup, Product, Taps
+from gradsel.products import Taps
 from gradsel.rules import is_transposed_linear
 from gradsel.views import NeuronView
-
-SUFFIX = "_values"
-
 
 # --- What an attached module owns --------------------------------------------------------------------------------
 
@@ -41,15 +37,15 @@ class Selected:
         name: the parameter's name in the model.
         mask: its selected entries.
         original: their values at attach(), in the parameter's dtype.
-        how: what the direct route needs; None on the harvest route.
-        taps: of a convolution on the direct route.
+        how: the Product or Lookup of the direct route; None on the harvest route.
+        taps: the Taps of a convolution on the direct route.
     """
 
     name: str
     mask: Mask
     original: Tensor
-    how: Product | Lookup | None = None
-    taps: Taps | None = None
+    how: Any = None
+    taps: Any = None
 
     def to(self, device: torch.device) -> Selected:
         return Selected(
@@ -62,49 +58,28 @@ class Selected:
 
 
 class Attached:
-    """Mixed into the class of every attached module. Its state is ``_selected``, by parameter name."""
+    """Mixed into the class of every attached module. It must not get in the way of names that the module uses."""
 
-    _selected: dict[str, Selected]
     _parameters: dict[str, nn.Parameter]
-    _recipe: tuple[type, type | None, tuple[str, ...]]
-
-    def sync(self) -> None:
-        """Writes the values to the weights."""
-        with torch.no_grad():
-            for name, selected in self._selected.items():
-                selected.mask.scatter_(self._parameters[name], self._parameters[name + SUFFIX])
-
-    def detach(self, restore: bool) -> None:
-        """Becomes the plain module again."""
-        with torch.no_grad():
-            for name, selected in self._selected.items():
-                if restore:
-                    selected.mask.scatter_(self._parameters[name], selected.original)
-                del self._parameters[name + SUFFIX]
-        del self._selected
-        self.__class__ = self._recipe[0]
-
-    def _refresh(self, name: str) -> None:
-        """Takes the values from the weight."""
-        with torch.no_grad():
-            values = self._parameters[name + SUFFIX]
-            values.copy_(self._selected[name].mask.gather(self._parameters[name]))
+    _gradsel_recipe: tuple[Any, type | None, tuple[str, ...]]  # arguments of attached_class()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
-        """Moves and casts as the weights, except that values stay in the dtype they are trained in."""
-        values = {name: self._parameters.pop(name + SUFFIX) for name in self._selected}
-        dtypes = {name: self._parameters[name].dtype for name in values}
+        """Moves and casts all parameters, except that values stay in the dtype they are trained in."""
+        names = {name: self._parameters[name].dtype for name in selected_in(self)}
+        exact = {}
+        for name in names:
+            values = self._parameters[name + SUFFIX]
+            exact[name] = values.data, None if values.grad is None else values.grad.data
         super()._apply(fn, recurse)  # type: ignore[misc]
-        for name, parameter in values.items():
-            dtype = trained_dtype(self._parameters[name])
-            for tensor in (parameter, parameter.grad):
-                if tensor is not None:
-                    moved = fn(tensor.data)
-                    tensor.data = moved if moved.dtype is dtype else tensor.data.to(moved.device, dtype)
-            self._parameters[name + SUFFIX] = parameter
-            self._selected[name] = self._selected[name].to(parameter.device)
-        if any(self._parameters[name].dtype is not dtype for name, dtype in dtypes.items()):
-            self.sync()  # a weight that was rounded and is wide again gets back the bits that it had lost
+        for name, dtype in names.items():
+            weight, values = self._parameters[name], self._parameters[name + SUFFIX]
+            for tensor, before in zip((values, values.grad), exact[name], strict=True):
+                if tensor is not None and before is not None and tensor.dtype is not trained_dtype(weight):
+                    tensor.data = before.to(tensor.device, trained_dtype(weight))
+            selected_in(self)[name] = selected_in(self)[name].to(weight.device)
+            if weight.dtype is not dtype:
+                sync_module(self)  # a weight that was rounded and is wide again gets back the bits that it had lost
+        link(self)
         return self
 
     def _load_from_state_dict(
@@ -114,18 +89,19 @@ class Attached:
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         link(self)  # load_state_dict(assign=True) brings parameters of its own
-        for name, selected in self._selected.items():
-            if prefix + name + SUFFIX in state_dict:
-                with torch.no_grad():
-                    selected.mask.scatter_(self._parameters[name], self._parameters[name + SUFFIX])
-            elif prefix + name in state_dict:  # a checkpoint of the plain model
-                self._refresh(name)
-                if prefix + name + SUFFIX in missing_keys:
-                    missing_keys.remove(prefix + name + SUFFIX)
+        for name, selected in selected_in(self).items():
+            weight, values = self._parameters[name], self._parameters[name + SUFFIX]
+            with torch.no_grad():
+                if prefix + name + SUFFIX in state_dict:
+                    selected.mask.scatter_(weight, values)
+                elif prefix + name in state_dict:  # a checkpoint of the plain model
+                    values.copy_(selected.mask.gather(weight))
+                    if prefix + name + SUFFIX in missing_keys:
+                        missing_keys.remove(prefix + name + SUFFIX)
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr()]  # type: ignore[misc]
-        parts += [f"{name}: {s.mask.nnz} selected ({s.mask.kind})" for name, s in self._selected.items()]
+        parts += [f"{name}: {s.mask.nnz} selected ({s.mask.kind})" for name, s in selected_in(self).items()]
         return ", ".join(part for part in parts if part)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -133,7 +109,26 @@ class Attached:
         link(self)  # deepcopy and pickle make new parameters
 
     def __reduce_ex__(self, protocol):  # the class is made at run time, so it is pickled by its recipe
-        return _empty, self._recipe, super().__reduce_ex__(protocol)[2]
+        with torch.no_grad():  # recurrent layers put what they read of their weights into their state
+            return _empty, self._gradsel_recipe, super().__reduce_ex__(protocol)[2]
+
+
+def sync_module(module: Any) -> None:
+    """Writes the values of an attached module to its weights."""
+    with torch.no_grad():
+        for name, selected in selected_in(module).items():
+            selected.mask.scatter_(module._parameters[name], module._parameters[name + SUFFIX])
+
+
+def detach_module(module: Any, restore: bool) -> None:
+    """Makes an attached module a plain one again."""
+    with torch.no_grad():
+        for name, selected in selected_in(module).items():
+            if restore:
+                selected.mask.scatter_(module._parameters[name], selected.original)
+            del module._parameters[name + SUFFIX]
+    delattr(module, STATE)
+    module.__class__ = module._gradsel_recipe[0]
 
 
 def trained_dtype(weight: Tensor) -> torch.dtype:
@@ -149,7 +144,7 @@ class _Linear:
 
     def forward(self: Any, input: Tensor) -> Tensor:
         own = self._parameters
-        return functional.linear(input, own["weight"], self.bias, own["weight_values"], self._selected["weight"].how)
+        return functional.linear(input, own["weight"], self.bias, own["weight_values"], selected_in(self)["weight"].how)
 
 
 class _Conv1D:
@@ -157,21 +152,24 @@ class _Conv1D:
 
     def forward(self: Any, x: Tensor) -> Tensor:
         own = self._parameters
-        return functional.linear(x, own["weight"].t(), self.bias, own["weight_values"], self._selected["weight"].how)
+        return functional.linear(x, own["weight"].t(), self.bias, own["weight_values"], selected_in(self)["weight"].how)
 
 
 class _Conv:
     """Mixed into Conv1d, Conv2d and Conv3d."""
 
     def forward(self: Any, input: Tensor) -> Tensor:
-        own, selected = self._parameters, self._selected["weight"]
-        pads = self._reversed_padding_repeated_twice  # two for each dimension, the last dimension first
-        if self.padding_mode == "zeros" and pads[::2] == pads[1::2]:
-            padding = pads[::-2]
-        else:
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            input = F.pad(input, pads, mode=mode)
+        own, selected = self._parameters, selected_in(self)["weight"]
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = [0] * len(self.kernel_size)
+        elif padding == "valid":
+            padding = [0] * len(self.kernel_size)
+        elif padding == "same":
+            total = [d * (size - 1) for d, size in zip(self.dilation, self.kernel_size, strict=True)]
+            padding = [both // 2 for both in total]
+            input = F.pad(input, [odd for both in reversed(total) for odd in (0, both % 2)])
         how = (self.stride, padding, self.dilation, self.groups)
         return functional.conv(input, own["weight"], self.bias, own["weight_values"], selected.how, selected.taps, *how)
 
@@ -180,7 +178,7 @@ class _Embedding:
     """Mixed into Embedding."""
 
     def forward(self: Any, input: Tensor) -> Tensor:
-        own, how = self._parameters, self._selected["weight"].how
+        own, how = self._parameters, selected_in(self)["weight"].how
         return functional.embedding(input, own["weight"], own["weight_values"], how, self.padding_idx)
 
 
@@ -190,17 +188,20 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def direct_forward(module: nn.Module) -> type | None:
     """The class whose forward takes the place of the module's own, or None for the harvest.
 
-    A subclass with a forward of its own is not known.
+    A forward of the module's own, or of a subclass, is not known.
     """
     forward = type(module).forward
+    if "forward" in vars(module):
+        return None
     if forward is nn.Linear.forward and type(module) is not nn.modules.linear.NonDynamicallyQuantizableLinear:
         return _Linear  # the exception is never called: MultiheadAttention reads its weight
-    if isinstance(module, _CONVOLUTIONS) and any(forward is known.forward for known in _CONVOLUTIONS):
-        return _Conv
+    for known in _CONVOLUTIONS:
+        if forward is known.forward and type(module)._conv_forward is known._conv_forward:  # type: ignore[attr-defined]
+            return _Conv
     if is_transposed_linear(module) and type(module).__module__ == "transformers.pytorch_utils":
         return _Conv1D
     if isinstance(module, nn.Embedding) and forward is nn.Embedding.forward:
-        plain = module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
+        plain = not module.scale_grad_by_freq and not module.sparse
         return _Embedding if plain else None
     return None
 
@@ -229,7 +230,7 @@ def selected_of(module: nn.Module, name: str, mask: Mask, weight: Tensor, short:
 def attached_class(base: Any, forward: type | None, names: tuple[str, ...]) -> type:
     """``base`` with selected parameters ``names``, and the forward of a class of the direct route."""
     namespace: dict[str, Any] = {name: _harvested(name) for name in names}
-    namespace |= {"_recipe": (base, forward, names), "__module__": base.__module__, "__doc__": base.__doc__}
+    namespace |= {"_gradsel_recipe": (base, forward, names), "__module__": base.__module__, "__doc__": base.__doc__}
     bases = (Attached, base) if forward is None else (Attached, forward, base)
     return type(f"Selected{base.__name__}", bases, namespace)
 
@@ -239,7 +240,7 @@ def _harvested(name: str) -> property:
 
     def read(module: Attached) -> Tensor:
         own = module._parameters
-        return functional.harvest(own[name], own[name + SUFFIX], module._selected[name].mask)
+        return functional.harvest(own[name], own[name + SUFFIX], selected_in(module)[name].mask)
 
     return property(read)
 
@@ -248,23 +249,3 @@ def _empty(base: Any, forward: type | None, names: tuple[str, ...]) -> nn.Module
     """A module without any state: what unpickling begins with."""
     cls: Any = attached_class(base, forward, names)
     return cls.__new__(cls)
-
-
-# --- From the values to their module -----------------------------------------------------------------------------
-
-_links: WeakIdKeyDictionary = WeakIdKeyDictionary()  # values -> (reference to a module that owns them, name)
-
-
-def link(module: Attached) -> None:
-    for name in module._selected:
-        _links[module._parameters[name + SUFFIX]] = (weakref.ref(module), name)
-
-
-def owner_of(parameter: Tensor) -> tuple[Tensor, Selected] | None:
-    """The weight that ``parameter`` holds values of, and how they are selected; None for any other parameter."""
-    found = _links.get(parameter)
-    module = None if found is None else found[0]()
-    if module is None:
-        return None
-    name = found[1]
-    return module._parameters[name], module._selected[name]

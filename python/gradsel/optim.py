@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import gradsel_kernels as gk
-from gradsel.layers import owner_of
+from gradsel.links import owner_of
 from gradsel.masks import Mask, Operands, Whole
 from gradsel.selection import Selection, lookup
 
@@ -24,7 +24,8 @@ class MaskedAdam(Optimizer):
     Argument order and defaults are those of :class:`torch.optim.Adam`; without ``masks`` it is Adam. With them,
     unselected entries never change by a bit, and the state has the size of the selection: two float32 (float64 for
     float64 parameters) for each selected entry, and a float32 master copy where the parameter is bfloat16 or float16.
-    Weights written by others between steps are taken over, except through ``.data``, which nobody can see.
+    Weights written by others between steps are taken over, except through ``.data``, which nobody can see, and except
+    in attached models, where the values count.
     The whole parameter group is updated by one kernel call; on a model prepared by :func:`gradsel.attach`, for which no
     ``masks`` are passed, that call writes values, moments and the weights themselves.
 

@@ -122,7 +122,8 @@ class Product(_Movable):
                 grad = gk.selected_weight_grad(factor, few, self.cols).mT
             else:
                 grad = gk.selected_weight_grad(few, factor, self.cols)
-            bias_grad = grad_output.flatten(0, -2).sum(0, dtype=grad.dtype) if bias else None
+            tokens = tuple(range(grad_output.ndim - 1))
+            bias_grad = grad_output.sum(tokens, dtype=grad.dtype) if bias else None
         if self.order is not None:
             grad = grad[self.order]
         return grad.reshape(self.shape), bias_grad
@@ -144,7 +145,8 @@ class Lookup(_Movable):
         shape: shape of the result.
         rows: int64, ascending: the rows (tokens) with selected entries. None: all of them.
         cols: int64 [rows, k], the selected columns of every row, or [k], the same ones in each. None: whole rows.
-        entries: int64 [2, nnz]: position in ``rows`` and column of every entry, where rows differ in their number.
+        entries: int64 [2, nnz]: position in ``rows`` and column of every entry, where rows differ in their number. The
+            gradient of these rows is formed whole.
     """
 
     shape: tuple[int, ...]

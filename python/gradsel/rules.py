@@ -16,6 +16,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from gradsel.links import selected_in
 from gradsel.views import NeuronView
 
 #: Modules with one of these names anywhere in their path are the head.
@@ -66,7 +67,7 @@ def parameter_rules(
     Raises:
         ValueError: a pattern matches no parameter.
     """
-    if any("_selected" in vars(module) for module in model.modules()):
+    if any(selected_in(module) for module in model.modules()):
         raise ValueError("the model is attached to a selection; call gradsel.detach(model) before selecting anew")
     owners = parameter_uses(model)
     names = [name for uses in owners.values() for name, _, _ in uses]

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import gradsel
+from gradsel.links import selected_in
 from gradsel.masks import Flat, Frozen, Mask, PerRow, Whole, WholeColumns, WholeRows
 from gradsel.rules import parameter_rules
 from tests.gradsel.toy import Toy, batches, cross_entropy
@@ -72,7 +78,7 @@ def check_frozen(model: nn.Module, selection: gradsel.Selection, before: dict[st
 def check_consistent(model: nn.Module) -> None:
     """Every weight holds its values."""
     for module in model.modules():
-        for name, selected in getattr(module, "_selected", {}).items():
+        for name, selected in selected_in(module).items():
             weight, values = module._parameters[name], module._parameters[name + "_values"]
             assert torch.equal(selected.mask.gather(weight), values.to(weight.dtype)), selected.name
 
@@ -175,7 +181,7 @@ def test_double_precision_equals_dense_training_with_masked_gradients(name, kind
 
 @pytest.mark.parametrize("name", ["ViT", "ConvNeXt", "Llama"])
 def test_single_precision_loss_curve(name):
-    """MaskedAdam on an attached model against torch's AdamW on masked gradients of the selected entries."""
+    """MaskedAdam on an attached model against torch's Adam on masked gradients."""
     model, inputs = hugging_face(name)
     selection = random_selection(model)
     dense = copy.deepcopy(model)
@@ -258,7 +264,7 @@ def test_every_way_of_reading_a_weight(kind, training):
     for trained in (model, dense):
         trained(x).square().sum().backward()
     for module in model.modules():
-        for short, selected in getattr(module, "_selected", {}).items():
+        for short, selected in selected_in(module).items():
             expected = selected.mask.gather(dense.get_parameter(selected.name).grad)
             torch.testing.assert_close(
                 module._parameters[short + "_values"].grad, expected, rtol=1e-12, atol=1e-12, msg=selected.name
@@ -289,7 +295,7 @@ def test_a_mixture_of_experts():
     for trained in (model, dense):
         trained(input_ids=tokens, labels=tokens).loss.backward()
     for module in model.modules():
-        for short, selected in getattr(module, "_selected", {}).items():
+        for short, selected in selected_in(module).items():
             expected = selected.mask.gather(dense.get_parameter(selected.name).grad)
             torch.testing.assert_close(module._parameters[short + "_values"].grad, expected, rtol=1e-4, atol=1e-6)
 
@@ -335,6 +341,44 @@ OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9),
     "LBFGS": lambda p: torch.optim.LBFGS(p, lr=1e-2, max_iter=3),
 }
+
+
+@pytest.mark.parametrize("search", [None, "strong_wolfe"])
+def test_lbfgs_sees_the_weights_it_tries(search):
+    model, selection = toy(dtype=torch.float64)
+    model.eval()
+    dense = copy.deepcopy(model)
+    gradsel.attach(model, selection)
+    gradsel.freeze(dense, selection)
+    # For the dense model, a parameter of the selected entries, written before every evaluation.
+    own = {name: selection[name].gather(p.detach()).requires_grad_() for name, p in dense.named_parameters()
+           if p.requires_grad}  # fmt: skip
+
+    def dense_loss() -> Tensor:
+        for name, parameter in dense.named_parameters():
+            if name in own:
+                selection[name].scatter_(parameter.data, own[name].detach())
+        dense.zero_grad()
+        loss = cross_entropy(dense, data(torch.float64)[0])
+        loss.backward()
+        for name, parameter in dense.named_parameters():
+            if name in own:
+                own[name].grad = selection[name].gather(parameter.grad)
+        return loss
+
+    def our_loss() -> Tensor:
+        model.zero_grad()
+        loss = cross_entropy(model, data(torch.float64)[0])
+        loss.backward()
+        return loss
+
+    settings = {"lr": 0.1, "max_iter": 5, "line_search_fn": search}
+    theirs = torch.optim.LBFGS(list(own.values()), **settings)
+    ours = torch.optim.LBFGS(gradsel.trainable_parameters(model), **settings)
+    for _ in range(2):
+        expected, found = theirs.step(dense_loss), ours.step(our_loss)
+        assert found.item() == pytest.approx(expected.item(), rel=1e-9)
+    check_consistent(model)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -401,7 +445,7 @@ def test_gradient_accumulation_and_clipping():
     theirs = nn.utils.clip_grad_norm_([p for p in dense.parameters() if p.requires_grad], 0.1)
     assert float(ours) == pytest.approx(float(theirs), rel=1e-12)
     layer = model.blocks[1].qkv
-    expected = layer._selected["weight"].mask.gather(dense.blocks[1].qkv.weight.grad)
+    expected = selected_in(layer)["weight"].mask.gather(dense.blocks[1].qkv.weight.grad)
     torch.testing.assert_close(layer.weight_values.grad, expected, rtol=1e-12, atol=1e-14)
 
 
@@ -509,6 +553,107 @@ def test_copies_are_attached_models_of_their_own(way):
     gradsel.detach(made, restore=True)
     assert type(made.blocks[0].fc1) is nn.Linear
     assert torch.equal(made.blocks[0].fc1.weight, model.blocks[0].fc1.weight)
+
+
+def test_a_loaded_model_trains_in_a_process_that_never_attached(tmp_path):
+    model, selection = toy()
+    gradsel.attach(model, selection)
+    torch.save(model, tmp_path / "model.pt")
+    script = """
+import sys, torch
+model = torch.load(sys.argv[1], weights_only=False)
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+torch.nn.functional.cross_entropy(model(torch.randn(4, 3, 8, 8)), torch.tensor([0, 1, 2, 3])).backward()
+optimizer.step()
+layer = model.blocks[0].fc1
+rows = layer.weight.detach()
+assert all((rows[i] == value).any() for i, pair in enumerate(layer.weight_values) for value in pair)
+"""
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "python")])}
+    command = [sys.executable, "-c", script, str(tmp_path / "model.pt")]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+def test_recurrent_layers_are_copied_and_cast():
+    model = nn.LSTM(4, 4)
+    gradsel.attach(model, random_selection(model))
+    made = pickle.loads(pickle.dumps(copy.deepcopy(model))).double()
+    optimizer = gradsel.MaskedAdam(gradsel.trainable_parameters(made), lr=0.1)
+    made(torch.randn(3, 4, dtype=torch.float64))[0].sum().backward()
+    optimizer.step()
+    check_consistent(made)
+    assert not torch.equal(made.weight_ih_l0_values.float(), model.weight_ih_l0_values)
+
+
+def test_an_optimizer_of_before_does_not_touch_a_detached_model():
+    model, selection = toy()
+    gradsel.attach(model, selection)
+    old = torch.optim.SGD(gradsel.trainable_parameters(model), lr=0.1)
+    values = [p for p in gradsel.trainable_parameters(model) if p.ndim == 2]
+    cross_entropy(model, data()[0]).backward()
+    gradsel.detach(model)
+    before = model.blocks[0].fc1.weight.clone()
+    old.step()
+    assert torch.equal(model.blocks[0].fc1.weight, before)
+    gradsel.attach(model, selection)
+    old.step()
+    assert torch.equal(model.blocks[0].fc1.weight, before)
+    assert values
+
+
+def test_a_part_of_a_model_with_tied_weights_goes_on_alone():
+    model, _ = hugging_face("tied Llama")
+    gradsel.attach(model, random_selection(model, rank=["model.embed_tokens.weight"]))
+    body = model.model
+    del model
+    gc.collect()
+    optimizer = torch.optim.SGD(gradsel.trainable_parameters(body), lr=0.1)
+    body(input_ids=torch.randint(0, 50, (2, 6))).last_hidden_state.square().sum().backward()
+    optimizer.step()
+    check_consistent(body)
+
+
+def test_convolutions_that_were_changed_after_they_were_made():
+    layer = nn.Conv2d(3, 4, 3)
+    layer.padding, layer.dilation, layer.stride = (2, 2), (2, 2), (2, 2)
+    x = torch.randn(1, 3, 9, 9)
+    expected = layer(x)
+    gradsel.attach(layer, random_selection(layer))
+    assert torch.equal(layer(x), expected)
+
+
+class Casting(nn.Conv1d):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(input, weight.to(input.dtype), None if bias is None else bias.to(input.dtype))
+
+
+def test_layers_with_a_forward_of_their_own_are_harvested():
+    model = nn.Sequential(Casting(3, 4, 3), nn.Linear(6, 6))
+    model[1].forward = lambda x, own=model[1]: F.linear(x, own.weight, own.bias)
+    report = gradsel.attach(model, random_selection(model))
+    assert report["0.weight"].route == report["1.weight"].route == "harvest"
+    model(torch.randn(2, 3, 8)).sum().backward()
+    assert model[0].weight_values.grad is not None
+    assert model[1].weight_values.grad is not None
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_embeddings_with_sparse_gradients_or_counts(sparse):
+    model = nn.Embedding(6, 4, sparse=sparse, scale_grad_by_freq=not sparse)
+    dense = nn.Embedding(6, 4, sparse=sparse, scale_grad_by_freq=not sparse)
+    dense.load_state_dict(model.state_dict())
+    selection = random_selection(model, rank=["weight"])
+    gradsel.attach(model, selection)
+    tokens = torch.tensor([1, 1, 5])
+    for trained in (model, dense):
+        trained(tokens).square().sum().backward()
+    grad = dense.weight.grad.to_dense() if sparse else dense.weight.grad
+    torch.testing.assert_close(model.weight_values.grad, selection["weight"].gather(grad))
+    limited = nn.Embedding(6, 4, max_norm=1.0)
+    with pytest.raises(ValueError, match="max_norm rescales the whole weight"):
+        gradsel.attach(limited, random_selection(limited, rank=["weight"]))
 
 
 def test_casts_keep_values_in_float32():
