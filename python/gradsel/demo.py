@@ -156,7 +156,7 @@ RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 METHODS = (
     Method("linear probe", 1e-2, attached(linear_probe), plots.GREY),
     Method("full fine-tuning", 3e-3, full, plots.PINK),
-    Method("LoRA r=8", 3e-3, lora(8), plots.SKY),
+    Method("LoRA r=8", 1e-2, lora(8), plots.SKY),
     Method("random K=1", 1e-1, attached(random_weights(1)), plots.ORANGE),
     Method("GPS K=1", 3e-2, attached(gps(1)), plots.BLUE),
     Method("GPS K=3", 3e-2, attached(gps(3)), plots.GREEN),
