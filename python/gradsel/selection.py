@@ -64,18 +64,21 @@ def _given(grad: Tensor | None) -> Tensor:
 
 
 @dataclass(frozen=True)
-class PerNeuron:
+class _Counted:
+    k: int = 1
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"{type(self).__name__}(k) needs k >= 1, got {self.k}")
+
+
+@dataclass(frozen=True)
+class PerNeuron(_Counted):
     """The ``k`` best entries of every neuron (row): GPS, equation 3.
 
     Args:
         k: entries a neuron; a neuron with fewer inputs is kept whole.
     """
-
-    k: int = 1
-
-    def __post_init__(self) -> None:
-        if self.k < 1:
-            raise ValueError(f"PerNeuron(k) needs k >= 1, got {self.k}")
 
     def choose(self, score: Tensor, shape: tuple[int, ...], rule: Rule) -> Mask:
         """The mask of one parameter from its scores [rows, cols]."""
@@ -83,7 +86,7 @@ class PerNeuron:
 
 
 @dataclass(frozen=True)
-class Rows:
+class Rows(_Counted):
     """The ``k`` best neurons of every matrix, with all their inputs: GRFT, equations 4 to 6.
 
     A neuron's score is the sum of its squared scores.
@@ -92,19 +95,13 @@ class Rows:
         k: neurons a matrix; a matrix with fewer is kept whole.
     """
 
-    k: int = 1
-
-    def __post_init__(self) -> None:
-        if self.k < 1:
-            raise ValueError(f"Rows(k) needs k >= 1, got {self.k}")
-
     def choose(self, score: Tensor, shape: tuple[int, ...], rule: Rule) -> Mask:
         """The mask of one parameter from its scores [rows, cols]."""
         return WholeRows(_best(score, 1, self.k), shape, rule.view)
 
 
 @dataclass(frozen=True)
-class Columns:
+class Columns(_Counted):
     """The ``k`` best inputs of every matrix, for all neurons: GRFT with columns.
 
     An input's score is the sum of its squared scores.
@@ -112,12 +109,6 @@ class Columns:
     Args:
         k: inputs a matrix; a matrix with fewer is kept whole.
     """
-
-    k: int = 1
-
-    def __post_init__(self) -> None:
-        if self.k < 1:
-            raise ValueError(f"Columns(k) needs k >= 1, got {self.k}")
 
     def choose(self, score: Tensor, shape: tuple[int, ...], rule: Rule) -> Mask:
         """The mask of one parameter from its scores [rows, cols]."""

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import gradsel_kernels as gk
-from gradsel.masks import Flat, Frozen, PerRow, Whole, from_parts
+from gradsel.masks import Flat, Frozen, PerRow, Whole, WholeColumns, WholeRows, from_parts
 from gradsel.views import NeuronView, memory_offsets
 from tests.kernels.cases import same_bits
 
@@ -70,6 +70,9 @@ def masks_for(shape, view):
     k = min(2, cols)
     picked = torch.rand(rows, cols).topk(k, 1).indices.sort(1).values.to(torch.int32)
     yield PerRow(picked, shape, view)
+    yield WholeRows(torch.randperm(rows)[:2].sort().values.to(torch.int32), shape, view)
+    yield WholeRows(torch.arange(rows, dtype=torch.int32), shape, view)
+    yield WholeColumns(torch.randperm(cols)[:2].sort().values.to(torch.int32), shape, view)
     yield Flat.from_dense(torch.rand(shape) < 0.3)
     yield Flat(torch.empty(0, dtype=torch.int64), shape)
     yield Whole(shape)
@@ -113,6 +116,25 @@ def test_operands_lead_the_kernel_to_the_selected_entries(shape, view):
 
 
 @pytest.mark.parametrize(("shape", "view"), VIEWS, ids=str)
+def test_places_lead_the_kernel_from_values_to_their_weight(shape, view):
+    """The same with a gradient in mask order and values of their own, as in an attached model."""
+    for mask in masks_for(shape, view):
+        if mask.nnz == 0:
+            continue
+        for weight in layouts(torch.randn(shape)):
+            before = weight.clone()
+            values, grad = mask.gather(weight), torch.randn(mask.compact_shape)
+            where = mask.place(weight)
+            gk.masked_adam_(
+                [where.weight], [grad], [torch.zeros_like(grad)], [torch.zeros_like(grad)], [torch.zeros(())],
+                values=[values], indices=[where.indices], layouts=[where.layout], lr=0.1, beta1=0.0,
+            )  # fmt: skip
+            assert torch.equal((weight != before).view(shape), mask.to_dense())
+            assert torch.equal(mask.gather(weight), values)
+            assert torch.equal((mask.gather(weight) - mask.gather(before)).sign(), -grad.sign())
+
+
+@pytest.mark.parametrize(("shape", "view"), VIEWS, ids=str)
 def test_parts_round_trip(shape, view):
     for mask in masks_for(shape, view):
         again = from_parts(mask.kind, list(shape), mask.describe(), mask.tensors())
@@ -125,6 +147,8 @@ def test_used_columns():
     per_row = PerRow(torch.tensor([[0, 5], [5, 39], [2, 5]], dtype=torch.int32), (3, 40))
     assert per_row.used_columns().tolist() == [0, 2, 5, 39]
     assert Flat(torch.tensor([1, 7, 13]), (3, 6)).used_columns().tolist() == [1]
+    assert WholeRows(int32([1])[0], (3, 4)).used_columns().tolist() == [0, 1, 2, 3]
+    assert WholeColumns(int32([1, 3])[0], (3, 4)).used_columns().tolist() == [1, 3]
     assert Whole((4, 3, 2)).used_columns().tolist() == [0, 1, 2, 3, 4, 5]
     assert Frozen((4, 3), "a test").used_columns().numel() == 0
 
@@ -146,6 +170,9 @@ def int32(*rows):
         (lambda: PerRow(int32([0], [3]), (2, 3)), ValueError, "0 to 2, found 0 to 3"),
         (lambda: PerRow(int32([-1], [1]), (2, 3)), ValueError, "found -1 to 1"),
         (lambda: PerRow(int32([0, 1], [2, 2]), (2, 3)), ValueError, "row 1 does not"),
+        (lambda: WholeRows(torch.tensor([1]), (2, 3)), TypeError, r"rows must be int32 \[k\]"),
+        (lambda: WholeRows(int32([2])[0], (2, 3)), ValueError, "rows must ascend within 0 to 1"),
+        (lambda: WholeColumns(int32([2, 1])[0], (2, 3)), ValueError, "cols must ascend within 0 to 2"),
         (lambda: Flat(torch.tensor([1, 1]), (2, 3)), ValueError, "must ascend"),
         (lambda: Flat(torch.tensor([1, 6]), (2, 3)), ValueError, "within 0 to 5"),
         (lambda: Flat(torch.tensor([1.0]), (2, 3)), TypeError, "int32 or int64"),

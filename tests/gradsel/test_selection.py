@@ -46,6 +46,27 @@ def test_equals_a_naive_selection(k, loss):
         assert torch.equal(selection[name].to_dense(), expected[name])
 
 
+@pytest.mark.parametrize("k", [1, 3, 1000])
+def test_rows_and_columns_have_the_largest_sums_of_squares(k):
+    torch.manual_seed(0)
+    model = Toy().eval()
+    grads = {}
+    model.zero_grad()
+    for batch in batches():
+        cross_entropy(model, batch).backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    for policy, dim, kind in ((gradsel.Rows(k), 1, "rows"), (gradsel.Columns(k), 0, "columns")):
+        selection = gradsel.select(model, batches(), cross_entropy, policy)
+        ranked = [name for name, mask in selection.items() if mask.kind == kind]
+        assert "blocks.0.fc1.weight" in ranked
+        assert "patch_embed.weight" in ranked
+        for name in ranked:
+            sums = grads[name].flatten(1).square().sum(dim)
+            expected = sums.topk(min(k, len(sums))).indices.sort().values
+            (found,) = selection[name].tensors().values()
+            assert torch.equal(found.long(), expected), name
+
+
 def test_the_default_rules():
     selection = gradsel.select(Toy(), batches(), cross_entropy)
     whole = {name for name, mask in selection.items() if isinstance(mask, Whole)}
@@ -278,6 +299,12 @@ def test_a_gradient_that_is_not_finite_names_the_parameter():
 
     with pytest.raises(ValueError, match=r"the gradient of blocks.1.fc2.weight is not finite \(1 of 288 entries\)"):
         gradsel.select(model, batches(), loss)
+
+
+@pytest.mark.parametrize("policy", [gradsel.Rows, gradsel.Columns])
+def test_rows_and_columns_need_a_positive_k(policy):
+    with pytest.raises(ValueError, match=rf"{policy.__name__}\(k\) needs k >= 1, got 0"):
+        policy(0)
 
 
 def test_per_neuron_needs_a_positive_k():
