@@ -1,0 +1,152 @@
+"""What every kind of mask can do."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+import gradsel_kernels as gk
+from gradsel.products import COPIED_SHARE, Lookup, Product
+from gradsel.views import NeuronView, memory_offsets
+
+
+class Place(NamedTuple):
+    """Where the selected entries lie in a parameter, in the form that ``gradsel_kernels.masked_adam_`` takes."""
+
+    weight: Tensor
+    indices: Tensor | None
+    layout: gk.Layout
+
+
+class Operands(NamedTuple):
+    """A :class:`Place`, and a gradient that is dense or in mask order."""
+
+    weight: Tensor
+    grad: Tensor
+    indices: Tensor | None
+    layout: gk.Layout
+
+
+class Mask(ABC):
+    """The selected entries of a parameter, in a fixed order, the mask order.
+
+    Attributes:
+        kind: the name of the kind, as files and tables show it.
+        is_whole: every entry is selected, and no more needs to be known.
+        shape: shape of the parameter.
+        compact_shape: shape of a tensor of the selected entries: gradients, moments, values.
+    """
+
+    kind: ClassVar[str]
+    is_whole: ClassVar[bool] = False
+    shape: tuple[int, ...]
+    compact_shape: tuple[int, ...]
+    _scattered: tuple[tuple[int, ...], Tensor] | None = None
+
+    @cached_property
+    def nnz(self) -> int:
+        """Number of selected entries."""
+        return math.prod(self.compact_shape)
+
+    @abstractmethod
+    def gather(self, weight: Tensor) -> Tensor:
+        """The selected entries of ``weight``, a new tensor of ``compact_shape``."""
+
+    @abstractmethod
+    def scatter_(self, weight: Tensor, values: Tensor) -> None:
+        """Writes ``values`` (of ``compact_shape``) to the selected entries of ``weight``, rounded to its dtype."""
+
+    @abstractmethod
+    def to_dense(self) -> Tensor:
+        """bool, shaped like the parameter."""
+
+    @abstractmethod
+    def place(self, weight: Tensor) -> Place:
+        """Weight and indices for a gradient in mask order, as aliases."""
+
+    def operands(self, weight: Tensor, grad: Tensor) -> Operands:
+        """Weight, dense gradient and indices in the form that the kernels take, aliases wherever strides allow it."""
+        place = self.place(weight)
+        if place.weight is not weight or not (weight.ndim <= 2 or grad.is_contiguous()):
+            grad = self.gather(grad)
+        return Operands(place.weight, grad, place.indices, place.layout)
+
+    @abstractmethod
+    def to(self, device: torch.device) -> Mask:
+        """The mask on ``device``: itself, if it is there already."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """What a file stores of it beside :meth:`describe`."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Everything but tensors, as JSON; :func:`from_parts` reads it."""
+
+    @abstractmethod
+    def used_columns(self) -> Tensor:
+        """The columns of the neuron view with a selected entry, ascending: the inputs that backward needs. int64."""
+
+    def product(self, view: NeuronView, groups: int = 1, share: float = COPIED_SHARE) -> Product:
+        """How a layer that multiplies by the parameter computes the gradient of the selected entries.
+
+        Args:
+            view: the layer's rows and columns.
+            groups: of a grouped convolution: its rows are cut into as many blocks, each with inputs of its own.
+            share: see :data:`gradsel.products.COPIED_SHARE`.
+        """
+        rows, n = view.shape(self.shape)
+        row, col = self._coordinates(view)
+        return Product.irregular(row, col + row // (rows // groups) * n, rows, groups * n, share)
+
+    def lookup(self) -> Lookup:
+        """How an embedding [tokens, dim] computes the gradient of the selected entries."""
+        row, col = self._coordinates(NeuronView())
+        rows, slots = row.unique(return_inverse=True)
+        return Lookup(self.compact_shape, self.shape[0], rows=rows, entries=torch.stack([slots, col]))
+
+    def _coordinates(self, view: NeuronView) -> tuple[Tensor, Tensor]:
+        """Row and column of every selected entry, int64 [nnz] in mask order."""
+        numbers = torch.arange(math.prod(self.shape), device=self.device)
+        places = torch.empty_like(numbers).scatter_(0, view.of(numbers.view(self.shape)).reshape(-1), numbers)
+        entries = places[self._pick(numbers.view(self.shape))]
+        columns = view.shape(self.shape)[1]
+        return entries // columns, entries % columns
+
+    @property
+    def device(self) -> torch.device:
+        """Where the indices are."""
+        return torch.device("cpu")
+
+    def _pick(self, entries: Tensor) -> Tensor:
+        """The selected ones of a tensor shaped like the parameter, in mask order, flat."""
+        return entries.reshape(-1)
+
+    def _offsets(self, weight: Tensor) -> Tensor:
+        """The selected entries as places in the memory of ``weight``, worked out once for its strides."""
+        if self._scattered is None or self._scattered[0] != weight.stride():
+            offsets = self._pick(memory_offsets(weight))
+            if weight.numel() <= 2**31:
+                offsets = offsets.to(torch.int32)
+            self._scattered = (weight.stride(), offsets)
+        return self._scattered[1]
+
+    def to_bits(self) -> Tensor:
+        """The packed bitmask, int32 [rows, words], of the parameter flattened behind its first dimension."""
+        dense = self.to_dense()
+        return gk.pack_bits(
+            dense.reshape(dense.shape[0] if dense.ndim else 1, -1) if dense.numel() else dense.view(0, 0)
+        )
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(shape={list(self.shape)}, nnz={self.nnz})"
+
+
+def memory_of(tensor: Tensor) -> Tensor:
+    """The memory of a dense tensor as one row; no compact gradient has this shape, so none is taken for a dense one."""
+    return tensor.as_strided((1, 1, tensor.numel()), (tensor.numel(), tensor.numel(), 1))
