@@ -39,6 +39,16 @@ def masked(k: int, width: int = 1):
     return gradsel.MaskedAdam(named.copy(), masks=selection), selection.trainable_count()
 
 
+def attached(k: int) -> tuple[nn.Module, gradsel.MaskedAdam]:
+    """An attached model and its optimizer, which writes the values to the weights for as long as the model lives."""
+    model = nn.ModuleList(nn.Linear(cols, rows, bias=False) for rows, cols in SHAPES)
+    gradsel.attach(model, random_selection(list(model.named_parameters()), k))
+    parameters = gradsel.trainable_parameters(model)
+    for values in parameters:
+        values.grad = torch.randn_like(values)
+    return model, gradsel.MaskedAdam(parameters)
+
+
 @pytest.mark.parametrize("k", [1, 2, 5, 10])
 def test_step(compare, k):
     torch.manual_seed(0)
@@ -68,6 +78,11 @@ def test_step(compare, k):
     for values in compact_values:
         values.grad = torch.randn_like(values)
     compact = gradsel.MaskedAdam(compact_values)
+    model, of_model = attached(k)
+    weight = next(model.parameters())
+    before = weight.clone()
+    of_model.step()
+    assert not torch.equal(weight, before)
     per_entry = 4 * 4 + 4 + LINE + 2 * LINE  # moments read and written, index, gradient read, weight read and written
     compare(
         "masked_adam_",
@@ -79,6 +94,7 @@ def test_step(compare, k):
             "dense mask, then torch Adam(fused)": (mask_then_step, (28 + 12) * weights),
             "gather_rows of weights and gradients": (gather_only, (4 + 4 + 2 * LINE) * nnz),
             "native, compact gradient and values": (compact.step, 28 * nnz),
+            "native, attached": (of_model.step, (28 + 2 * LINE) * nnz),
             "native": (ours.step, per_entry * nnz),
         },
     )

@@ -275,6 +275,30 @@ def test_backward_allocates_nothing_of_the_weights_size(kind):
     assert largest_allocation(dense_backward) >= 4 * rows * n
 
 
+@pytest.mark.parametrize("kind", ["per-row", "rows", "columns", "one entry"])
+def test_backward_of_a_convolution_allocates_nothing_of_the_weights_size(kind):
+    weight = torch.randn(48, 48, 3, 3)
+    mask = masks_of(tuple(weight.shape))[kind]
+    product = mask.product(NeuronView(), share=1.0)
+    taps = Taps.of(product, 48, (3, 3), weight.device)
+    values = mask.gather(weight).requires_grad_()
+    how = ((1, 1), (1, 1), (1, 1), 1)
+    output = functional.conv(torch.randn(1, 48, 4, 4), weight, None, values, product, taps, *how)
+    assert largest_allocation(output.sum().backward) < 4 * weight.numel() / 2
+    dense = weight.requires_grad_()
+    output = F.conv2d(torch.randn(1, 48, 4, 4), dense, padding=1)
+    assert largest_allocation(output.sum().backward) >= 4 * weight.numel()
+
+
+@pytest.mark.parametrize("kind", ["per-row", "rows", "columns", "one entry"])
+def test_backward_of_an_embedding_allocates_nothing_of_the_weights_size(kind):
+    weight = torch.randn(1000, 64)
+    mask = masks_of((1000, 64))[kind]
+    values = mask.gather(weight).requires_grad_()
+    output = functional.embedding(torch.randint(0, 1000, (20,)), weight, values, mask.lookup())
+    assert largest_allocation(output.sum().backward) < 4 * weight.numel() / 2
+
+
 # --- Modes and errors --------------------------------------------------------------------------------------------
 
 
