@@ -33,12 +33,24 @@ Score = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Criterion:
-    """What makes an entry worth training. A plain function ``(weight, grad) -> score`` is one, too."""
+    """What makes an entry worth training. A plain function ``(weight, grad) -> score`` is one, too.
+
+    Attributes:
+        name: what the selection's notes call it.
+        score: the scores [rows, cols] of one weight, from its neuron view and that of its summed gradient.
+        needs_gradient: whether gradients are computed at all.
+        each_batch: what is summed over batches, from the gradient of one, which it may change in place. None: the
+            gradient itself, with its sign.
+        squared: scores are squares already; rows and columns are then judged by plain sums of them.
+        reset: called before a selection, so that each one starts alike.
+    """
 
     name: str
     score: Callable[[Tensor, Tensor | None], Tensor]
     needs_gradient: bool = True
-    reset: Callable[[], object] = lambda: None  # called before a selection, so that each one starts alike
+    each_batch: Callable[[Tensor], Tensor] | None = None
+    squared: bool = False
+    reset: Callable[[], object] = lambda: None
 
 
 def random_scores(seed: int = 0) -> Criterion:
@@ -53,6 +65,9 @@ def random_scores(seed: int = 0) -> Criterion:
 
 _CRITERIA: dict[str, Callable[[], Criterion]] = {
     "gradient": lambda: Criterion("gradient", lambda weight, grad: _given(grad)),
+    "absolute": lambda: Criterion("absolute", lambda weight, grad: _given(grad), each_batch=torch.abs_),
+    "fisher": lambda: Criterion("fisher", lambda weight, grad: _given(grad), each_batch=torch.square_, squared=True),
+    "snip": lambda: Criterion("snip", lambda weight, grad: weight * _given(grad)),
     "magnitude": lambda: Criterion("magnitude", lambda weight, grad: weight, needs_gradient=False),
     "random": random_scores,
 }
@@ -80,7 +95,7 @@ class PerNeuron(_Counted):
         k: entries a neuron; a neuron with fewer inputs is kept whole.
     """
 
-    def choose(self, score: Tensor, shape: tuple[int, ...], rule: Rule) -> Mask:
+    def choose(self, score: Tensor, shape: tuple[int, ...], rule: Rule, squared: bool) -> Mask:
         """The mask of one parameter from its scores [rows, cols]."""
         return PerRow(gk.topk_rows(score, self.k), shape, rule.view)
 
@@ -89,35 +104,35 @@ class PerNeuron(_Counted):
 class Rows(_Counted):
     """The ``k`` best neurons of every matrix, with all their inputs: GRFT, equations 4 to 6.
 
-    A neuron's score is the sum of its squared scores.
+    A neuron's score is the sum of its squared scores (of the scores, where they are squares: ``"fisher"``).
 
     Args:
         k: neurons a matrix; a matrix with fewer is kept whole.
     """
 
-    def choose(self, score: Tensor, shape: tuple[int, ...], rule: Rule) -> Mask:
-        """The mask of one parameter from its scores [rows, cols]."""
-        return WholeRows(_best(score, 1, self.k), shape, rule.view)
+    def choose(self, score: Tensor, shape: tuple[int, ...], rule: Rule, squared: bool) -> Mask:
+        """The mask of one parameter from its scores [rows, cols], which are ``squared`` already or not."""
+        return WholeRows(_best(score if squared else score.square(), 1, self.k), shape, rule.view)
 
 
 @dataclass(frozen=True)
 class Columns(_Counted):
     """The ``k`` best inputs of every matrix, for all neurons: GRFT with columns.
 
-    An input's score is the sum of its squared scores.
+    An input's score is the sum of its squared scores (of the scores, where they are squares: ``"fisher"``).
 
     Args:
         k: inputs a matrix; a matrix with fewer is kept whole.
     """
 
-    def choose(self, score: Tensor, shape: tuple[int, ...], rule: Rule) -> Mask:
-        """The mask of one parameter from its scores [rows, cols]."""
-        return WholeColumns(_best(score, 0, self.k), shape, rule.view)
+    def choose(self, score: Tensor, shape: tuple[int, ...], rule: Rule, squared: bool) -> Mask:
+        """The mask of one parameter from its scores [rows, cols], which are ``squared`` already or not."""
+        return WholeColumns(_best(score if squared else score.square(), 0, self.k), shape, rule.view)
 
 
 def _best(score: Tensor, dim: int, k: int) -> Tensor:
-    """The rows or columns with the largest sum of squares along ``dim``: int32 [k], ascending, ties to the lowest."""
-    return gk.topk_rows(score.square().sum(dim).unsqueeze(0), k)[0]
+    """The rows or columns with the largest sum along ``dim``: int32 [k], ascending, ties to the lowest."""
+    return gk.topk_rows(score.sum(dim).unsqueeze(0), k)[0]
 
 
 Policy = PerNeuron | Rows | Columns
@@ -255,8 +270,8 @@ def select(
 ) -> Selection:
     """Chooses the entries to train, from the gradients of one pass over ``batches``.
 
-    The gradient of every ranked parameter is summed over all batches with its sign; the magnitude is taken once, at
-    the end (GPS, section 3.2). Ties go to the lowest column.
+    By default the gradient of every ranked parameter is summed over all batches with its sign, and the magnitude is
+    taken once, at the end (GPS, section 3.2). Ties go to the lowest column.
 
     Args:
         model: run as it is: mode, autocast and device are the caller's. Gradients, ``requires_grad`` flags, buffers
@@ -266,8 +281,10 @@ def select(
         loss: ``loss(model, batch)`` returns the scalar to differentiate, for example supervised contrastive loss on
             features: ``lambda model, batch: SupConLoss()(model.forward_features(batch[0]), batch[1])``.
         policy: how many entries of what: ``PerNeuron(3)``, ``Rows(3)`` or ``Columns(3)``.
-        criterion: ``"gradient"``, ``"magnitude"``, ``"random"``, or a function of the neuron views
-            ``(weight, grad) -> score``.
+        criterion: what is ranked by its magnitude: ``"gradient"``, the sum over batches; ``"absolute"``, the sum of
+            magnitudes; ``"fisher"``, the sum of squares (the empirical Fisher information, batch by batch); ``"snip"``,
+            weight times gradient (Lee et al. 2019); ``"magnitude"``, the weight; ``"random"``; or a function of the
+            neuron views ``(weight, grad) -> score``.
         head, rank, whole, freeze: what is ranked, trained whole or frozen: see :func:`gradsel.rules.parameter_rules`.
         progress: show a progress bar; None: on a terminal only.
 
@@ -289,7 +306,7 @@ def select(
         if batches is None or loss is None:
             raise ValueError(f"criterion {chosen.name!r} needs gradients: pass batches and loss")
         with _kept(model):
-            grads, count = _accumulate(model, ranked, batches, loss, progress)
+            grads, count = _accumulate(model, ranked, batches, loss, chosen.each_batch, progress)
 
     masks: dict[str, Mask] = {}
     zero_rows: dict[str, int] = {}
@@ -309,7 +326,7 @@ def select(
             grad = None if grad is None else rule.view.of(grad)
             with torch.no_grad():
                 score = chosen.score(rule.view.of(parameter.detach()), grad)
-            masks[name] = policy.choose(score, shape, rule)
+            masks[name] = policy.choose(score, shape, rule, chosen.squared)
             if empty := int((score == 0).all(dim=1).sum()) if score.numel() else 0:
                 zero_rows[name] = empty
     notes: dict[str, Any] = {"policy": str(policy), "criterion": chosen.name}
@@ -369,9 +386,10 @@ def _accumulate(
     ranked: Mapping[str, nn.Parameter],
     batches: Iterable[Any],
     loss: Callable[[Any, Any], Tensor],
+    each_batch: Callable[[Tensor], Tensor] | None,
     progress: bool | None,
 ) -> tuple[dict[str, Tensor], int]:
-    """Signed gradient sums in at least float32, for the parameters that got any; and the number of batches."""
+    """Sums over batches in at least float32, for the parameters that got any gradient; and the number of batches."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         parameter.grad = None
@@ -392,11 +410,13 @@ def _accumulate(
         for name, parameter in ranked.items():
             if parameter.grad is None:
                 continue
-            if parameter.dtype in (torch.float32, torch.float64):
+            if each_batch is None and parameter.dtype in (torch.float32, torch.float64):
                 sums[name] = parameter.grad  # autograd goes on adding to it
-            else:
-                sums[name] = sums[name].add_(parameter.grad) if name in sums else parameter.grad.float()
-                parameter.grad = None
+                continue
+            grad = parameter.grad if parameter.dtype is torch.float64 else parameter.grad.float()
+            parameter.grad = None
+            grad = grad if each_batch is None else each_batch(grad)
+            sums[name] = sums[name].add_(grad) if name in sums else grad
     if count == 0:
         raise ValueError("batches is empty: there is nothing to take gradients of")
     for name, total in sums.items():  # what was once not finite stays so in the sum

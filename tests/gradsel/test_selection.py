@@ -241,6 +241,44 @@ def test_parameters_that_are_no_floats_are_frozen():
         gradsel.select(model, None, None, criterion="magnitude", rank=["table"])
 
 
+#: What each criterion adds up over batches, and its scores from the sum and the weight.
+FIRST_PRINCIPLES = {
+    "gradient": (lambda grad: grad, lambda total, weight: total.abs()),
+    "absolute": (lambda grad: grad.abs(), lambda total, weight: total),
+    "fisher": (lambda grad: grad.square(), lambda total, weight: total),
+    "snip": (lambda grad: grad, lambda total, weight: (weight * total).abs()),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("criterion", FIRST_PRINCIPLES)
+def test_criteria_equal_their_definitions(criterion, dtype):
+    torch.manual_seed(0)
+    model = Toy().eval().to(dtype)
+    data = [(images.to(dtype), labels) for images, labels in batches()]
+    each_batch, score = FIRST_PRINCIPLES[criterion]
+    name = "blocks.1.fc2.weight"
+    weight = model.get_parameter(name)
+    total = torch.zeros(weight.shape)
+    for batch in data:
+        model.zero_grad()
+        cross_entropy(model, batch).backward()
+        total += each_batch(weight.grad.float())
+    model.zero_grad()
+    scores = score(total, weight.detach().float())
+    squares = scores if criterion == "fisher" else scores.square()
+    for policy, expected in [
+        (gradsel.PerNeuron(3), scores.topk(3, 1).indices),
+        (gradsel.Rows(3), squares.sum(1).topk(3).indices),
+        (gradsel.Columns(3), squares.sum(0).topk(3).indices),
+    ]:
+        selection = gradsel.select(model, data, cross_entropy, policy, criterion)
+        (found,) = selection[name].tensors().values()
+        assert torch.equal(found.long(), expected.sort(-1).values)
+        assert selection.notes["criterion"] == criterion
+    assert weight.grad is None
+
+
 def test_other_criteria():
     model = Toy()
     magnitude = gradsel.select(model, None, None, gradsel.PerNeuron(2), "magnitude")
@@ -276,7 +314,7 @@ def test_other_criteria():
         ({"loss": lambda m, b: m(b[0])}, ValueError, r"got a tensor \[10, 4\]"),
         ({"loss": lambda m, b: 3.0}, ValueError, "got float"),
         ({"loss": lambda m, b: cross_entropy(m, b) * float("nan")}, ValueError, "loss of batch 1 is nan"),
-        ({"criterion": "hessian"}, ValueError, "unknown criterion 'hessian'; choose one of gradient, magnitude"),
+        ({"criterion": "hessian"}, ValueError, "unknown criterion 'hessian'; choose one of gradient, absolute, fisher"),
         ({"rank": ["unused.weight"]}, ValueError, "unused.weight was named to be ranked, but got no gradient"),
         ({"freeze": ["blocks.0.qvk.weight"]}, ValueError, "did you mean blocks.0.qkv.weight"),
     ],
