@@ -5,16 +5,15 @@ Everything the README says about speed is printed here from the committed result
 
 from __future__ import annotations
 
-import csv
 import sys
 from collections import defaultdict
 from pathlib import Path
 
+import common
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-HERE = Path(__file__).parent
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9")
 OURS = "native"
 
@@ -24,9 +23,8 @@ Results = dict[tuple[str, str, str, int], dict[str, dict[str, str]]]
 def load(path: Path) -> Results:
     """Lines by (kernel, size, dtype, k), then by provider."""
     results: Results = defaultdict(dict)
-    with path.open() as file:
-        for row in csv.DictReader(file):
-            results[row["kernel"], row["size"], row["dtype"], int(row["k"])][row["provider"]] = row
+    for row in common.load(path):
+        results[row["kernel"], row["size"], row["dtype"], int(row["k"])][row["provider"]] = row
     return results
 
 
@@ -92,7 +90,7 @@ def draw(results: Results, path: Path) -> None:
 
 
 def main() -> None:
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "results" / "cpu.csv"
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else common.RESULTS / "cpu.csv"
     results = load(path)
     print(table(results))
     picture = path.with_suffix(".png")

@@ -29,17 +29,6 @@ GRADSEL_INLINE auto unsigned_max(const T* index, int64_t count) {
   return high;
 }
 
-// Refuses before anything is read or written with an index.
-bool check(const int32_t* index, int64_t rows, int64_t k, int64_t cols, int threads, Range* found) {
-  const int64_t count = rows * k;
-  std::atomic<bool> good{true};
-  parallel_ranges(count, threads_for(count, threads), [&](int64_t begin, int64_t end, int) {
-    if (!all_below(index + begin, end - begin, cols)) good = false;
-  });
-  if (!good) *found = range_of(index, count);
-  return good;
-}
-
 // 16-, 32- and 64-bit elements are copied as integers: a gather changes no bit.
 template <class Bits>
 void gather(const void* weight, int64_t k, int64_t row_stride, int64_t col_stride, const int32_t* index, void* out,
@@ -94,9 +83,18 @@ GRADSEL_CLONES bool all_below(const int64_t* index, int64_t count, int64_t end) 
   return count <= 0 || unsigned_max(index, count) < static_cast<uint64_t>(end);
 }
 
+bool columns_below(const int32_t* columns, int64_t count, int64_t end, int threads, Range* found) {
+  std::atomic<bool> good{true};
+  parallel_ranges(count, threads_for(count, threads), [&](int64_t first, int64_t last, int) {
+    if (!all_below(columns + first, last - first, end)) good = false;
+  });
+  if (!good) *found = range_of(columns, count);
+  return good;
+}
+
 bool gather_rows(const void* weight, Dtype dtype, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride,
                  const int32_t* index, int64_t k, void* out, int threads, Range* found) {
-  if (!check(index, rows, k, cols, threads, found)) return false;
+  if (!columns_below(index, rows * k, cols, threads, found)) return false;
   parallel_ranges(rows, threads_for(rows * k, threads), [&](int64_t begin, int64_t end, int) {
     const auto kernel = dtype == kFloat64   ? &gather<uint64_t>
                         : dtype == kFloat32 ? &gather<uint32_t>
@@ -108,7 +106,7 @@ bool gather_rows(const void* weight, Dtype dtype, int64_t rows, int64_t cols, in
 
 bool scatter_rows(void* weight, Dtype dtype, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride,
                   const int32_t* index, int64_t k, const void* values, Dtype values_dtype, int threads, Range* found) {
-  if (!check(index, rows, k, cols, threads, found)) return false;
+  if (!columns_below(index, rows * k, cols, threads, found)) return false;
   const Scatter kernel = scatter_for(dtype, values_dtype);
   parallel_ranges(rows, threads_for(rows * k, threads), [&](int64_t begin, int64_t end, int) {
     kernel(weight, k, row_stride, col_stride, index, values, begin, end);

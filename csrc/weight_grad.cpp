@@ -9,7 +9,6 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
-#include <atomic>
 #include <type_traits>
 
 #include "kernels.h"
@@ -186,15 +185,6 @@ void run(const WeightGrad& problem, int threads) {
 }
 
 }  // namespace
-
-bool columns_below(const int32_t* columns, int64_t count, int64_t end, int threads, Range* found) {
-  std::atomic<bool> good{true};
-  parallel_ranges(count, threads_for(count, threads), [&](int64_t first, int64_t last, int) {
-    if (!all_below(columns + first, last - first, end)) good = false;
-  });
-  if (!good) *found = range_of(columns, count);
-  return good;
-}
 
 bool row_offsets_ascend(const int64_t* offsets, int64_t rows, int64_t nnz) {
   bool good = offsets[0] == 0 && offsets[rows] == nnz;

@@ -35,9 +35,13 @@ def _describe(tensor: Tensor) -> str:
     return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
 
 
-def _matrix(name: str, tensor: Tensor, what: str) -> None:
+def _dense(name: str, tensor: Tensor) -> None:
     if tensor.layout is not torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got a sparse one ({tensor.layout}); call .to_dense() first")
+
+
+def _matrix(name: str, tensor: Tensor, what: str) -> None:
+    _dense(name, tensor)
     if tensor.ndim != 2:
         raise ValueError(
             f"{name} must be a 2-D {what}, got {_describe(tensor)}; view it as [neurons, inputs], "
@@ -124,8 +128,7 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _activations(name: str, tensor: Tensor, features: str) -> None:
-    if tensor.layout is not torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got a sparse one ({tensor.layout}); call .to_dense() first")
+    _dense(name, tensor)
     if tensor.ndim not in (2, 3):
         raise ValueError(
             f"{name} must be [tokens, {features}] or [batch, tokens, {features}], got {_describe(tensor)}; "

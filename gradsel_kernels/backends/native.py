@@ -177,12 +177,10 @@ def selected_weight_grad_bias(
     grad_output: Tensor, input: Tensor, cols: Tensor, row_offsets: Tensor | None, strategy: str
 ) -> tuple[Tensor, Tensor]:
     strategy = _strategy(grad_output, input, cols, row_offsets, strategy)
-    total = sum_dtype(grad_output.dtype)
     if strategy == "gather":
-        bias = torch.empty(grad_output.shape[-1], dtype=total)
+        bias = torch.empty(grad_output.shape[-1], dtype=sum_dtype(grad_output.dtype))
         return _gather(grad_output, input, cols, row_offsets, bias), bias
-    grad = getattr(panels, strategy)(grad_output, input, cols, row_offsets)
-    return grad, grad_output.flatten(0, -2).sum(0, dtype=total)
+    return getattr(panels, strategy)(grad_output, input, cols, row_offsets), panels.token_sums(grad_output)
 
 
 def _strategy(grad_output: Tensor, input: Tensor, cols: Tensor, row_offsets: Tensor | None, strategy: str) -> str:

@@ -65,6 +65,11 @@ def tile(grad_output: Tensor, input: Tensor, cols: Tensor, row_offsets: Tensor |
     return _run(grad_output, input, panels, cols.numel(), None).view(cols.shape)
 
 
+def token_sums(grad_output: Tensor) -> Tensor:
+    """The gradient of the bias: ``grad_output`` summed over everything but its features."""
+    return grad_output.sum(tuple(range(grad_output.ndim - 1)), dtype=sum_dtype(grad_output.dtype))
+
+
 def _run(grad_output: Tensor, input: Tensor, panels: Iterable[_Panel], nnz: int, order: Tensor | None) -> Tensor:
     """The entries in the order of the plan."""
     total = sum_dtype(input.dtype)

@@ -335,9 +335,7 @@ def selected_weight_grad_bias(
 ) -> tuple[Tensor, Tensor]:
     """:func:`selected_weight_grad`, and the sum of ``grad_output`` over its tokens."""
     if strategy == "union":
-        dims = tuple(range(grad_output.ndim - 1))
-        sums = grad_output.sum(dims, dtype=sum_dtype(grad_output.dtype))
-        return panels.union(grad_output, input, cols, row_offsets), sums
+        return panels.union(grad_output, input, cols, row_offsets), panels.token_sums(grad_output)
     grad, bias = _sums(grad_output, input, cols, row_offsets, strategy, with_bias=True)
     assert bias is not None
     return grad, bias

@@ -16,9 +16,8 @@ from gradsel.layers import (
     direct_forward,
     selected_of,
     sync_module,
-    trained_dtype,
 )
-from gradsel.links import STATE, SUFFIX, link
+from gradsel.links import STATE, SUFFIX, link, trained_dtype
 from gradsel.masks import Mask
 from gradsel.rules import Use, parameter_uses, strip_wrappers
 from gradsel.selection import Selection, lookup
@@ -110,8 +109,7 @@ def attach(model: nn.Module, selection: Selection) -> AttachReport:
     partial: dict[nn.Module, dict[str, str]] = {}  # of each module: the parameter's name in it, and its full name
     for name, mask in masks.items():
         if mask.is_whole or not mask.nnz:
-            why = mask.kind if mask.is_whole else getattr(mask, "reason", "nothing selected")
-            routes[name] = Route("whole" if mask.nnz else "frozen", why, mask.shape, mask.nnz)
+            routes[name] = Route("whole" if mask.nnz else "frozen", mask.how, mask.shape, mask.nnz)
             continue
         entries = mask.gather(parameters[name].detach()).to(trained_dtype(parameters[name]))
         values[name] = nn.Parameter(entries)

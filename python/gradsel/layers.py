@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradsel import functional
-from gradsel.links import STATE, SUFFIX, link, selected_in
+from gradsel.links import STATE, SUFFIX, link, selected_in, trained_dtype
 from gradsel.masks import Mask
 from gradsel.products import Taps
 from gradsel.rules import is_transposed_linear
@@ -129,11 +129,6 @@ def detach_module(module: Any, restore: bool) -> None:
             del module._parameters[name + SUFFIX]
     delattr(module, STATE)
     module.__class__ = module._gradsel_recipe[0]
-
-
-def trained_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype of the values of a weight: float64 for float64, else float32."""
-    return torch.float64 if weight.dtype is torch.float64 else torch.float32
 
 
 # --- The direct route --------------------------------------------------------------------------------------------

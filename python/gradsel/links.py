@@ -27,6 +27,12 @@ SUFFIX = "_values"
 #: The attribute of an attached module that says what is selected, by parameter name.
 STATE = "_gradsel_selected"
 
+
+def trained_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which entries of a tensor are summed and trained: float64 for float64, else float32."""
+    return torch.float64 if tensor.dtype is torch.float64 else torch.float32
+
+
 # values -> (weak reference to a module, parameter name) of every module that owns them: tied weights have several
 _links: WeakIdKeyDictionary = WeakIdKeyDictionary()
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import gradsel_kernels as gk
-from gradsel.links import owner_of
+from gradsel.links import owner_of, trained_dtype
 from gradsel.masks import Mask, Operands, Whole
 from gradsel.selection import Selection, lookup
 
@@ -197,7 +197,7 @@ class MaskedAdam(Optimizer):
     def _state(self, parameter: Tensor, mask: Mask, amsgrad: bool) -> dict[str, Tensor]:
         """The state of a parameter, completed: all of it at first, a master after loading that of a float32 run."""
         state: dict[str, Tensor] = self.state[parameter]
-        dtype = _state_dtype(parameter)
+        dtype = trained_dtype(parameter)
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
         for name in _MOMENTS if amsgrad else _MOMENTS[:2]:
@@ -235,7 +235,7 @@ class MaskedAdam(Optimizer):
         for saved_id, parameter in pairs:
             # Optimizer.load_state_dict casts to the parameter's dtype, which would cost bfloat16 runs their moments.
             for name, value in state_dict["state"].get(saved_id, {}).items():
-                dtype = torch.float32 if name == "step" else _state_dtype(parameter)
+                dtype = torch.float32 if name == "step" else trained_dtype(parameter)
                 self.state[parameter][name] = torch.as_tensor(value).detach().to(parameter.device, dtype, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -275,7 +275,3 @@ def state_bytes(optimizer: Optimizer) -> int:
     """Bytes of all tensors in an optimizer's state."""
     tensors: Iterable[Any] = chain.from_iterable(state.values() for state in optimizer.state.values())
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if isinstance(tensor, Tensor))
-
-
-def _state_dtype(parameter: Tensor) -> torch.dtype:
-    return torch.float64 if parameter.dtype is torch.float64 else torch.float32

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import gradsel_kernels as gk
+from gradsel.links import trained_dtype
 
 #: Stride, padding and dilation of a convolution, one number for each dimension of its kernel.
 Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -74,7 +75,8 @@ class Product(_Movable):
         """All columns in some rows."""
         positions = torch.arange(rows.numel(), dtype=torch.int32, device=rows.device)
         shape = (rows.numel(), inputs)
-        return Product(inputs, None, positions.expand(inputs, -1), shape, rows=rows.long(), rows_are_inputs=True)
+        cols = positions.repeat(inputs, 1)
+        return Product(inputs, None, cols, shape, rows=rows.long(), rows_are_inputs=True)
 
     @staticmethod
     def irregular(row: Tensor, col: Tensor, rows: int, inputs: int, share: float = COPIED_SHARE) -> Product:
@@ -163,7 +165,6 @@ class Lookup(_Movable):
             tokens: int [tokens], the numbers that were looked up.
             padding_idx: a token without a gradient.
         """
-        total = torch.float64 if grad_output.dtype is torch.float64 else torch.float32
         count = self.vocabulary if self.rows is None else self.rows.numel()
         slots = tokens.long()
         ignored = slots == (-1 if padding_idx is None else padding_idx)
@@ -174,7 +175,7 @@ class Lookup(_Movable):
         if self.cols is not None:
             picked = grad_output[:, self.cols] if self.cols.ndim == 1 else grad_output.gather(1, self.cols[slots])
         grad = torch.ops.aten.embedding_dense_backward(
-            picked.to(total), slots.masked_fill(ignored, count), count + 1, count, False
+            picked.to(trained_dtype(grad_output)), slots.masked_fill(ignored, count), count + 1, count, False
         )[:count]
         if self.entries is not None:
             grad = grad[self.entries[0], self.entries[1]]

@@ -169,17 +169,7 @@ class Selection(Mapping[str, Mask]):
 
     def summary(self) -> str:
         """A table with one line for each group of equal parameters; block numbers are written as ``*``."""
-        groups = grouped(
-            (
-                name,
-                (
-                    mask.shape,
-                    mask.reason if isinstance(mask, Frozen) else mask.kind if mask.nnz else "nothing selected",
-                    mask.nnz,
-                ),
-            )
-            for name, mask in self.items()
-        )
+        groups = grouped((name, (mask.shape, mask.how, mask.nnz)) for name, mask in self.items())
         rows = [
             (
                 name,

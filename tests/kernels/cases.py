@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -70,6 +71,15 @@ def offset(tensor: Tensor) -> Tensor:
 
 
 VIEWS = (contiguous, transposed, spaced, offset)
+
+
+def reserved(elements: int, device: str) -> Tensor:
+    """float16 memory that is reserved, and used only where a test writes; without it the test is skipped."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        return torch.empty(elements, dtype=torch.float16, device=device)
+    except RuntimeError as error:
+        pytest.skip(f"{2 * elements / 2**30:.0f} GiB cannot be reserved here: {error}")
 
 
 def ks(cols: int) -> list[int]:

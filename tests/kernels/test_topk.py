@@ -58,11 +58,7 @@ def test_strided_views(fast, dtype, view):
 def test_offsets_past_two_to_the_31(fast):
     """Rows lie 2**31 elements apart; the memory between them is reserved, not used."""
     stride = 2**31 + 7
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    try:
-        storage = torch.empty(stride + 64, dtype=torch.float16, device=fast)
-    except RuntimeError as error:
-        pytest.skip(f"4 GiB cannot be reserved here: {error}")
+    storage = cases.reserved(stride + 64, fast)
     grad = storage.as_strided((2, 64), (stride, 1))
     grad.copy_(torch.randn(2, 64))
     assert torch.equal(gk.topk_rows(grad, 3).cpu(), reference.topk_rows(grad.cpu().clone(), 3))

@@ -227,11 +227,7 @@ def test_offsets_out_of_range(fast):
 def test_offsets_past_two_to_the_31(fast):
     """Tokens lie 2**31 elements apart; the memory between them is reserved, not used."""
     stride = 2**31 + 7
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    try:
-        storage = torch.empty(stride + 64, dtype=torch.float16, device=fast)
-    except RuntimeError as error:
-        pytest.skip(f"4 GiB cannot be reserved here: {error}")
+    storage = cases.reserved(stride + 64, fast)
     far = storage.as_strided((2, 40), (stride, 1))
     far.copy_(torch.randn(2, 40))
     near = far.clone()
@@ -245,11 +241,7 @@ def test_offsets_past_two_to_the_31(fast):
 def test_products_of_strides_past_two_to_the_31(fast):
     """Strides that fit in 32 bits, of tokens and of features; the memory between them is reserved, not used."""
     stride = 2**30 + 4
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    try:
-        storage = torch.empty(2 * stride + 64, dtype=torch.float16, device=fast)
-    except RuntimeError as error:
-        pytest.skip(f"4 GiB cannot be reserved here: {error}")
+    storage = cases.reserved(2 * stride + 64, fast)
     far = storage.as_strided((3, 40), (stride, 1))
     far.copy_(torch.randn(3, 40))
     near = far.clone()

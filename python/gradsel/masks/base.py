@@ -53,6 +53,11 @@ class Mask(ABC):
         """Number of selected entries."""
         return math.prod(self.compact_shape)
 
+    @property
+    def how(self) -> str:
+        """How the parameter is trained, or why not, in a few words for tables."""
+        return self.kind if self.nnz else "nothing selected"
+
     @abstractmethod
     def gather(self, weight: Tensor) -> Tensor:
         """The selected entries of ``weight``, a new tensor of ``compact_shape``."""
@@ -72,9 +77,13 @@ class Mask(ABC):
     def operands(self, weight: Tensor, grad: Tensor) -> Operands:
         """Weight, dense gradient and indices in the form that the kernels take, aliases wherever strides allow it."""
         place = self.place(weight)
-        if place.weight is not weight or not (weight.ndim <= 2 or grad.is_contiguous()):
-            grad = self.gather(grad)
-        return Operands(place.weight, grad, place.indices, place.layout)
+        return Operands(place.weight, self._grad_at(place, weight, grad), place.indices, place.layout)
+
+    def _grad_at(self, place: Place, weight: Tensor, grad: Tensor) -> Tensor:
+        """A dense gradient in the form that goes with a place: as it is, or its selected entries."""
+        if place.weight is weight and (weight.ndim <= 2 or grad.is_contiguous()):
+            return grad
+        return self.gather(grad)
 
     @abstractmethod
     def to(self, device: torch.device) -> Mask:

@@ -126,6 +126,10 @@ class Frozen(Mask):
         self.shape = tuple(shape)
         self.reason = reason
 
+    @property
+    def how(self) -> str:
+        return self.reason
+
     def gather(self, weight: Tensor) -> Tensor:
         return weight.new_empty(0)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import gradsel_kernels as gk
-from gradsel.masks.base import Mask, Operands, Place, memory_of
+from gradsel.masks.base import Mask, Place, memory_of
 from gradsel.products import COPIED_SHARE, Lookup, Product
 from gradsel.views import NeuronView
 
@@ -49,11 +49,10 @@ class _Viewed(Mask):
             return Place(matrix, self.indices, self.layout)
         return Place(memory_of(weight), self._offsets(weight), gk.Layout.FLAT)
 
-    def operands(self, weight: Tensor, grad: Tensor) -> Operands:
-        place = self.place(weight)
-        if place.weight is not weight and place.layout is self.layout and place.weight.ndim == 2:
-            return Operands(place.weight, self.view.of(grad), place.indices, place.layout)
-        return super().operands(weight, grad)
+    def _grad_at(self, place: Place, weight: Tensor, grad: Tensor) -> Tensor:
+        if place.weight is not weight and place.weight.ndim == 2:
+            return self.view.of(grad)
+        return super()._grad_at(place, weight, grad)
 
     def _scatter_to_memory_(self, weight: Tensor, values: Tensor) -> None:
         memory_of(weight).view(-1)[self._offsets(weight).long()] = values.reshape(-1).to(weight.dtype)
@@ -268,7 +267,7 @@ class WholeColumns(_Viewed):
             return super().product(view, groups, share)
         rows, n = self.rows_and_columns
         cols = self.cols + _first_inputs(rows, n, groups, self.device)
-        return Product.per_row(cols.expand(rows, -1), groups * n, self.compact_shape, share)
+        return Product.per_row(cols, groups * n, self.compact_shape, share)
 
     def lookup(self) -> Lookup:
         if not self.view.is_first_dim:
