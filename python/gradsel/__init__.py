@@ -5,17 +5,22 @@
 """
 
 from gradsel.attaching import AttachReport, attach, detach, sync, trainable_parameters
+from gradsel.criteria import Criterion, random_scores
 from gradsel.losses import SupConLoss
 from gradsel.optim import MaskedAdam, MaskedAdamW, state_bytes
-from gradsel.selection import Columns, Criterion, PerNeuron, Rows, Selection, freeze, random_scores, select
+from gradsel.policies import Columns, Global, PerLayer, PerNeuron, Rows, equal_budget
+from gradsel.selecting import select
+from gradsel.selection import Selection, freeze
 from gradsel_kernels import __version__
 
 __all__ = [
     "AttachReport",
     "Columns",
     "Criterion",
+    "Global",
     "MaskedAdam",
     "MaskedAdamW",
+    "PerLayer",
     "PerNeuron",
     "Rows",
     "Selection",
@@ -23,6 +28,7 @@ __all__ = [
     "__version__",
     "attach",
     "detach",
+    "equal_budget",
     "freeze",
     "random_scores",
     "select",

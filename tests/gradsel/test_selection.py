@@ -341,7 +341,7 @@ def test_a_gradient_that_is_not_finite_names_the_parameter():
 
 @pytest.mark.parametrize("policy", [gradsel.Rows, gradsel.Columns])
 def test_rows_and_columns_need_a_positive_k(policy):
-    with pytest.raises(ValueError, match=rf"{policy.__name__}\(k\) needs k >= 1, got 0"):
+    with pytest.raises(ValueError, match=rf"{policy.__name__}\(k\) needs an integer k >= 1, got 0"):
         policy(0)
 
 
