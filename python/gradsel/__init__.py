@@ -4,13 +4,17 @@
 :class:`MaskedAdam` trains them. The kernels are in :mod:`gradsel_kernels`.
 """
 
+from gradsel import presets
 from gradsel.attaching import AttachReport, attach, detach, sync, trainable_parameters
+from gradsel.counting import trainable_count
 from gradsel.criteria import Criterion, random_scores
-from gradsel.losses import SupConLoss
+from gradsel.losses import SupConLoss, contrastive, cross_entropy
 from gradsel.optim import MaskedAdam, MaskedAdamW, state_bytes
 from gradsel.policies import Columns, Global, PerLayer, PerNeuron, Rows, equal_budget
+from gradsel.rules import ranked_sizes
 from gradsel.selecting import select
 from gradsel.selection import Selection, freeze
+from gradsel.subsets import easiest_subset
 from gradsel_kernels import __version__
 
 __all__ = [
@@ -27,12 +31,18 @@ __all__ = [
     "SupConLoss",
     "__version__",
     "attach",
+    "contrastive",
+    "cross_entropy",
     "detach",
+    "easiest_subset",
     "equal_budget",
     "freeze",
+    "presets",
     "random_scores",
+    "ranked_sizes",
     "select",
     "state_bytes",
     "sync",
+    "trainable_count",
     "trainable_parameters",
 ]

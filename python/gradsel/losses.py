@@ -1,10 +1,14 @@
-"""The loss that selection uses: supervised contrastive learning, no head needed."""
+"""Losses for selection: supervised contrastive learning, which needs no head, and cross-entropy."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 
 class SupConLoss(nn.Module):
@@ -62,3 +66,45 @@ class SupConLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}"
+
+
+def contrastive(
+    features: Callable[[Any, Any], Tensor] | str = "forward_features",
+    *,
+    temperature: float = 0.07,
+    augment: Callable[[Any], Any] | None = None,
+) -> Callable[[Any, Any], Tensor]:
+    """The loss of GPS and GRFT for :func:`gradsel.select`: :class:`SupConLoss` on batches of (inputs, labels).
+
+    Args:
+        features: ``features(model, inputs)`` returns what the head would get, [batch, dim], or the name of a method of
+            the model that does, given the inputs.
+        temperature: as in :class:`SupConLoss`.
+        augment: makes one view of the inputs; with it, two views of every sample are compared.
+
+    Returns:
+        ``loss(model, batch)``.
+    """
+    supcon = SupConLoss(temperature)
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        inputs, labels = batch
+        views = [inputs] if augment is None else [augment(inputs), augment(inputs)]
+        if isinstance(features, str):
+            inner = model.module if isinstance(model, DistributedDataParallel) else model
+            found = [getattr(inner, features)(view) for view in views]
+        else:
+            found = [features(model, view) for view in views]
+        return supcon(torch.stack(found, dim=1), labels)
+
+    return loss
+
+
+def cross_entropy(model: Any, batch: Any) -> Tensor:
+    """Head and cross-entropy on batches of (inputs, labels), the ablation of GPS, Tab. 6c: ``loss(model, batch)``.
+
+    The model returns logits [batch, classes], or an object with such ``logits``.
+    """
+    inputs, labels = batch
+    outputs = model(inputs)
+    return F.cross_entropy(getattr(outputs, "logits", outputs), labels)

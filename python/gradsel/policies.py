@@ -11,12 +11,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy
 import torch
 from torch import Tensor
 
 import gradsel_kernels as gk
 from gradsel.masks import Flat, Frozen, Mask, PerRow, WholeColumns, WholeRows
 from gradsel.views import NeuronView
+
+#: Columns whose gain is worked out anew at a time.
+_LOOK_AT = 32
 
 #: Rows and columns of the neuron views that a policy chooses from, by parameter.
 Sizes = Mapping[str, tuple[int, int]]
@@ -161,7 +165,7 @@ class _Shared(Policy):
     def __post_init__(self) -> None:
         name = type(self).__name__
         if (self.fraction is None) == (self.count is None):
-            raise ValueError(f"{name} needs either fraction or count, got {self}")
+            raise ValueError(f"{name} needs either fraction or count, got fraction={self.fraction}, count={self.count}")
         if self.count is not None:
             _check_count(f"{name}(count)", "count", self.count)
         elif self.fraction is not None and not 0 < self.fraction <= 1:
@@ -188,7 +192,7 @@ class PerLayer(_Shared):
         return self._of(rows * cols)
 
     def choose(self, score: Tensor, shape: tuple[int, ...], view: NeuronView, squared: bool) -> Mask:
-        return _mask_of(largest(score.reshape(-1), self._of(score.numel())), score, shape, view)
+        return _mask_of(largest(score.reshape(-1), self._of(score.numel())), shape, view)
 
 
 @dataclass(frozen=True, repr=False)
@@ -221,13 +225,18 @@ class _Together:
     def __init__(self, count: int, names: list[str]) -> None:
         self._count = count
         self._number = {name: number for number, name in enumerate(names)}
-        self._added: dict[str, tuple[Tensor, tuple[int, ...], NeuronView]] = {}
+        self._added: dict[str, tuple[torch.device, tuple[int, ...], NeuronView]] = {}
         self._held: tuple[Tensor, Tensor, Tensor] | None = None  # magnitudes, numbers of parameters, entries
 
     def add(self, name: str, score: Tensor, shape: tuple[int, ...], view: NeuronView, squared: bool) -> None:
-        self._added[name] = (score.new_empty(0).expand(0, score.shape[1]), shape, view)
+        self._added[name] = (score.device, shape, view)
         magnitudes = score.reshape(-1).abs()
-        entries = largest(magnitudes, self._count)
+        if self._held is not None and self._held[0].numel() == self._count:
+            bound = self._held[0].min().to(magnitudes.device)
+            entries = (magnitudes >= bound).nonzero().view(-1)
+            entries = entries[largest(magnitudes[entries], self._count)]
+        else:
+            entries = largest(magnitudes, self._count)
         new = (magnitudes[entries], torch.full_like(entries, self._number[name]), entries)
         if self._held is not None:
             values, numbers, places = (
@@ -241,11 +250,11 @@ class _Together:
 
     def finish(self) -> dict[str, Mask]:
         masks: dict[str, Mask] = {}
-        for name, (like, shape, view) in self._added.items():
+        for name, (device, shape, view) in self._added.items():
             assert self._held is not None
             _, numbers, entries = self._held
-            chosen = entries[numbers == self._number[name]].sort().values.to(like.device)
-            masks[name] = _mask_of(chosen, like, shape, view)
+            chosen = entries[numbers == self._number[name]].sort().values.to(device)
+            masks[name] = _mask_of(chosen, shape, view)
         return masks
 
 
@@ -319,21 +328,25 @@ def covering_columns(score: Tensor, k: int, count: int) -> Tensor:
     columns = columns.float() if columns.dtype in (torch.bfloat16, torch.float16) else columns
     kept = columns.new_zeros(k, columns.shape[1])  # the best of every row among the chosen columns, ascending
     gains = columns.sum(1, dtype=torch.float64).cpu().numpy()
-    seen_with = [0] * len(columns)  # how many columns had been chosen when a gain was worked out
+    seen_with = numpy.zeros(len(columns), dtype=int)  # how many columns had been chosen when a gain was worked out
     chosen: list[int] = []
     while len(chosen) < min(count, len(columns)):
-        column = int(gains.argmax())  # the first, of equal ones
-        if seen_with[column] == len(chosen):
-            kept = torch.cat([kept, columns[column : column + 1]]).sort(0).values[1:]
-            gains[column] = -1.0
-            chosen.append(column)
+        best = int(gains.argmax())  # the first, of equal ones
+        if seen_with[best] == len(chosen):
+            kept = torch.cat([kept, columns[best : best + 1]]).sort(0).values[1:]
+            gains[best] = -1.0
+            chosen.append(best)
         else:
-            gains[column] = (columns[column] - kept[0]).clamp_(min=0).sum(dtype=torch.float64).item()
-            seen_with[column] = len(chosen)
+            leading = numpy.argpartition(-gains, min(_LOOK_AT, len(gains)) - 1)[:_LOOK_AT]
+            leading = numpy.union1d(leading, [best])  # which is not the one that argpartition takes among equal ones
+            stale = leading[(seen_with[leading] != len(chosen)) & (gains[leading] >= 0)]
+            added = columns[torch.from_numpy(stale).to(columns.device)].sub_(kept[0]).clamp_(min=0)
+            gains[stale] = added.sum(1, dtype=torch.float64).cpu().numpy()
+            seen_with[stale] = len(chosen)
     return torch.tensor(sorted(chosen), dtype=torch.int64, device=score.device)
 
 
-def _mask_of(entries: Tensor, score: Tensor, shape: tuple[int, ...], view: NeuronView) -> Mask:
+def _mask_of(entries: Tensor, shape: tuple[int, ...], view: NeuronView) -> Mask:
     """The mask of entries of a neuron view, by their row-major places in it."""
     if entries.numel() == 0:
         return Frozen(shape, "nothing selected")

@@ -1,32 +1,49 @@
-"""Which parameters of a model are ranked, trained whole, or frozen, before any gradient is looked at.
-
-The defaults are those of GPS (Zhang et al., CVPR 2024, and its authors' runs): every weight matrix and convolution of
-the backbone is ranked, the patch embedding included; biases outside normalisation layers and the head train whole, as
-do layer scales and relative-position tables; normalisation, position embeddings, class tokens and (token) embeddings
-stay frozen.
-"""
+"""Which parameters of a model are ranked, trained whole, or frozen, before any gradient is looked at."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import TypedDict
 
 from torch import nn
+from typing_extensions import Unpack
 
+from gradsel.blocks import is_inside, numbered
 from gradsel.links import selected_in
 from gradsel.views import NeuronView
 
 #: Modules with one of these names anywhere in their path are the head.
 HEAD = ("classifier", "head", "score", "fc")
 
-_TOKEN = re.compile(
-    r"((pos|position|positional)_?emb\w*|(cls|class|dist|mask|reg|register)_?(token|embed)\w*|absolute_pos\w*)$"
-)
-_LAYER_SCALE = re.compile(r"(gamma(_\d+)?|lambda_?\d*|layer_scale\w*)$")
-_POSITION_TABLE = "relative_position_bias_table"
+#: What happens to each kind of parameter unless something else is asked for: the rules of GPS (Zhang et al., CVPR 2024)
+#: as its authors' runs have them, and frozen embeddings.
+KINDS = {
+    "weight": "rank",  # matrices and convolutions, the patch embedding included
+    "bias": "whole",
+    "head": "whole",
+    "layer scale": "whole",
+    "position table": "whole",  # relative positions
+    "normalisation": "freeze",
+    "position embedding": "freeze",
+    "token": "freeze",  # class tokens, mask tokens, registers
+    "embedding": "freeze",
+    "output embedding": "freeze",
+    "other": "freeze",
+}
+_ACTIONS = ("rank", "whole", "freeze")
+
+_NAMED_LIKE = {
+    "token": re.compile(r"(cls|class|dist|distillation|mask|reg|register)_?(token|embed)\w*$"),
+    "position table": re.compile(r"(relative_position_bias_table|rel_pos(_[hw])?)$"),
+    "position embedding": re.compile(r"((pos|position|positional)_?emb\w*|absolute_pos\w*)$"),
+    "layer scale": re.compile(r"(gamma(_\d+)?|lambda_?\d*|layer_scale\w*)$"),
+}
+_BIAS = re.compile(r"(^|.*_)bias(_\w+)?$")
+_OUTPUT_EMBEDDING = (["lm_head"], ["embed_out"])
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -47,10 +64,25 @@ class Rule:
     named: bool = False
 
 
+class RuleOptions(TypedDict, total=False):
+    """The arguments of :func:`parameter_rules` behind the model, as others pass them on."""
+
+    head: Iterable[str]
+    kinds: Mapping[str, str]
+    blocks: Iterable[int] | None
+    skip_blocks: Iterable[int]
+    rank: Iterable[str]
+    whole: Iterable[str]
+    freeze: Iterable[str]
+
+
 def parameter_rules(
     model: nn.Module,
     *,
     head: Iterable[str] = HEAD,
+    kinds: Mapping[str, str] | None = None,
+    blocks: Iterable[int] | None = None,
+    skip_blocks: Iterable[int] = (),
     rank: Iterable[str] = (),
     whole: Iterable[str] = (),
     freeze: Iterable[str] = (),
@@ -58,35 +90,71 @@ def parameter_rules(
     """One rule for every parameter of ``model``, by name.
 
     Args:
-        model: any module. A parameter that several modules share is judged by all of them and named once.
-        head: module names; parameters below such a module train whole.
-        rank, whole, freeze: glob patterns on parameter names (``"blocks.0.*"``) that override the defaults. Where
+        model: any module, on any device. A parameter that several modules share is judged by all of them and named
+            once.
+        head: module names; parameters below such a module are of the kind ``"head"``.
+        kinds: what happens to parameters of a kind, ``"rank"``, ``"whole"`` or ``"freeze"``, where that is not
+            :data:`KINDS`, for example ``{"bias": "freeze", "normalisation": "whole"}``.
+        blocks: numbers of the blocks (see :func:`gradsel.blocks.block_names`) to choose from; negative ones count from
+            the last. Everything outside them but the head is frozen. None: the whole model.
+        skip_blocks: numbers of blocks to freeze, as in GPS's block study.
+        rank, whole, freeze: glob patterns on parameter names (``"blocks.0.*"``) that override all of the above. Where
             several match, rank goes before whole and whole before freeze, so that ``freeze=["*"]`` leaves what the
             other two name.
 
     Raises:
-        ValueError: a pattern matches no parameter.
+        ValueError: a pattern matches no parameter; an unknown kind or action; no such block; the model is attached.
     """
     if any(selected_in(module) for module in model.modules()):
         raise ValueError("the model is attached to a selection; call gradsel.detach(model) before selecting anew")
     owners = parameter_uses(model)
-    names = [name for uses in owners.values() for name, _, _ in uses]
     overrides = {"rank": tuple(rank), "whole": tuple(whole), "freeze": tuple(freeze)}
+    _check_patterns(model, overrides, [name for uses in owners.values() for name, _, _ in uses])
+    actions = {**KINDS, **_checked_kinds(kinds or {})}
+    kept = None if blocks is None else [strip_wrappers(path) for path in numbered(model, blocks, "blocks")]
+    skipped = [strip_wrappers(path) for path in numbered(model, skip_blocks, "skip_blocks")]
+    output = _output_embedding(model)
+    rules = {}
+    for canonical, uses in owners.items():
+        names = [name for name, _, _ in uses]
+        kind = _kind(uses, frozenset(head), output)
+        rule = _default(kind, uses, actions)
+        left_out = kept is not None and kind != "head" and not any(is_inside(name, kept) for name in names)
+        if left_out or any(is_inside(name, skipped) for name in names):
+            rule = Rule("freeze", "block left out")
+        for action, patterns in overrides.items():
+            if any(fnmatchcase(name, pattern) for name in names for pattern in patterns):
+                rule = _named(action, uses)
+                break
+        rules[canonical] = rule
+    return rules
+
+
+def ranked_sizes(model: nn.Module, **options: Unpack[RuleOptions]) -> dict[str, tuple[int, int]]:
+    """Rows and columns of the neuron view of every ranked parameter; arguments as in :func:`parameter_rules`."""
+    rules = parameter_rules(model, **options)
+    shapes = {strip_wrappers(name): parameter.shape for name, parameter in model.named_parameters()}
+    return {name: rule.view.shape(shapes[name]) for name, rule in rules.items() if rule.action == "rank"}
+
+
+def _check_patterns(model: nn.Module, overrides: Mapping[str, tuple[str, ...]], names: list[str]) -> None:
     for action, patterns in overrides.items():
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
                 close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4)
                 hint = f"; did you mean {', '.join(close)}?" if close else ""
                 raise ValueError(f"{action}={pattern!r} matches no parameter of {type(model).__name__}{hint}")
-    rules = {}
-    for canonical, uses in owners.items():
-        rule = _default(uses, frozenset(head))
-        for action, patterns in overrides.items():
-            if any(fnmatchcase(name, pattern) for name, _, _ in uses for pattern in patterns):
-                rule = _named(action, uses)
-                break
-        rules[canonical] = rule
-    return rules
+
+
+def _checked_kinds(kinds: Mapping[str, str]) -> Mapping[str, str]:
+    for kind, action in kinds.items():
+        if kind not in KINDS:
+            close = difflib.get_close_matches(kind, KINDS, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"kinds names {kind!r}, expected one of {', '.join(KINDS)}{hint}")
+        if action not in _ACTIONS:
+            raise ValueError(f"kinds[{kind!r}] is {action!r}, expected one of {', '.join(_ACTIONS)}")
+    return kinds
 
 
 def _named(action: str, uses: list[Use]) -> Rule:
@@ -111,29 +179,48 @@ def parameter_uses(model: nn.Module) -> dict[str, list[Use]]:
     return {name: by_id[key][1] for name, key in order.items()}
 
 
-def _default(uses: list[Use], head: frozenset[str]) -> Rule:
+def _kind(uses: list[Use], head: frozenset[str], output: nn.Module | None) -> str:
+    """The kind of a parameter, a key of :data:`KINDS`."""
     modules = [module for _, module, _ in uses]
-    shorts = {short for _, _, short in uses}
+    if any(_is_norm(module) for module in modules):
+        return "normalisation"
+    own_names = [short for _, _, short in uses]
+    parts = [name.split(".")[:-1] for name, _, _ in uses]
+    if isinstance(modules[0], nn.Embedding):
+        own_names += [part[-1] for part in parts if part]  # position_embeddings.weight
+    for kind, pattern in _NAMED_LIKE.items():
+        if any(pattern.match(name) for name in own_names):
+            return kind
+    if any(_is_embedding(module) for module in modules):
+        return "embedding"
+    if any(head.intersection(part) for part in parts):
+        return "head"
     parameter = getattr(modules[0], uses[0][2])
+    if parameter.ndim <= 2 and any(_BIAS.match(short) for _, _, short in uses):
+        return "bias"
+    if parameter.ndim < 2:
+        return "other"
+    if any(module is output for module in modules) or any(part[-1:] in _OUTPUT_EMBEDDING for part in parts):
+        return "output embedding"
+    return "weight"
+
+
+def _output_embedding(model: nn.Module) -> nn.Module | None:
+    """The layer from features to tokens, where the model says which one it is (transformers)."""
+    ask = getattr(model, "get_output_embeddings", None)
+    found = ask() if callable(ask) else None
+    return found if isinstance(found, nn.Module) else None
+
+
+def _default(kind: str, uses: list[Use], actions: Mapping[str, str]) -> Rule:
+    _, module, short = uses[0]
+    parameter = getattr(module, short)
     if not parameter.is_floating_point():
         return Rule("freeze", f"{parameter.dtype}".removeprefix("torch."))
-    if any(_is_embedding(module) for module in modules):
-        return Rule("freeze", "embedding" if len(uses) == 1 else "embedding, tied")
-    if any(_is_norm(module) for module in modules):
-        return Rule("freeze", "normalisation")
-    if any(part in head for name, _, _ in uses for part in name.split(".")[:-1]):
-        return Rule("whole", "head")
-    if any(_TOKEN.search(short) for short in shorts):
-        return Rule("freeze", "position embedding or class token")
-    if _POSITION_TABLE in shorts:
-        return Rule("whole", "relative-position table")
-    if any(_LAYER_SCALE.match(short) for short in shorts):
-        return Rule("whole", "layer scale")
-    if any(re.search(r"bias(_\w+)?$", short) for short in shorts) and parameter.ndim <= 2:
-        return Rule("whole", "bias")
-    if parameter.ndim >= 2:
-        return Rule("rank", "weight", _view(uses))
-    return Rule("freeze", "neither weight nor bias")
+    reason = "neither weight nor bias" if kind == "other" else kind
+    if kind == "embedding" and len(uses) > 1:
+        reason += ", tied"
+    return Rule(actions[kind], reason, _view(uses))
 
 
 def _view(uses: list[Use]) -> NeuronView:
@@ -144,8 +231,13 @@ def _view(uses: list[Use]) -> NeuronView:
     if is_transposed_linear(module):
         return NeuronView((1,))
     if parameter.ndim == 3 and not isinstance(module, (nn.modules.conv._ConvNd, nn.Bilinear)):
-        return NeuronView((0, 1))  # stacked experts [experts, out, in]
+        return NeuronView((0, 2) if _has_transposed_experts(module) else (0, 1))
     return NeuronView((0,))
+
+
+def _has_transposed_experts(module: nn.Module) -> bool:
+    """Whether stacked experts are stored as [experts, in, out], as transformers does in some models."""
+    return bool(getattr(module, "is_transposed", False)) or type(module).__name__ == "Llama4TextExperts"
 
 
 def is_transposed_linear(module: nn.Module) -> bool:

@@ -1,203 +1,205 @@
-"""select(): one pass over the data, and from its gradients a mask for every parameter."""
+"""select(): from the gradients of a model on data to a mask for every parameter."""
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from typing_extensions import Unpack
 
+import gradsel_kernels as gk
 from gradsel.criteria import Criterion, Score, criterion_of
+from gradsel.gradients import Loss, collect, make_plan, process_group_of
+from gradsel.keeping import kept
 from gradsel.masks import Frozen, Mask, Whole
-from gradsel.policies import PerNeuron, Policy
-from gradsel.rules import HEAD, parameter_rules, strip_wrappers
+from gradsel.policies import PerNeuron, Policy, Ranking
+from gradsel.rules import Rule, RuleOptions, parameter_rules, strip_wrappers
 from gradsel.selection import Selection
+
+#: Entries of a gradient that are looked at to tell how many are exactly zero.
+_SAMPLE = 4096
 
 
 def select(
     model: nn.Module,
     batches: Iterable[Any] | None,
-    loss: Callable[[Any, Any], Tensor] | None,
+    loss: Loss | None,
     policy: Policy = PerNeuron(1),
     criterion: str | Criterion | Score = "gradient",
     *,
-    head: Iterable[str] = HEAD,
-    rank: Iterable[str] = (),
-    whole: Iterable[str] = (),
-    freeze: Iterable[str] = (),
+    memory: str = "auto",
+    max_gradient_bytes: int | None = None,
+    offload: bool = False,
+    loss_scale: float = 1.0,
+    process_group: dist.ProcessGroup | None = None,
     progress: bool | None = None,
+    **rules: Unpack[RuleOptions],
 ) -> Selection:
     """Chooses the entries to train, from the gradients of one pass over ``batches``.
 
     By default the gradient of every ranked parameter is summed over all batches with its sign, and the magnitude is
-    taken once, at the end (GPS, section 3.2). Ties go to the lowest column.
+    taken once, at the end (GPS, section 3.2). Ties go to the lowest column. The masks are the same in every ``memory``
+    mode.
 
     Args:
-        model: run as it is: mode, autocast and device are the caller's. Gradients, ``requires_grad`` flags, buffers
-            and torch's random number generators (CPU and CUDA) are given back as they were. Parameters are known by
-            their names without the prefixes of DistributedDataParallel and torch.compile.
-        batches: anything to iterate over, once. None for a criterion that needs no gradient.
-        loss: ``loss(model, batch)`` returns the scalar to differentiate, for example supervised contrastive loss on
-            features: ``lambda model, batch: SupConLoss()(model.forward_features(batch[0]), batch[1])``.
-        policy: how many entries of what: ``PerNeuron(3)``, ``Rows(3)`` or ``Columns(3)``.
+        model: run as it is: mode, autocast, activation checkpointing and device are the caller's. Gradients,
+            ``requires_grad`` flags, buffers and the global random number generators are given back as they were.
+            Parameters are known by their names without the prefixes of DistributedDataParallel and torch.compile.
+        batches: anything to iterate over. None for a criterion that needs no gradient.
+        loss: ``loss(model, batch)`` returns the scalar to differentiate, for example ``gradsel.contrastive()`` or
+            ``gradsel.cross_entropy``.
+        policy: how many entries of what: ``PerNeuron(k)``, ``PerLayer(fraction)``, ``Global(fraction)``, ``Rows(k)`` or
+            ``Columns(k)``.
         criterion: what is ranked by its magnitude: ``"gradient"``, the sum over batches; ``"absolute"``, the sum of
             magnitudes; ``"fisher"``, the sum of squares (the empirical Fisher information, batch by batch); ``"snip"``,
             weight times gradient (Lee et al. 2019); ``"magnitude"``, the weight; ``"random"``; or a function of the
             neuron views ``(weight, grad) -> score``.
-        head, rank, whole, freeze: what is ranked, trained whole or frozen: see :func:`gradsel.rules.parameter_rules`.
+        memory: where gradients are while they are summed. ``"full"``: all of them, 4 bytes for each ranked entry.
+            ``"streaming"``: for a single batch, each is ranked the moment backward has it, and freed. ``"grouped"``:
+            as many passes over the data as ``max_gradient_bytes`` asks for; every pass must see the same batches, and
+            random numbers are replayed. ``"auto"`` decides by the free memory; the selection's notes say how.
+        max_gradient_bytes: bytes of gradients and of their sums held at a time; implies ``"grouped"``.
+        offload: keep the sums on the CPU.
+        loss_scale: multiplies the loss and divides the gradients in float32, against underflow in float16.
+        process_group: ranks that each see part of the data and select together: gradients are added over them before
+            they are ranked, so that all get the same masks. None: that of a DistributedDataParallel model, if it is
+            one.
         progress: show a progress bar; None: on a terminal only.
+        **rules: ``head``, ``kinds``, ``blocks``, ``skip_blocks``, ``rank``, ``whole``, ``freeze``: what is ranked,
+            trained whole or frozen; see :func:`gradsel.rules.parameter_rules`.
 
     Returns:
         A mask for every parameter.
 
     Raises:
         ValueError: no batches; a gradient that is not finite (the parameter is named); a parameter named in ``rank``
-            that gets no gradient; a pattern that matches nothing.
+            that gets no gradient; a pattern that matches nothing; nothing selected; passes over the data that differ.
     """
     chosen = criterion_of(criterion)
-    rules = parameter_rules(model, head=head, rank=rank, whole=whole, freeze=freeze)
+    if not isinstance(policy, Policy):
+        raise TypeError(f"policy must be a policy such as PerNeuron(1), got {policy!r}")
+    if not (math.isfinite(loss_scale) and loss_scale > 0):
+        raise ValueError(f"loss_scale must be positive and finite, got {loss_scale}")
     parameters = {strip_wrappers(name): parameter for name, parameter in model.named_parameters()}
+    rule_of = parameter_rules(model, **rules)
+    ranked = {name: parameters[name] for name, rule in rule_of.items() if rule.action == "rank"}
     chosen.reset()
-    ranked = {name: parameters[name] for name, rule in rules.items() if rule.action == "rank"}
-    grads: dict[str, Tensor] = {}
-    count = 0
+    ranker = _Ranker(policy, chosen, rule_of, ranked, loss_scale)
+    notes: dict[str, Any] = {"policy": str(policy), "criterion": chosen.name}
     if chosen.needs_gradient and ranked:
         if batches is None or loss is None:
             raise ValueError(f"criterion {chosen.name!r} needs gradients: pass batches and loss")
-        with _kept(model):
-            grads, count = _accumulate(model, ranked, batches, loss, chosen.each_batch, progress)
-
-    ranking = policy.start(
-        {name: rule.view.shape(parameters[name].shape) for name, rule in rules.items() if rule.action == "rank"}
-    )
-    frozen: dict[str, Mask] = {}
-    zero_rows: dict[str, int] = {}
-    for name in tqdm(ranked, desc="ranking", unit="tensor", disable=_quiet(progress), leave=False):
-        rule, parameter = rules[name], parameters[name]
-        shape = tuple(parameter.shape)
-        if chosen.needs_gradient and name not in grads:
-            if rule.named:
+        group = process_group or process_group_of(model)
+        plan = make_plan(ranked, batches, memory, max_gradient_bytes, offload, group)
+        with kept(model):
+            seen = collect(
+                model, ranked, batches, loss, plan, ranker.add,
+                each_batch=chosen.each_batch, loss_scale=loss_scale, group=group, quiet=_quiet(progress),
+            )  # fmt: skip
+        notes |= {"batches": seen.batches, "memory": plan.sentence}
+        for name in ranked:
+            if name not in seen.names and rule_of[name].named:
                 raise ValueError(f"{name} was named to be ranked, but got no gradient: the loss does not depend on it")
-            frozen[name] = Frozen(shape, "no gradient")
-            continue
-        grad = grads.pop(name, None)  # freed as soon as it has been ranked
-        grad = None if grad is None else rule.view.of(grad)
-        with torch.no_grad():
-            score = chosen.score(rule.view.of(parameter.detach()), grad)
-        ranking.add(name, score, shape, rule.view, chosen.squared)
-        if empty := int((score == 0).all(dim=1).sum()) if score.numel() else 0:
-            zero_rows[name] = empty
-    found = {**ranking.finish(), **frozen}
-    masks: dict[str, Mask] = {}
-    for name, rule in rules.items():
-        shape = tuple(parameters[name].shape)
-        masks[name] = (
-            found[name]
-            if rule.action == "rank"
-            else Whole(shape)
-            if rule.action == "whole"
-            else Frozen(shape, rule.reason)
-        )
-    notes: dict[str, Any] = {"policy": str(policy), "criterion": chosen.name}
-    if chosen.needs_gradient:
-        notes["batches"] = count
-    if zero_rows:
-        notes["neurons that score zero"] = sum(zero_rows.values())
-        worst = max(zero_rows, key=lambda name: zero_rows[name])
-        hint = " Under fp16 autocast, scale the loss." if chosen.needs_gradient else ""
-        warnings.warn(
-            f"{sum(zero_rows.values())} neurons score zero everywhere (most in {worst}: {zero_rows[worst]}); "
-            f"their first inputs were selected.{hint}",
-            stacklevel=2,
-        )
+    else:
+        for name in tqdm(ranked, desc="ranking", unit="tensor", disable=_quiet(progress), leave=False):
+            ranker.add(name, None)
+    notes |= ranker.report()
+
+    found = ranker.masks()
+    masks = {name: found.get(name) or _unranked(rule, tuple(parameters[name].shape)) for name, rule in rule_of.items()}
+    if ranked and not any(mask.nnz for mask in found.values()):
+        raise ValueError(f"{policy} selects nothing of the {len(ranked)} ranked parameters; ask for more entries")
+    if not any(mask.nnz for mask in masks.values()):
+        raise ValueError("nothing would be trained: the rules leave no parameter that is ranked or trained whole")
     return Selection(masks, notes)
 
 
-def _accumulate(
-    model: nn.Module,
-    ranked: Mapping[str, nn.Parameter],
-    batches: Iterable[Any],
-    loss: Callable[[Any, Any], Tensor],
-    each_batch: Callable[[Tensor], Tensor] | None,
-    progress: bool | None,
-) -> tuple[dict[str, Tensor], int]:
-    """Sums over batches in at least float32, for the parameters that got any gradient; and the number of batches."""
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-        parameter.grad = None
-    for parameter in ranked.values():
-        parameter.requires_grad_(True)
-    sums: dict[str, Tensor] = {}
-    count = 0
-    for batch in tqdm(batches, desc="selection gradients", unit="batch", disable=_quiet(progress), leave=False):
-        count += 1
-        value = loss(model, batch)
-        if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+def _unranked(rule: Rule, shape: tuple[int, ...]) -> Mask:
+    if rule.action == "whole":
+        return Whole(shape)
+    return Frozen(shape, "no gradient" if rule.action == "rank" else rule.reason)
+
+
+class _Ranker:
+    """Turns gradients into scores and hands these to the policy, one parameter at a time."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        criterion: Criterion,
+        rules: Mapping[str, Rule],
+        ranked: Mapping[str, nn.Parameter],
+        loss_scale: float,
+    ) -> None:
+        self._criterion = criterion
+        self._rules = rules
+        self._parameters = ranked
+        self._loss_scale = loss_scale
+        sizes = {name: rules[name].view.shape(parameter.shape) for name, parameter in ranked.items()}
+        self._ranking: Ranking = policy.start(sizes)
+        self._silent: dict[str, int] = {}  # neurons that score zero
+        self._zeros = self._sampled = 0
+
+    @torch.no_grad()
+    def add(self, name: str, grad: Tensor | None) -> None:
+        """Ranks one parameter by the sum of its gradients."""
+        parameter, view = self._parameters[name].detach(), self._rules[name].view
+        matrix = None if grad is None else view.of(grad)
+        weight = view.of(parameter)
+        score = self._criterion.score(weight if matrix is None else weight.to(matrix.device), matrix)
+        if score.shape != weight.shape:
             raise ValueError(
-                f"loss(model, batch) must return a scalar that depends on the ranked parameters, got {_describe(value)}"
+                f"criterion {self._criterion.name!r} returned {list(score.shape)} for {name}, expected the scores "
+                f"{list(weight.shape)}"
             )
-        if not bool(value.isfinite()):
-            raise ValueError(f"the selection loss of batch {count} is {value.item()}, so its gradients mean nothing")
-        value.backward()
-        for name, parameter in ranked.items():
-            if parameter.grad is None:
-                continue
-            if each_batch is None and parameter.dtype in (torch.float32, torch.float64):
-                sums[name] = parameter.grad  # autograd goes on adding to it
-                continue
-            grad = parameter.grad if parameter.dtype is torch.float64 else parameter.grad.float()
-            parameter.grad = None
-            grad = grad if each_batch is None else each_batch(grad)
-            sums[name] = sums[name].add_(grad) if name in sums else grad
-    if count == 0:
-        raise ValueError("batches is empty: there is nothing to take gradients of")
-    for name, total in sums.items():  # what was once not finite stays so in the sum
-        if not bool(total.isfinite().all()):
-            bad = int((~total.isfinite()).sum())
-            raise ValueError(
-                f"the gradient of {name} is not finite ({bad} of {total.numel()} entries); "
-                "look for an overflow in half precision or a division by zero in the loss"
+        if score.numel():
+            peaks = gk.gather_rows(score, gk.topk_rows(score, 1))  # NaN and inf come out on top
+            if not bool(peaks.isfinite().all()):
+                self._refuse(name, score, grad)
+            if silent := int((peaks == 0).sum()):
+                self._silent[name] = silent
+        if grad is not None and grad.numel():
+            sample = grad.reshape(-1)[:: max(grad.numel() // _SAMPLE, 1)]
+            self._zeros += int((sample == 0).sum())
+            self._sampled += sample.numel()
+        self._ranking.add(name, score, tuple(parameter.shape), view, self._criterion.squared)
+
+    def _refuse(self, name: str, score: Tensor, grad: Tensor | None) -> None:
+        at_fault, what = score, f"score of {name} by {self._criterion.name!r}"
+        if grad is not None and not bool(grad.isfinite().all()):
+            at_fault, what = grad, f"gradient of {name}"
+        hint = "look for an overflow in half precision or a division by zero in the loss"
+        if self._loss_scale > 1:
+            hint = f"lower loss_scale={self._loss_scale:g}, or {hint}"
+        bad = int((~at_fault.isfinite()).sum())
+        raise ValueError(f"the {what} is not finite ({bad} of {at_fault.numel()} entries); {hint}")
+
+    def masks(self) -> dict[str, Mask]:
+        """The masks of all parameters that were ranked."""
+        return {name: mask.to(self._parameters[name].device) for name, mask in self._ranking.finish().items()}
+
+    def report(self) -> dict[str, Any]:
+        """Notes on gradients that were zero; warns of neurons that have no others."""
+        notes: dict[str, Any] = {}
+        if self._zeros:
+            notes["gradient entries that are zero"] = f"{100 * self._zeros / self._sampled:.1f} %"
+        if self._silent:
+            count = sum(self._silent.values())
+            notes["neurons that score zero"] = count
+            worst = max(self._silent, key=lambda name: self._silent[name])
+            hint = " Under fp16 autocast gradients may underflow: raise loss_scale." if self._sampled else ""
+            warnings.warn(
+                f"{count} neurons score zero everywhere (most in {worst}: {self._silent[worst]}); their first inputs "
+                f"count as the best.{hint}",
+                stacklevel=3,
             )
-    return sums, count
-
-
-@contextmanager
-def _kept(model: nn.Module) -> Iterator[None]:
-    """Gives flags, gradients, modes, buffers and random number generators back as they were."""
-    parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [
-        (module, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    devices = {p.device for p, _, _ in parameters if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=[device.index for device in devices if device.index is not None]):
-        try:
-            with torch.enable_grad():
-                yield
-        finally:
-            for parameter, requires_grad, grad in parameters:
-                parameter.grad = grad
-                parameter.requires_grad_(requires_grad)
-            for module, training in modes:
-                module.training = training
-            with torch.no_grad():
-                for module, name, buffer, original in buffers:
-                    module._buffers[name] = buffer  # forward may have put another tensor in its place
-                    if not torch.equal(buffer, original):
-                        buffer.copy_(original)
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor {list(value.shape)}" + ("" if value.requires_grad else " without a gradient")
-    return type(value).__name__
+        return notes
 
 
 def _quiet(progress: bool | None) -> bool | None:

@@ -22,6 +22,7 @@ class NeuronView:
     Linear, Conv           [out, in, ...]                  (0,)        1
     transformers' Conv1D   [in, out]                       (1,)        1
     stacked experts        [experts, out, in]              (0, 1)      1
+    the same, transposed   [experts, in, out]              (0, 2)      1
     ConvTranspose          [in, out / groups, ...]         (1,)        1
     ConvTranspose, groups  [groups * in', out', ...]       (0, 2)      groups
     =====================  ==============================  ==========  ======
