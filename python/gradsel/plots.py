@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 
@@ -9,8 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from gradsel.selection import Selection
+
 # Okabe and Ito's colours, told apart by all common kinds of colour vision.
 GREY, ORANGE, BLUE, GREEN, PINK, SKY = "#7f7f7f", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9"
+_FILLS = [(colour, hatch) for hatch in ("", "//", "..", "xx") for colour in (BLUE, ORANGE, GREEN, PINK, SKY, GREY)]
 
 
 def figure(columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
@@ -62,6 +66,46 @@ def used_columns(axes: Axes, shares: Mapping[str, Mapping[str, float]], colours:
     axes.set_xlabel("input columns with at least one selected weight, in %")
     axes.legend(loc="upper center", ncols=len(shares), frameon=False, fontsize=9)
     _tidy(axes)
+
+
+def distribution(axes: Axes, selection: Selection) -> None:
+    """The share of the selected ranked weights in every block, stacked by type of matrix, in model order.
+
+    Parameters that are trained whole are left out; see :meth:`Selection.by_block`.
+    """
+    shares = selection.by_block().shares()
+    blocks = list(next(iter(shares.values()), {}))
+    heights = [0.0] * len(blocks)
+    for number, (kind, by_block) in enumerate(shares.items()):
+        percent = [100 * share for share in by_block.values()]
+        colour, hatch = _FILLS[number % len(_FILLS)]
+        axes.bar(range(len(blocks)), percent, bottom=heights, color=colour, hatch=hatch, edgecolor="white", label=kind)
+        heights = [height + more for height, more in zip(heights, percent, strict=True)]
+    axes.set_xticks(range(len(blocks)), [block or "outside" for block in blocks], rotation=90)
+    axes.set_ylabel("share of the selected weights in %")
+    if shares:
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=9)  # bars fill the axes
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def overlap(axes: Axes, names: Sequence[str], matrix: Sequence[Sequence[float]]) -> None:
+    """How much selections have in common, two by two, as a heat map with figures.
+
+    Args:
+        names: of the selections.
+        matrix: ``Overlap.share`` or ``Overlap.jaccard`` of every pair, [len(names)][len(names)], 0 to 1 or NaN.
+    """
+    axes.imshow(matrix, cmap="Blues", vmin=0, vmax=1)
+    for row, shares in enumerate(matrix):
+        for column, share in enumerate(shares):
+            colour = "white" if share > 0.6 else "black"
+            text = "-" if math.isnan(share) else f"{100 * share:.0f}"
+            axes.text(column, row, text, ha="center", va="center", color=colour)
+    axes.set_xticks(range(len(names)), names, rotation=90)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_title("selected weights in common, in %")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
 
 
 def save(drawing: Figure, path: str | os.PathLike[str]) -> None:

@@ -15,6 +15,7 @@ from typing_extensions import Unpack
 
 import gradsel_kernels as gk
 from gradsel.criteria import Criterion, Score, criterion_of
+from gradsel.fingerprints import fingerprints
 from gradsel.gradients import Loss, collect, make_plan, process_group_of
 from gradsel.keeping import kept
 from gradsel.masks import Frozen, Mask, Whole
@@ -90,7 +91,7 @@ def select(
     rule_of = parameter_rules(model, **rules)
     ranked = {name: parameters[name] for name, rule in rule_of.items() if rule.action == "rank"}
     chosen.reset()
-    ranker = _Ranker(policy, chosen, rule_of, ranked, loss_scale)
+    ranker = Ranker(policy, chosen, rule_of, ranked, loss_scale)
     notes: dict[str, Any] = {"policy": str(policy), "criterion": chosen.name}
     if chosen.needs_gradient and ranked:
         if batches is None or loss is None:
@@ -117,7 +118,7 @@ def select(
         raise ValueError(f"{policy} selects nothing of the {len(ranked)} ranked parameters; ask for more entries")
     if not any(mask.nnz for mask in masks.values()):
         raise ValueError("nothing would be trained: the rules leave no parameter that is ranked or trained whole")
-    return Selection(masks, notes)
+    return Selection(masks, notes, fingerprints(model))
 
 
 def _unranked(rule: Rule, shape: tuple[int, ...]) -> Mask:
@@ -126,7 +127,7 @@ def _unranked(rule: Rule, shape: tuple[int, ...]) -> Mask:
     return Frozen(shape, "no gradient" if rule.action == "rank" else rule.reason)
 
 
-class _Ranker:
+class Ranker:
     """Turns gradients into scores and hands these to the policy, one parameter at a time."""
 
     def __init__(

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
 
 import gradsel_kernels as gk
-from gradsel.masks import Flat, Frozen, PerRow, Whole, WholeColumns, WholeRows, from_parts
+from gradsel.masks import (
+    Flat,
+    Frozen,
+    PerRow,
+    Whole,
+    WholeColumns,
+    WholeRows,
+    difference,
+    from_bits,
+    from_coo,
+    from_dense,
+    from_parts,
+    intersection,
+    shared_entries,
+    to_coo,
+    union,
+)
 from gradsel.views import NeuronView, memory_offsets
 from tests.kernels.cases import same_bits
 
@@ -19,7 +37,10 @@ VIEWS = [
     ((3, 4, 5), NeuronView((0, 1))),  # experts
     ((8, 4, 2, 2), NeuronView((1,))),  # ConvTranspose2d(8, 4, 2)
     ((8, 3, 2), NeuronView((0, 2), groups=4)),  # ConvTranspose1d(8, 12, 2, groups=4)
+    ((4, 3, 5), NeuronView((0, 2))),  # experts, transposed
+    ((7, 5, 3), LEADING),  # Conv1d
     ((1, 1), LEADING),
+    ((1, 9), LEADING),
     ((5,), LEADING),
 ]
 
@@ -137,10 +158,138 @@ def test_places_lead_the_kernel_from_values_to_their_weight(shape, view):
 @pytest.mark.parametrize(("shape", "view"), VIEWS, ids=str)
 def test_parts_round_trip(shape, view):
     for mask in masks_for(shape, view):
-        again = from_parts(mask.kind, list(shape), mask.describe(), mask.tensors())
-        assert type(again) is type(mask)
-        assert torch.equal(again.to_dense(), mask.to_dense())
-        assert repr(again) == repr(mask)
+        for parts in (mask.tensors(), mask.packed()):
+            again = from_parts(mask.kind, list(shape), mask.describe(), parts)
+            assert type(again) is type(mask)
+            assert torch.equal(again.to_dense(), mask.to_dense())
+            assert repr(again) == repr(mask)
+            assert {part: tensor.dtype for part, tensor in again.tensors().items()} == {
+                part: tensor.dtype for part, tensor in mask.tensors().items()
+            }
+            assert all(
+                torch.equal(*pair) for pair in zip(again.tensors().values(), mask.tensors().values(), strict=True)
+            )
+
+
+def random_cols(rows, n, k):
+    return torch.rand(rows, n).topk(k, 1).indices.sort(1).values.to(torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("mask", "part", "dtype", "size"),
+    [
+        (PerRow(random_cols(8, 65536, 3), (8, 65536)), "cols", torch.uint16, 8 * 3 * 2),
+        (PerRow(random_cols(8, 65537, 3), (8, 65537)), "cols", torch.int32, 8 * 3 * 4),
+        (PerRow(random_cols(8, 320, 20), (8, 320)), "cols", torch.uint16, 8 * 20 * 2),
+        (PerRow(random_cols(8, 320, 21), (8, 320)), "bits", torch.int32, 8 * 10 * 4),
+        (PerRow(random_cols(8, 320, 21), (320, 8), NeuronView((1,))), "bits", torch.int32, 8 * 10 * 4),
+        (WholeRows(torch.tensor([3, 69999], dtype=torch.int32), (70000, 2)), "rows", torch.int32, 8),
+        (WholeColumns(torch.tensor([3, 9], dtype=torch.int32), (70000, 10)), "cols", torch.uint16, 4),
+        (Flat(torch.tensor([3, 69999]), (70000, 1)), "indices", torch.int32, 8),
+        (Flat(torch.arange(0, 70000, 2), (70000, 1)), "bits", torch.int32, 4 * 2188),
+        (Flat(torch.tensor([3, 2**40]), (2**21, 2**21)), "indices", torch.int64, 16),
+    ],
+)
+def test_the_smallest_encoding_is_chosen(mask, part, dtype, size):
+    (found,) = mask.packed().items()
+    assert (found[0], found[1].dtype, found[1].nbytes) == (part, dtype, size)
+    again = from_parts(mask.kind, mask.shape, mask.describe(), mask.packed())
+    assert torch.equal(again.entries(), mask.entries())
+
+
+@pytest.mark.parametrize(("shape", "view"), [*VIEWS, ((), None), ((0, 4), LEADING), ((3, 0), LEADING)], ids=str)
+def test_other_forms_round_trip(shape, view):
+    """Entries, bits and coordinates are those of the dense mask, and lead back to it."""
+    masks = list(masks_for(shape, view)) if view and 0 not in shape else [Whole(shape), Frozen(shape)]
+    for mask in masks:
+        dense = mask.to_dense()
+        assert mask.entries().dtype is torch.int64
+        assert torch.equal(mask.entries(), dense.reshape(-1).nonzero().view(-1))
+        assert torch.equal(
+            torch.sparse_coo_tensor(to_coo(mask), torch.ones(mask.nnz), shape, check_invariants=True).to_dense(),
+            dense.float(),
+        )
+        matrix = dense.reshape(shape[0] if shape else 1, -1) if dense.numel() else dense
+        assert torch.equal(gk.unpack_bits(mask.to_bits(), matrix.shape[1]), matrix)
+        for again in (from_dense(dense), from_bits(mask.to_bits(), shape), from_coo(to_coo(mask).flip(1), shape)):
+            assert torch.equal(again.to_dense(), dense)
+            assert again.kind == "frozen" if not mask.nnz else again.kind == "whole" if mask.nnz == mask.numel else True
+
+
+@pytest.mark.parametrize(
+    ("shape", "view"), [case for case in VIEWS if case[1].groups == 1 and len(case[0]) > 1 < case[0][1]]
+)
+def test_imports_find_the_regular_kind(shape, view):
+    rows, n = view.shape(shape)
+    torch.manual_seed(0)
+    for mask in [
+        PerRow(random_cols(rows, n, 2), shape, view) if n > 2 else None,
+        WholeRows(torch.tensor([0, rows - 1], dtype=torch.int32), shape, view) if rows > 2 else None,
+        WholeColumns(torch.tensor([1, n - 1], dtype=torch.int32), shape, view) if n > 2 and rows > 1 else None,
+    ]:
+        if mask is None:
+            continue
+        found = from_dense(mask.to_dense())
+        if view.is_leading or mask.kind == "per-row":
+            assert (found.kind, found.view) == (mask.kind, view)
+        else:  # may be found from the other side: columns of the first dimension are rows of the others
+            assert found.kind in ("rows", "columns")
+            assert torch.equal(found.to_dense(), mask.to_dense())
+    irregular = torch.zeros(shape, dtype=torch.bool)
+    irregular.view(-1)[[0, 1, -1]] = True
+    assert from_dense(irregular).kind == ("irregular" if rows > 1 else "per-row")
+
+
+SETS = [
+    (union, torch.logical_or),
+    (intersection, torch.logical_and),
+    (difference, lambda a, b: a & ~b),
+]
+
+
+@pytest.mark.parametrize(("operation", "dense"), SETS, ids=["union", "intersection", "difference"])
+@pytest.mark.parametrize(("shape", "view"), VIEWS, ids=str)
+def test_set_operations_agree_with_the_dense_masks(shape, view, operation, dense):
+    """Every pair of kinds, in one view and in two."""
+    others = [mask for other in {view, LEADING} for mask in masks_for(shape, other)]
+    for a, b in itertools.product([*masks_for(shape, view)], others):
+        for first, second in ((a, b), (b, a)):
+            result = operation(first, second)
+            expected = dense(first.to_dense(), second.to_dense())
+            assert result.shape == shape
+            assert torch.equal(result.to_dense(), expected), (first, second)
+            assert shared_entries(first, second) == int((first.to_dense() & second.to_dense()).sum())
+            assert_as_regular_as_it_can_be(result, first, second)
+
+
+def assert_as_regular_as_it_can_be(result, a, b):
+    if result.nnz in (0, result.numel):
+        assert result.kind == ("whole" if result.nnz else "frozen")
+    elif a.kind == b.kind and a.kind in ("rows", "columns") and a.view == b.view:
+        assert result.kind == a.kind
+        assert result.view == a.view
+    elif a.nnz in (0, a.numel) or b.nnz in (0, b.numel):
+        return  # one of the two, or all but one
+    else:
+        views = {mask.view for mask in (a, b) if hasattr(mask, "view")}
+        views = views or ({LEADING} if len(result.shape) > 1 else set())
+        counts = {view: view.of(result.to_dense()).sum(1) for view in views}
+        equal = len(views) == 1 and all(bool((count == count[0]).all()) for count in counts.values())
+        assert result.kind == ("per-row" if equal else "irregular")
+        assert not equal or result.view in views
+
+
+def test_set_operations_keep_what_does_not_change():
+    some, nothing = PerRow(int32([0], [1]), (2, 3)), Frozen((2, 3), "normalisation")
+    assert union(nothing, some) is some
+    assert union(some, nothing) is some
+    assert difference(some, nothing) is some
+    for result in (intersection(some, nothing), intersection(nothing, some), difference(nothing, some)):
+        assert result is nothing
+    assert union(nothing, Frozen((2, 3), "embedding")).how == "normalisation"
+    assert difference(some, Whole((2, 3))).how == "nothing selected"
+    assert union(some, difference(Whole((2, 3)), some)).is_whole
+    assert union(PerRow(int32([0, 1, 2], [0, 1, 2]), (2, 3)), nothing).is_whole
 
 
 def test_used_columns():
@@ -177,6 +326,15 @@ def int32(*rows):
         (lambda: Flat(torch.tensor([1, 6]), (2, 3)), ValueError, "within 0 to 5"),
         (lambda: Flat(torch.tensor([1.0]), (2, 3)), TypeError, "int32 or int64"),
         (lambda: Flat.from_dense(torch.ones(2, 3)), TypeError, "must be bool"),
+        (lambda: Flat(int32([5, -(2**31)])[0], (2, 3)), ValueError, "must ascend"),  # their difference overflows
+        (lambda: WholeRows(int32([1, -(2**31)])[0], (2, 3)), ValueError, "must ascend"),
+        (lambda: from_dense(torch.ones(2, 3)), TypeError, "must be bool"),
+        (lambda: from_bits(torch.ones(2, 1), (2, 3)), TypeError, r"bits must be torch\.int32"),
+        (lambda: from_bits(int32([1, 1]), (2, 3)), ValueError, r"must be \[2, 1\], got \[1, 2\]"),
+        (lambda: from_coo(torch.ones(2, 1), (2, 3)), TypeError, "indices must be int64"),
+        (lambda: from_coo(int32([1, 1]), (2, 3)), ValueError, r"must be \[2, nnz\], got \[1, 2\]"),
+        (lambda: from_coo(int32([1], [3]), (2, 3)), ValueError, "dimension 1 must lie in 0 to 2, found 3 to 3"),
+        (lambda: from_coo(int32([-1], [1]), (2, 3)), ValueError, "dimension 0 must lie in 0 to 1, found -1"),
         (lambda: from_parts("diagonal", (2, 3), {}, {}), ValueError, "unknown kind of mask 'diagonal'"),
     ],
 )

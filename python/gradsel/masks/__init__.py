@@ -2,41 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from gradsel.masks.base import Mask, Operands, Place
+from gradsel.masks.combining import difference, intersection, shared_entries, union
+from gradsel.masks.exchange import from_bits, from_coo, from_dense, to_coo
 from gradsel.masks.flat import Flat, Frozen, Whole
 from gradsel.masks.viewed import PerRow, WholeColumns, WholeRows
-from gradsel.views import NeuronView
 
 __all__ = [
-    "Flat", "Frozen", "Mask", "Operands", "PerRow", "Place", "Whole", "WholeColumns", "WholeRows", "from_parts",
+    "Flat", "Frozen", "Mask", "Operands", "PerRow", "Place", "Whole", "WholeColumns", "WholeRows", "difference",
+    "from_bits", "from_coo", "from_dense", "from_parts", "intersection", "shared_entries", "to_coo", "union",
 ]  # fmt: skip
 
+_KINDS: dict[str, type[Mask]] = {mask.kind: mask for mask in (PerRow, WholeRows, WholeColumns, Flat, Whole, Frozen)}
 
-def from_parts(kind: str, shape: Sequence[int], description: dict[str, Any], tensors: dict[str, Tensor]) -> Mask:
-    """The inverse of :meth:`Mask.describe` and :meth:`Mask.tensors`.
+
+def from_parts(kind: str, shape: Sequence[int], description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Mask:
+    """The inverse of :meth:`Mask.describe`, and of :meth:`Mask.tensors` or :meth:`Mask.packed`.
 
     Raises:
-        TypeError, ValueError, KeyError: parts that make no mask, such as those of a damaged file.
+        TypeError, ValueError, LookupError: parts that make no mask, such as those of a damaged file.
     """
-    if not isinstance(shape, (list, tuple)) or not all(isinstance(size, int) and size >= 0 for size in shape):
+    if not isinstance(shape, (list, tuple)) or not all(type(size) is int and size >= 0 for size in shape):
         raise ValueError(f"a shape is a list of sizes, got {shape!r}")
-    if kind == PerRow.kind:
-        view = NeuronView(tuple(description["row_dims"]), description["groups"])
-        return PerRow(tensors["cols"], shape, view)
-    if kind in (WholeRows.kind, WholeColumns.kind):
-        view = NeuronView(tuple(description["row_dims"]), description["groups"])
-        if kind == WholeRows.kind:
-            return WholeRows(tensors["rows"], shape, view)
-        return WholeColumns(tensors["cols"], shape, view)
-    if kind == Flat.kind:
-        return Flat(tensors["indices"], shape)
-    if kind == Whole.kind:
-        return Whole(shape)
-    if kind == Frozen.kind:
-        return Frozen(shape, str(description["reason"]))
-    raise ValueError(f"unknown kind of mask {kind!r}")
+    if len(shape) > 64 or math.prod(max(size, 1) for size in shape) >= 2**63:
+        raise ValueError("a shape with more than 64 dimensions or 2**63 entries")
+    if kind not in _KINDS:
+        raise ValueError(f"unknown kind of mask {kind!r}")
+    return _KINDS[kind].from_parts(tuple(shape), description, tensors)

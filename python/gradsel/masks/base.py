@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 import gradsel_kernels as gk
 from gradsel.products import COPIED_SHARE, Lookup, Product
@@ -53,6 +55,11 @@ class Mask(ABC):
         """Number of selected entries."""
         return math.prod(self.compact_shape)
 
+    @cached_property
+    def numel(self) -> int:
+        """Number of entries of the parameter."""
+        return math.prod(self.shape)
+
     @property
     def how(self) -> str:
         """How the parameter is trained, or why not, in a few words for tables."""
@@ -69,6 +76,10 @@ class Mask(ABC):
     @abstractmethod
     def to_dense(self) -> Tensor:
         """bool, shaped like the parameter."""
+
+    def entries(self) -> Tensor:
+        """The selected entries by their row-major index in the parameter: int64 [nnz], ascending."""
+        return self.to_dense().reshape(-1).nonzero().view(-1)
 
     @abstractmethod
     def place(self, weight: Tensor) -> Place:
@@ -91,11 +102,28 @@ class Mask(ABC):
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """What a file stores of it beside :meth:`describe`."""
+        """Its tensors as they are in memory, by name: one or none."""
+
+    def packed(self) -> dict[str, Tensor]:
+        """The same in the fewest bytes, for files: uint16 or int32 numbers, or packed bits."""
+        return self.tensors()
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """Everything but tensors, as JSON; :func:`from_parts` reads it."""
+        """Everything but tensors, as JSON."""
+
+    @classmethod
+    @abstractmethod
+    def from_parts(cls, shape: tuple[int, ...], description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        """The inverse of :meth:`describe` and of :meth:`tensors` or :meth:`packed`.
+
+        Args:
+            shape: a shape that :func:`gradsel.masks.from_parts` has looked at.
+            description, tensors: not trusted.
+
+        Raises:
+            LookupError, TypeError, ValueError: they do not describe a mask of this kind.
+        """
 
     @abstractmethod
     def used_columns(self) -> Tensor:
@@ -147,10 +175,7 @@ class Mask(ABC):
 
     def to_bits(self) -> Tensor:
         """The packed bitmask, int32 [rows, words], of the parameter flattened behind its first dimension."""
-        dense = self.to_dense()
-        return gk.pack_bits(
-            dense.reshape(dense.shape[0] if dense.ndim else 1, -1) if dense.numel() else dense.view(0, 0)
-        )
+        return gk.pack_bits(self.to_dense().reshape(matrix_shape(self.shape)))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(shape={list(self.shape)}, nnz={self.nnz})"
@@ -159,3 +184,8 @@ class Mask(ABC):
 def memory_of(tensor: Tensor) -> Tensor:
     """The memory of a dense tensor as one row; no compact gradient has this shape, so none is taken for a dense one."""
     return tensor.as_strided((1, 1, tensor.numel()), (tensor.numel(), tensor.numel(), 1))
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns of a parameter flattened behind its first dimension; a scalar is one row."""
+    return (shape[0], math.prod(shape[1:])) if shape else (1, 1)

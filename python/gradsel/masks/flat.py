@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 import gradsel_kernels as gk
-from gradsel.masks.base import Mask, Place, memory_of
+from gradsel.masks.base import Mask, Place, matrix_shape, memory_of
+from gradsel.masks.parts import ascends, fewest_bytes, narrow, no_part, part_of, unpack, widen
 
 
 class Flat(Mask):
@@ -19,6 +21,9 @@ class Flat(Mask):
     Args:
         indices: int32 or int64 [nnz], ascending.
         shape: shape of the parameter.
+
+    Raises:
+        TypeError, ValueError: ``indices`` are no vector of int32 or int64, or not strictly ascending in range.
     """
 
     kind = "irregular"
@@ -28,7 +33,7 @@ class Flat(Mask):
         numel = math.prod(self.shape)
         if indices.dtype not in (torch.int32, torch.int64) or indices.ndim != 1:
             raise TypeError(f"indices must be int32 or int64 [nnz], got {indices.dtype} {list(indices.shape)}")
-        if indices.numel() and (int(indices[0]) < 0 or int(indices[-1]) >= numel or bool((indices.diff() <= 0).any())):
+        if indices.numel() and (int(indices[0]) < 0 or int(indices[-1]) >= numel or not ascends(indices)):
             raise ValueError(f"indices must ascend within 0 to {numel - 1}, the entries of a {list(self.shape)}")
         self.indices = indices.contiguous() if numel > 2**31 else indices.to(torch.int32)
         self.compact_shape = (indices.numel(),)
@@ -50,8 +55,11 @@ class Flat(Mask):
         dense = torch.zeros(math.prod(self.shape), dtype=torch.bool, device=self.indices.device)
         return dense.index_fill_(0, self.indices.long(), True).view(self.shape)
 
+    def entries(self) -> Tensor:
+        return self.indices.long()
+
     def used_columns(self) -> Tensor:
-        return (self.indices.long() % max(_columns(self.shape), 1)).unique()
+        return (self.indices.long() % max(matrix_shape(self.shape)[1], 1)).unique()
 
     def place(self, weight: Tensor) -> Place:
         if weight.ndim <= 2 or weight.is_contiguous():
@@ -71,8 +79,19 @@ class Flat(Mask):
     def tensors(self) -> dict[str, Tensor]:
         return {"indices": self.indices}
 
+    def packed(self) -> dict[str, Tensor]:
+        numbers = narrow(self.indices, self.numel)
+        return fewest_bytes("indices", numbers, (1, self.numel), lambda: self.to_dense().view(1, -1))
+
     def describe(self) -> dict[str, Any]:
         return {}
+
+    @classmethod
+    def from_parts(cls, shape: tuple[int, ...], description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        part, tensor = part_of(tensors, "indices", "bits")
+        if part == "bits":
+            return cls(unpack(tensor, (1, math.prod(shape))).view(-1).nonzero().view(-1), shape)
+        return cls(widen(part, tensor, (torch.uint16, torch.int32, torch.int64)), shape)
 
 
 class Whole(Mask):
@@ -93,8 +112,11 @@ class Whole(Mask):
     def to_dense(self) -> Tensor:
         return torch.ones(self.shape, dtype=torch.bool)
 
+    def entries(self) -> Tensor:
+        return torch.arange(self.nnz)
+
     def used_columns(self) -> Tensor:
-        return torch.arange(_columns(self.shape))
+        return torch.arange(matrix_shape(self.shape)[1])
 
     def place(self, weight: Tensor) -> Place:
         if weight.ndim <= 2 or weight.is_contiguous():
@@ -110,6 +132,11 @@ class Whole(Mask):
     def describe(self) -> dict[str, Any]:
         return {}
 
+    @classmethod
+    def from_parts(cls, shape: tuple[int, ...], description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        no_part(tensors)
+        return cls(shape)
+
 
 class Frozen(Mask):
     """No entry.
@@ -122,7 +149,7 @@ class Frozen(Mask):
     kind = "frozen"
     compact_shape = (0,)
 
-    def __init__(self, shape: Sequence[int], reason: str) -> None:
+    def __init__(self, shape: Sequence[int], reason: str = "nothing selected") -> None:
         self.shape = tuple(shape)
         self.reason = reason
 
@@ -139,6 +166,9 @@ class Frozen(Mask):
     def to_dense(self) -> Tensor:
         return torch.zeros(self.shape, dtype=torch.bool)
 
+    def entries(self) -> Tensor:
+        return torch.empty(0, dtype=torch.int64)
+
     def used_columns(self) -> Tensor:
         return torch.empty(0, dtype=torch.int64)
 
@@ -154,7 +184,7 @@ class Frozen(Mask):
     def describe(self) -> dict[str, Any]:
         return {"reason": self.reason}
 
-
-def _columns(shape: tuple[int, ...]) -> int:
-    """Columns of a parameter flattened behind its first dimension."""
-    return math.prod(shape[1:])
+    @classmethod
+    def from_parts(cls, shape: tuple[int, ...], description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        no_part(tensors)
+        return cls(shape, str(description["reason"]))

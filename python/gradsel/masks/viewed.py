@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 import gradsel_kernels as gk
 from gradsel.masks.base import Mask, Place, memory_of
+from gradsel.masks.parts import ascends, fewest_bytes, narrow, part_of, unpack, widen
 from gradsel.products import COPIED_SHARE, Lookup, Product
 from gradsel.views import NeuronView
 
 
-class _Viewed(Mask):
+class Viewed(Mask):
     """Entries named by rows and columns of a neuron view.
 
     Attributes:
@@ -57,11 +59,59 @@ class _Viewed(Mask):
     def _scatter_to_memory_(self, weight: Tensor, values: Tensor) -> None:
         memory_of(weight).view(-1)[self._offsets(weight).long()] = values.reshape(-1).to(weight.dtype)
 
+    @abstractmethod
+    def _numbers(self) -> Tensor:
+        """The selected entries by their row-major index in the neuron view: int64 [nnz], ascending."""
+
+    def entries(self) -> Tensor:
+        return self._numbers() if self.view.is_leading else super().entries()
+
     def describe(self) -> dict[str, Any]:
         return {"row_dims": list(self.view.row_dims), "groups": self.view.groups}
 
 
-class PerRow(_Viewed):
+class Lines(Viewed):
+    """Rows or columns of a neuron view with all their entries.
+
+    Attributes:
+        lines: int32 [k], their numbers, ascending.
+    """
+
+    part: ClassVar[str]
+
+    def __init__(self, lines: Tensor, shape: Sequence[int], view: NeuronView | None = None) -> None:
+        super().__init__(shape, view)
+        end = self._line_count()
+        if lines.dtype is not torch.int32 or lines.ndim != 1:
+            raise TypeError(f"{self.part} must be int32 [k], got {lines.dtype} {list(lines.shape)}")
+        if lines.numel() and (int(lines[0]) < 0 or int(lines[-1]) >= end or not ascends(lines)):
+            raise ValueError(f"{self.part} must ascend within 0 to {end - 1}, got {_shortened(lines)}")
+        self.lines = lines
+
+    @abstractmethod
+    def _line_count(self) -> int:
+        """Rows or columns of the neuron view."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.lines.device
+
+    def to(self, device: torch.device) -> Self:
+        return self if self.device == device else type(self)(self.lines.to(device), self.shape, self.view)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {self.part: self.lines}
+
+    def packed(self) -> dict[str, Tensor]:
+        return {self.part: narrow(self.lines, self._line_count())}
+
+    @classmethod
+    def from_parts(cls, shape: tuple[int, ...], description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        part, tensor = part_of(tensors, cls.part)
+        return cls(widen(part, tensor, (torch.uint16, torch.int32)), shape, _view_of(description))
+
+
+class PerRow(Viewed):
     """K entries in every row of a neuron view: GPS.
 
     Args:
@@ -87,9 +137,9 @@ class PerRow(_Viewed):
             )
         if cols.numel() and (int(cols.min()) < 0 or int(cols.max()) >= n):
             raise ValueError(f"cols must lie in 0 to {n - 1}, found {int(cols.min())} to {int(cols.max())}")
-        if bool((cols.diff(dim=1) <= 0).any()):
+        if not ascends(cols):
             row = int((cols.diff(dim=1) <= 0).any(dim=1).nonzero()[0])
-            raise ValueError(f"cols must ascend in every row, row {row} does not: {cols[row].tolist()}")
+            raise ValueError(f"cols must ascend in every row, row {row} does not: {_shortened(cols[row])}")
         self.cols = cols.contiguous()
         self.compact_shape = tuple(cols.shape)
 
@@ -140,8 +190,25 @@ class PerRow(_Viewed):
     def tensors(self) -> dict[str, Tensor]:
         return {"cols": self.cols}
 
+    def packed(self) -> dict[str, Tensor]:
+        cols = narrow(self.cols, self.rows_and_columns[1])
+        return fewest_bytes("cols", cols, self.rows_and_columns, lambda: self.view.of(self.to_dense()))
 
-class WholeRows(_Viewed):
+    @classmethod
+    def from_parts(cls, shape: tuple[int, ...], description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        view = _view_of(description)
+        view.check(shape)
+        part, tensor = part_of(tensors, "cols", "bits")
+        if part == "bits":
+            return cls(_cols_of(unpack(tensor, view.shape(shape))), shape, view)
+        return cls(widen(part, tensor, (torch.uint16, torch.int32)), shape, view)
+
+    def _numbers(self) -> Tensor:
+        rows, n = self.rows_and_columns
+        return (torch.arange(rows, device=self.device).unsqueeze(1) * n + self.cols).view(-1)
+
+
+class WholeRows(Lines):
     """All entries of some neurons: GRFT with rows, single tokens of an embedding.
 
     Args:
@@ -154,23 +221,25 @@ class WholeRows(_Viewed):
     """
 
     kind = "rows"
+    part = "rows"
     layout = gk.Layout.FLAT
 
     def __init__(self, rows: Tensor, shape: Sequence[int], view: NeuronView | None = None) -> None:
-        super().__init__(shape, view)
-        _check_ascending("rows", rows, self.rows_and_columns[0])
+        super().__init__(rows, shape, view)
         self.rows = rows
         self.compact_shape = (rows.numel(), self.rows_and_columns[1])
 
     @cached_property
     def indices(self) -> Tensor:
-        rows, n = self.rows_and_columns
-        flat = (self.rows.long().unsqueeze(1) * n + torch.arange(n, device=self.device)).view(-1)
-        return flat if rows * n > 2**31 else flat.to(torch.int32)
+        numbers = self._numbers()
+        return numbers if self.numel > 2**31 else numbers.to(torch.int32)
 
-    @property
-    def device(self) -> torch.device:
-        return self.rows.device
+    def _numbers(self) -> Tensor:
+        n = self.rows_and_columns[1]
+        return (self.rows.long().unsqueeze(1) * n + torch.arange(n, device=self.device)).view(-1)
+
+    def _line_count(self) -> int:
+        return self.rows_and_columns[0]
 
     def gather(self, weight: Tensor) -> Tensor:
         return self.view.of(weight)[self.rows.long()]
@@ -208,14 +277,8 @@ class WholeRows(_Viewed):
     def _pick(self, entries: Tensor) -> Tensor:
         return self.gather(entries).reshape(-1)
 
-    def to(self, device: torch.device) -> WholeRows:
-        return self if self.device == device else WholeRows(self.rows.to(device), self.shape, self.view)
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {"rows": self.rows}
-
-
-class WholeColumns(_Viewed):
+class WholeColumns(Lines):
     """The same inputs of every neuron: GRFT with columns.
 
     Args:
@@ -228,11 +291,11 @@ class WholeColumns(_Viewed):
     """
 
     kind = "columns"
+    part = "cols"
     layout = gk.Layout.COLS
 
     def __init__(self, cols: Tensor, shape: Sequence[int], view: NeuronView | None = None) -> None:
-        super().__init__(shape, view)
-        _check_ascending("cols", cols, self.rows_and_columns[1])
+        super().__init__(cols, shape, view)
         self.cols = cols
         self.compact_shape = (self.rows_and_columns[0], cols.numel())
 
@@ -240,9 +303,12 @@ class WholeColumns(_Viewed):
     def indices(self) -> Tensor:
         return self.cols.expand(self.compact_shape).contiguous()
 
-    @property
-    def device(self) -> torch.device:
-        return self.cols.device
+    def _numbers(self) -> Tensor:
+        rows, n = self.rows_and_columns
+        return (torch.arange(rows, device=self.device).unsqueeze(1) * n + self.cols).view(-1)
+
+    def _line_count(self) -> int:
+        return self.rows_and_columns[1]
 
     def gather(self, weight: Tensor) -> Tensor:
         return self.view.of(weight)[:, self.cols.long()].contiguous()
@@ -277,18 +343,26 @@ class WholeColumns(_Viewed):
     def _pick(self, entries: Tensor) -> Tensor:
         return self.gather(entries).view(-1)
 
-    def to(self, device: torch.device) -> WholeColumns:
-        return self if self.device == device else WholeColumns(self.cols.to(device), self.shape, self.view)
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {"cols": self.cols}
+def _view_of(description: Mapping[str, Any]) -> NeuronView:
+    """The neuron view in a description that may be damaged."""
+    row_dims, groups = description["row_dims"], description["groups"]
+    if not isinstance(row_dims, list) or not all(type(number) is int for number in [*row_dims, groups]):
+        raise ValueError(f"row_dims and groups are integers, got {row_dims!r} and {groups!r}")
+    return NeuronView(tuple(row_dims), groups)
 
 
-def _check_ascending(name: str, numbers: Tensor, end: int) -> None:
-    if numbers.dtype is not torch.int32 or numbers.ndim != 1:
-        raise TypeError(f"{name} must be int32 [k], got {numbers.dtype} {list(numbers.shape)}")
-    if numbers.numel() and (int(numbers[0]) < 0 or int(numbers[-1]) >= end or bool((numbers.diff() <= 0).any())):
-        raise ValueError(f"{name} must ascend within 0 to {end - 1}, got {numbers.tolist()}")
+def _cols_of(matrix: Tensor) -> Tensor:
+    """int32 [rows, K]: the selected columns of a bool matrix with K of them in every row."""
+    counts = matrix.sum(1)
+    if bool((counts != counts[0]).any()):
+        raise ValueError(f"rows have {int(counts.min())} to {int(counts.max())} bits set, not all the same number")
+    return matrix.nonzero()[:, 1].view(matrix.shape[0], -1).to(torch.int32)
+
+
+def _shortened(numbers: Tensor) -> str:
+    """The first numbers of a list that may be long, for messages."""
+    return str(numbers[:16].tolist())[:-1] + (", ...]" if numbers.numel() > 16 else "]")
 
 
 def _first_inputs(rows: int, n: int, groups: int, device: torch.device) -> Tensor:

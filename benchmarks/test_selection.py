@@ -1,0 +1,79 @@
+"""Ranking all of ViT-B/16's gradients: what select() does after its last batch, against the usual ways in NumPy."""
+
+from __future__ import annotations
+
+import numpy
+import pytest
+import torch
+from torch import Tensor
+
+import gradsel
+from gradsel.criteria import criterion_of
+from gradsel.models import vit_base_patch16_224
+from gradsel.policies import Policy
+from gradsel.rules import parameter_rules
+from gradsel.selecting import Ranker
+
+POLICIES: list[tuple[Policy, int]] = [
+    (gradsel.PerNeuron(1), 1),
+    (gradsel.PerNeuron(5), 5),
+    (gradsel.PerNeuron(10), 10),
+    (gradsel.Rows(3), 3),
+    (gradsel.Columns(3), 3),
+    (gradsel.PerLayer(fraction=0.001), 0),
+    (gradsel.Global(fraction=0.001), 0),
+    (gradsel.PerNeuron(1, columns=32), 1),
+]
+
+
+@pytest.fixture(scope="module")
+def ranked():
+    """The rules, the parameters and random gradients of ViT-B/16; a tenth of the columns have larger ones."""
+    torch.manual_seed(0)
+    model = vit_base_patch16_224(num_classes=10)
+    rules = parameter_rules(model)
+    parameters = {name: p for name, p in model.named_parameters() if rules[name].action == "rank"}
+    grads = {}
+    for name, parameter in parameters.items():
+        grad = torch.randn_like(parameter).flatten(1)
+        grads[name] = grad.mul_(1 + 3 * (torch.rand(grad.shape[1]) < 0.1)).view_as(parameter)
+    return rules, parameters, grads
+
+
+def by_argsort(grads: dict[str, Tensor], k: int) -> list[numpy.ndarray]:
+    """As published: every row sorted whole."""
+    rows = (numpy.abs(grad.numpy().reshape(len(grad), -1)) for grad in grads.values())
+    return [numpy.argsort(row, axis=1)[:, -k:] for row in rows]
+
+
+def by_argpartition(grads: dict[str, Tensor], k: int) -> list[numpy.ndarray]:
+    rows = (numpy.abs(grad.numpy().reshape(len(grad), -1)) for grad in grads.values())
+    return [numpy.argpartition(row, -k, axis=1)[:, -k:] for row in rows]
+
+
+def by_topk(grads: dict[str, Tensor], k: int) -> list[Tensor]:
+    return [grad.flatten(1).abs().topk(k, 1).indices for grad in grads.values()]
+
+
+@pytest.mark.parametrize(("policy", "k"), POLICIES, ids=lambda value: str(value))
+def test_ranking(compare, ranked, policy, k):
+    rules, parameters, grads = ranked
+
+    def ours() -> dict[str, gradsel.masks.Mask]:
+        ranker = Ranker(policy, criterion_of("gradient"), rules, parameters, loss_scale=1.0)
+        for name, grad in grads.items():
+            ranker.add(name, grad)
+        return ranker.masks()
+
+    read = sum(grad.nbytes for grad in grads.values())
+    providers = {}
+    if isinstance(policy, gradsel.PerNeuron) and policy.columns is None:
+        masks = ours()
+        for name, columns in zip(grads, by_topk(grads, k), strict=True):
+            assert torch.equal(masks[name].cols.long(), columns.sort(1).values), name
+        providers = {
+            "argsort": (lambda: by_argsort(grads, k), read),
+            "argpartition": (lambda: by_argpartition(grads, k), read),
+            "topk": (lambda: by_topk(grads, k), read),
+        }
+    compare("ranking", f"ViT-B/16, {policy}", "float32", k, {**providers, "native": (ours, read)})

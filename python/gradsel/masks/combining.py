@@ -1,0 +1,168 @@
+"""Union, intersection and difference of masks, and the regular kind behind a set of entries.
+
+Entries are sorted int64 vectors of row-major indices, so that the work grows with what is selected.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from gradsel.masks.base import Mask
+from gradsel.masks.flat import Flat, Frozen, Whole
+from gradsel.masks.viewed import Lines, PerRow, Viewed, WholeColumns, WholeRows
+from gradsel.views import NeuronView
+
+
+def union(a: Mask, b: Mask) -> Mask:
+    """What either selects.
+
+    The masks of these functions have one shape. Where a result equals one of them it is that mask, with its reason.
+    """
+    if not b.nnz or _is_full(a):
+        return _simplest(a)
+    if not a.nnz or _is_full(b):
+        return _simplest(b)
+    return _combined(lambda x, y: torch.cat([x, y]).unique(), a, b)
+
+
+def intersection(a: Mask, b: Mask) -> Mask:
+    """What both select."""
+    if not a.nnz or _is_full(b):
+        return _simplest(a)
+    if not b.nnz or _is_full(a):
+        return _simplest(b)
+    return _combined(lambda x, y: x[_found(x, y)], a, b)
+
+
+def difference(a: Mask, b: Mask) -> Mask:
+    """What ``a`` selects and ``b`` does not."""
+    if not a.nnz or not b.nnz:
+        return _simplest(a)
+    if _is_full(b):
+        return Frozen(a.shape)
+    return _combined(lambda x, y: x[~_found(x, y)], a, b)
+
+
+def shared_entries(a: Mask, b: Mask) -> int:
+    """How many entries both select."""
+    if not a.nnz or _is_full(b):
+        return a.nnz
+    if not b.nnz or _is_full(a):
+        return b.nnz
+    few, many = sorted((a, b), key=lambda mask: mask.nnz)
+    entries = few.entries()
+    return int(_found(entries, many.entries().to(entries.device)).sum())
+
+
+def recognised(entries: Tensor, shape: Sequence[int]) -> Mask:
+    """The mask of the most regular kind with these entries, in any neuron view that layers have: for imports.
+
+    Args:
+        entries: int64 [nnz], row-major indices in the parameter, ascending and in range.
+        shape: shape of the parameter.
+    """
+    shape = tuple(shape)
+    if 0 < entries.numel() < math.prod(shape):
+        for view, finders in _likely(len(shape)):
+            numbers = _in_view(entries, shape, view)
+            for find in finders:
+                if mask := find(numbers, shape, view):
+                    return mask
+    return _regular(entries, shape, None)
+
+
+Finder = Callable[[Tensor, tuple[int, ...], NeuronView], Mask | None]
+
+
+def _likely(ndim: int) -> list[tuple[NeuronView, Sequence[Finder]]]:
+    """Neuron views of layers whose weights have so many dimensions, and what to look for, in order.
+
+    Among views of three dimensions, rows of the coarse one (neurons of a Conv1d, whole experts) are rows of the finer
+    ones too, and what is regular in every row of a finer one is so in the coarse one. What says more comes first.
+    """
+    if ndim < 2:
+        return []
+    rows, rest = (_rows,), (_columns, _per_row)
+    finer = [(NeuronView((0, last)), (*rows, *rest)) for last in (1, 2)] if ndim == 3 else []
+    return [(NeuronView(), rows), *finer, (NeuronView(), rest), (NeuronView((1,)), (*rows, *rest))]
+
+
+def _is_full(mask: Mask) -> bool:
+    return mask.nnz == mask.numel
+
+
+def _simplest(mask: Mask) -> Mask:
+    """The mask, as Whole or Frozen if it selects everything or nothing."""
+    if not mask.nnz:
+        return mask if isinstance(mask, (Whole, Frozen)) else Frozen(mask.shape)
+    return Whole(mask.shape) if _is_full(mask) else mask
+
+
+def _combined(operation: Callable[[Tensor, Tensor], Tensor], a: Mask, b: Mask) -> Mask:
+    """``operation`` on sorted int64 vectors: of lines, where both masks are made of the same lines, else of entries."""
+    if isinstance(a, Lines) and isinstance(b, Lines) and type(a) is type(b) and a.view == b.view:
+        lines = operation(a.lines.long(), b.lines.to(a.device).long())
+        return _simplest(type(a)(lines.to(torch.int32), a.shape, a.view))
+    entries = a.entries()
+    return _regular(operation(entries, b.entries().to(entries.device)), a.shape, _common_view(a, b))
+
+
+def _common_view(a: Mask, b: Mask) -> NeuronView | None:
+    """The view of the one or two masks that have one; rows of the parameter where none has; None where they differ."""
+    views = {mask.view for mask in (a, b) if isinstance(mask, Viewed)}
+    if not views and len(a.shape) >= 2:
+        return NeuronView()
+    return views.pop() if len(views) == 1 else None
+
+
+def _regular(entries: Tensor, shape: tuple[int, ...], view: NeuronView | None) -> Mask:
+    """Frozen, Whole, PerRow in this view, or Flat."""
+    if not entries.numel():
+        return Frozen(shape)
+    if entries.numel() == math.prod(shape):
+        return Whole(shape)
+    per_row = view and _per_row(_in_view(entries, shape, view), shape, view)
+    return per_row or Flat(entries, shape)
+
+
+def _per_row(numbers: Tensor, shape: tuple[int, ...], view: NeuronView) -> PerRow | None:
+    rows, n = view.shape(shape)
+    if numbers.numel() % rows:
+        return None
+    by_row = numbers.view(rows, -1)
+    if not torch.equal(by_row // n, torch.arange(rows, device=numbers.device).unsqueeze(1).expand_as(by_row)):
+        return None
+    return PerRow((by_row % n).to(torch.int32), shape, view)
+
+
+def _rows(numbers: Tensor, shape: tuple[int, ...], view: NeuronView) -> WholeRows | None:
+    n = view.shape(shape)[1]
+    rows = (numbers // n).unique_consecutive()
+    return WholeRows(rows.to(torch.int32), shape, view) if rows.numel() * n == numbers.numel() else None
+
+
+def _columns(numbers: Tensor, shape: tuple[int, ...], view: NeuronView) -> WholeColumns | None:
+    rows, n = view.shape(shape)
+    if rows == 1 or numbers.numel() % rows:  # columns of a single row are entries of it
+        return None
+    cols = (numbers % n).unique()
+    return WholeColumns(cols.to(torch.int32), shape, view) if cols.numel() * rows == numbers.numel() else None
+
+
+def _in_view(entries: Tensor, shape: tuple[int, ...], view: NeuronView) -> Tensor:
+    """Row-major indices in the parameter as such in its neuron view, ascending."""
+    if view.is_leading:
+        return entries
+    dense = torch.zeros(math.prod(shape), dtype=torch.bool, device=entries.device)
+    dense[entries] = True
+    return view.of(dense.view(shape)).reshape(-1).nonzero().view(-1)
+
+
+def _found(numbers: Tensor, among: Tensor) -> Tensor:
+    """bool: which of ``numbers`` are in ``among``. Both are sorted, the latter is not empty."""
+    places = torch.searchsorted(among, numbers).clamp_(max=among.numel() - 1)
+    return among[places] == numbers

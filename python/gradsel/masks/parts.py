@@ -1,0 +1,86 @@
+"""The tensors of masks in files: in the fewest bytes on the way out, not trusted on the way in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+import gradsel_kernels as gk
+
+
+def ascends(numbers: Tensor) -> bool:
+    """Whether numbers ascend strictly along the last dimension. Differences would overflow on damaged ones."""
+    return bool((numbers[..., 1:] > numbers[..., :-1]).all())
+
+
+def narrow(numbers: Tensor, end: int) -> Tensor:
+    """Numbers below ``end`` in the smallest integers that files hold: uint16, int32 or int64."""
+    if end <= 2**16:
+        return numbers.to(torch.uint16)
+    return numbers.to(torch.int32 if end <= 2**31 else torch.int64)
+
+
+def widen(part: str, numbers: Tensor, dtypes: tuple[torch.dtype, ...]) -> Tensor:
+    """The inverse of :func:`narrow`: int32, or int64 as it is.
+
+    Raises:
+        TypeError: numbers of none of these dtypes.
+    """
+    if numbers.dtype not in dtypes:
+        raise TypeError(f"{part} must be one of {', '.join(map(str, dtypes))}, got {numbers.dtype}")
+    return numbers if numbers.dtype is torch.int64 else numbers.to(torch.int32)
+
+
+def fewest_bytes(part: str, numbers: Tensor, shape: tuple[int, int], matrix: Callable[[], Tensor]) -> dict[str, Tensor]:
+    """``numbers``, or the packed bits of the bool ``matrix`` of this shape where these are smaller."""
+    rows, n = shape
+    if 4 * rows * _words(n) < numbers.nbytes:
+        return {"bits": gk.pack_bits(matrix())}
+    return {part: numbers}
+
+
+def unpack(bits: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The bool matrix [rows, n] of packed bits.
+
+    Raises:
+        TypeError, ValueError: not int32 [rows, ceil(n / 32)], bits set behind the last column, or an empty matrix,
+            which is never packed: its other size could be anything.
+    """
+    rows, n = shape
+    if bits.dtype is not torch.int32:
+        raise TypeError(f"bits must be torch.int32, got {bits.dtype}")
+    if tuple(bits.shape) != (rows, _words(n)) or not rows * n:
+        raise ValueError(f"bits must be [{rows}, {_words(n)}] for a matrix [{rows}, {n}], got {list(bits.shape)}")
+    if n % 32 and bool((bits[:, -1] >> n % 32).any()):
+        raise ValueError(f"bits are set behind the last column, {n - 1}")
+    return gk.unpack_bits(bits, n)
+
+
+def part_of(tensors: Mapping[str, Tensor], *names: str) -> tuple[str, Tensor]:
+    """The one tensor of a mask, with its name, which is one of ``names``.
+
+    Raises:
+        KeyError, ValueError: there is none, or another one.
+    """
+    if not tensors:
+        raise KeyError(names[0])
+    (part, tensor), *others = tensors.items()
+    if others or part not in names:
+        raise ValueError(f"expected {' or '.join(names)}, got {', '.join(tensors)}")
+    return part, tensor
+
+
+def no_part(tensors: Mapping[str, Tensor]) -> None:
+    """Refuses tensors of a mask that has none.
+
+    Raises:
+        ValueError: there are some.
+    """
+    if tensors:
+        raise ValueError(f"expected no tensors, got {', '.join(tensors)}")
+
+
+def _words(n: int) -> int:
+    return -(-n // 32)
