@@ -80,6 +80,14 @@ GRADSEL_CLONES void adam_run(double* p, const double* g, double* m, double* v, d
                              const AdamScalars<double>& s) {
   adam_math(p, g, m, v, vmax, count, s);
 }
+GRADSEL_CLONES AdamScalars<float> anchor_run(float* p, const float* g, float* pulled, const float* original,
+                                             int64_t count, const AdamScalars<float>& s) {
+  return anchor_math(p, g, pulled, original, count, s);
+}
+GRADSEL_CLONES AdamScalars<double> anchor_run(double* p, const double* g, double* pulled, const double* original,
+                                              int64_t count, const AdamScalars<double>& s) {
+  return anchor_math(p, g, pulled, original, count, s);
+}
 
 template <class T, class Stored>
 void gather_loop(T* to, const void* from, const int64_t* offsets, int count) {
@@ -270,7 +278,7 @@ template <class T>
 constexpr int64_t kCode = std::is_same<T, double>::value ? kFloat64 : kFloat32;
 
 template <class T>
-void update(const Block& block, const AdamScalars<T>& scalars) {
+void update(const Block& block, AdamScalars<T> scalars) {
   const Task& task = *block.task;
   const AdamItem& item = task.item;
   T param_buffer[kBlock], grad_buffer[kBlock];
@@ -299,6 +307,10 @@ void update(const Block& block, const AdamScalars<T>& scalars) {
   else
     load_contiguous(grad_buffer, item.grad_dtype, grad_run, block.count);
 
+  if (item.original && scalars.pulls) {
+    scalars = anchor_run(param, grad, grad_buffer, at<const T>(item.original) + block.begin, block.count, scalars);
+    grad = grad_buffer;
+  }
   T* max_exp_avg_sq = item.max_exp_avg_sq ? at<T>(item.max_exp_avg_sq) + block.begin : nullptr;
   adam_run(param, grad, at<T>(item.exp_avg) + block.begin, at<T>(item.exp_avg_sq) + block.begin, max_exp_avg_sq,
            block.count, scalars);
@@ -397,6 +409,7 @@ bool rank_bits(const std::vector<Task>& tasks, std::vector<Unit>& units, AdamFau
 template <class T>
 AdamScalars<T> scalars(const AdamHyperparameters& h, double correction1, double correction2) {
   const bool decays = h.weight_decay != 0;
+  const double pull = h.anchor_l1 ? h.anchor : 2 * h.anchor;
   AdamScalars<T> s;
   s.sign = h.maximize ? T(-1) : T(1);
   s.decay = decays && !h.decoupled_weight_decay ? static_cast<T>(h.weight_decay) : T(0);
@@ -409,6 +422,10 @@ AdamScalars<T> scalars(const AdamHyperparameters& h, double correction1, double 
   s.root_of_correction = static_cast<T>(std::sqrt(correction2));
   s.eps = static_cast<T>(h.eps);
   s.minus_step_size = static_cast<T>(-(h.lr / correction1));
+  s.pulls = h.anchor != 0;
+  s.pull_l1 = h.anchor_l1;
+  s.pull_decoupled = h.anchor_decoupled;
+  s.pull = static_cast<T>(h.anchor_decoupled ? h.lr * pull : pull);
   return s;
 }
 

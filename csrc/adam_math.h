@@ -22,10 +22,69 @@ struct AdamScalars {
   bool lerp_small;
   T beta2, one_minus_beta2;
   T root_of_correction, eps, minus_step_size;
+  bool pulls, pull_l1, pull_decoupled;  // whether there is an anchor, and of which kind
+  T pull;  // what the gap, or for L1 its sign, is multiplied with in the gradient (coupled) or the step (decoupled)
 };
 
 GRADSEL_INLINE float fused(float a, float b, float c) { return std::fma(a, b, c); }
 GRADSEL_INLINE double fused(double a, double b, double c) { return std::fma(a, b, c); }
+
+template <class T, bool decays>
+GRADSEL_INLINE void decay(T& p, T& g, const AdamScalars<T>& s) {
+  p *= s.shrink;
+  g *= s.sign;
+  if (decays) g = fused(p, s.decay, g);
+}
+
+// What comes before Adam where there is an anchor (GRFT, Alg. 1 line 8): the gradient's sign and weight decay as ever,
+// then the pull towards the original values. A pass of its own, over a block that is in the cache, keeps adam_loop free
+// of it. The gradient it leaves in `pulled`, which may be `grad`.
+template <class T, bool decays, bool l1, bool decoupled>
+GRADSEL_INLINE void pull_loop(T* GRADSEL_RESTRICT param, const T* grad, T* pulled,
+                              const T* GRADSEL_RESTRICT original, int64_t count, const AdamScalars<T>& scalars) {
+  const AdamScalars<T> s = scalars;
+  for (int64_t i = 0; i < count; ++i) {
+    T p = param[i], g = grad[i];
+    decay<T, decays>(p, g, s);
+    const T gap = p - original[i];
+    const T along = l1 ? T(gap > 0) - T(gap < 0) : gap;  // the sign of NaN is 0, as torch.sign has it
+    if (decoupled) {
+      const T moved = fused(along, -s.pull, p);
+      p = l1 && std::abs(gap) <= s.pull ? original[i] : moved;
+    } else {
+      g = fused(along, s.pull, g);
+    }
+    param[i] = p;
+    pulled[i] = g;
+  }
+}
+
+template <class T, bool decays>
+GRADSEL_INLINE void pull(T* param, const T* grad, T* pulled, const T* original, int64_t count,
+                         const AdamScalars<T>& s) {
+  if (s.pull_l1 && s.pull_decoupled)
+    pull_loop<T, decays, true, true>(param, grad, pulled, original, count, s);
+  else if (s.pull_l1)
+    pull_loop<T, decays, true, false>(param, grad, pulled, original, count, s);
+  else if (s.pull_decoupled)
+    pull_loop<T, decays, false, true>(param, grad, pulled, original, count, s);
+  else
+    pull_loop<T, decays, false, false>(param, grad, pulled, original, count, s);
+}
+
+// Returns the scalars of the adam_math that is to follow.
+template <class T>
+GRADSEL_INLINE AdamScalars<T> anchor_math(T* param, const T* grad, T* pulled, const T* original, int64_t count,
+                                          const AdamScalars<T>& s) {
+  if (s.decay != 0)
+    pull<T, true>(param, grad, pulled, original, count, s);
+  else
+    pull<T, false>(param, grad, pulled, original, count, s);
+  AdamScalars<T> rest = s;
+  rest.sign = rest.shrink = 1;
+  rest.decay = 0;
+  return rest;
+}
 
 template <class T, bool decays, bool amsgrad>
 GRADSEL_INLINE void adam_loop(T* GRADSEL_RESTRICT param, const T* GRADSEL_RESTRICT grad, T* GRADSEL_RESTRICT exp_avg,
@@ -33,9 +92,8 @@ GRADSEL_INLINE void adam_loop(T* GRADSEL_RESTRICT param, const T* GRADSEL_RESTRI
                               const AdamScalars<T>& scalars) {
   const AdamScalars<T> s = scalars;
   for (int64_t i = 0; i < count; ++i) {
-    T p = param[i] * s.shrink;
-    T g = grad[i] * s.sign;
-    if (decays) g = fused(p, s.decay, g);
+    T p = param[i], g = grad[i];
+    decay<T, decays>(p, g, s);
     const T m = fused(s.lerp, g - exp_avg[i], s.lerp_small ? exp_avg[i] : g);
     T v = fused(s.one_minus_beta2 * g, g, exp_avg_sq[i] * s.beta2);
     exp_avg[i] = m;

@@ -59,7 +59,10 @@ struct AdamItem {
   int64_t weight, weight_dtype, weight_row_stride, weight_col_stride;  // weight 0: there is none
   int64_t values;                                                      // 0: the weight is the parameter
   int64_t grad, grad_dtype, grad_is_dense, grad_row_stride, grad_col_stride;
-  int64_t exp_avg, exp_avg_sq, max_exp_avg_sq, state_dtype;  // max_exp_avg_sq 0: no AMSGrad
+  int64_t exp_avg, exp_avg_sq;
+  int64_t max_exp_avg_sq;  // 0: no AMSGrad
+  int64_t original;        // 0: no anchor
+  int64_t state_dtype;
   int64_t step, step_dtype;
   int64_t index, index_is_64, index_width;  // width of a row of the index: columns (COLS) or words (BITS)
 };
@@ -67,6 +70,8 @@ struct AdamItem {
 struct AdamHyperparameters {
   double lr, beta1, beta2, eps, weight_decay;
   bool decoupled_weight_decay, maximize;
+  double anchor;
+  bool anchor_l1, anchor_decoupled;
 };
 
 struct AdamFault {

@@ -183,6 +183,7 @@ def masked_adam_(
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     max_exp_avg_sqs: list[Tensor],
+    originals: list[Tensor],
     steps: list[Tensor],
     indices: list[Tensor],
     layouts: list[int],
@@ -199,7 +200,7 @@ def masked_adam_(
     ):
         if len(tensors) != count:
             raise ValueError(f"{name} has {len(tensors)} entries, but weights has {count}; pass one for each tensor")
-    for name, tensors in (("values", values), ("max_exp_avg_sqs", max_exp_avg_sqs)):
+    for name, tensors in (("values", values), ("max_exp_avg_sqs", max_exp_avg_sqs), ("originals", originals)):
         if tensors and len(tensors) != count:
             raise ValueError(f"{name} has {len(tensors)} entries; pass none, or one for each of the {count} weights")
     for i in range(count):
@@ -211,6 +212,7 @@ def masked_adam_(
                 exp_avgs[i],
                 exp_avg_sqs[i],
                 max_exp_avg_sqs[i] if max_exp_avg_sqs else None,
+                originals[i] if originals else None,
                 steps[i],
                 indices[i],
                 layouts[i],
@@ -226,6 +228,7 @@ def _adam_item(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     max_exp_avg_sq: Tensor | None,
+    original: Tensor | None,
     step: Tensor,
     index: Tensor,
     layout: int,
@@ -235,7 +238,12 @@ def _adam_item(
     nnz = exp_avg.numel()
     if dtype is not torch.float32 and dtype is not torch.float64:
         raise TypeError(f"exp_avg must be float32 (float64 for float64 weights), got {dtype}")
-    for name, tensor in (("exp_avg_sq", exp_avg_sq), ("max_exp_avg_sq", max_exp_avg_sq), ("values", value)):
+    for name, tensor in (
+        ("exp_avg_sq", exp_avg_sq),
+        ("max_exp_avg_sq", max_exp_avg_sq),
+        ("original", original),
+        ("values", value),
+    ):
         if tensor is None or (name == "values" and tensor.numel() == 0):
             continue
         if tensor.dtype is not dtype or tensor.shape != shape:

@@ -33,8 +33,9 @@ SCHEMAS = {
     ),
     "masked_adam_": (
         "(Tensor(a!)[] weights, Tensor(b!)[] values, Tensor[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, "
-        "Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] steps, Tensor[] indices, int[] layouts, *, float lr, float beta1, "
-        "float beta2, float eps, float weight_decay, bool decoupled_weight_decay, bool maximize) -> ()"
+        "Tensor(e!)[] max_exp_avg_sqs, Tensor[] originals, Tensor(f!)[] steps, Tensor[] indices, int[] layouts, *, "
+        "float lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled_weight_decay, "
+        "bool maximize, float anchor, bool anchor_l1, bool anchor_decoupled) -> ()"
     ),
 }
 
@@ -113,8 +114,10 @@ def selected_weight_grad_bias(
 
 @_fake
 def masked_adam_(
-    weights, values, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, indices, layouts, **hyperparameters
-) -> None:
+    weights, values, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, originals, steps, indices, layouts,
+    **hyperparameters,
+) -> None:  # fmt: skip
     _checks.masked_adam_(
-        weights, values, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, indices, layouts, **hyperparameters
-    )
+        weights, values, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, originals, steps, indices, layouts,
+        **hyperparameters,
+    )  # fmt: skip

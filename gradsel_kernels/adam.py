@@ -29,6 +29,10 @@ def masked_adam_(
     layouts: Sequence[Layout | int] | None = None,
     values: Sequence[Tensor | None] | None = None,
     max_exp_avg_sqs: Sequence[Tensor] | None = None,
+    originals: Sequence[Tensor] | None = None,
+    anchor: float = 0.0,
+    anchor_l1: bool = False,
+    anchor_decoupled: bool = False,
 ) -> None:
     """One step of Adam or AdamW on the selected entries of every tensor, in place.
 
@@ -53,6 +57,17 @@ def masked_adam_(
             bfloat16 or float16, or a compact parameter of its own. They are updated, and the weight, if there is one,
             receives them rounded to its dtype. None: the weight is read, updated in float32 and rounded back.
         max_exp_avg_sqs: running maxima of the second moments; given, the step is AMSGrad's.
+        originals: the values that the anchor pulls the selected entries towards, like ``exp_avgs`` in mask order, dtype
+            and shape; only read. None: no anchor.
+        anchor: strength of the pull towards ``originals``, of the regularised loss of GRFT ("Gradient-based and
+            Regularized Fine-Tuning", under review 2026, Alg. 1 line 8): ``anchor * ||w - original||_2^2`` over the
+            selected entries is added to the loss, so ``2 * anchor * (w - original)`` to the gradient, also with
+            ``maximize``. 0: no anchor.
+        anchor_l1: ``anchor * ||w - original||_1`` instead, of gradient ``anchor * sign(w - original)``.
+        anchor_decoupled: the pull moves the entries themselves, ahead of Adam and past its moments, as decoupled
+            weight decay does: ``w -= 2 * lr * anchor * (w - original)``, or for L1 a step of ``lr * anchor`` that ends
+            at the original (soft thresholding). Weight decay of either kind comes first: the anchor sees what
+            decoupled weight decay has left.
 
     Raises:
         TypeError, ValueError: tensors that do not fit together; the message names the tensor's number.
@@ -61,6 +76,8 @@ def masked_adam_(
     """
     if not weights:
         return
+    if anchor and originals is None:
+        raise ValueError(f"anchor={anchor} needs originals, the values to pull towards, one tensor for each weight")
     given = [t for t in (*exp_avgs, *grads, *weights, *(values or ())) if t is not None]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*weights, *(values or ()))):
         raise RuntimeError("masked_adam_ writes to tensors that require grad; call it under torch.no_grad()")
@@ -76,6 +93,7 @@ def masked_adam_(
         list(exp_avgs),
         list(exp_avg_sqs),
         [] if max_exp_avg_sqs is None else list(max_exp_avg_sqs),
+        [] if originals is None else list(originals),
         list(steps),
         [nothing if index is None else index for index in indices],
         [int(layout) for layout in layouts],
@@ -86,6 +104,9 @@ def masked_adam_(
         weight_decay=weight_decay,
         decoupled_weight_decay=decoupled_weight_decay,
         maximize=maximize,
+        anchor=anchor,
+        anchor_l1=anchor_l1,
+        anchor_decoupled=anchor_decoupled,
     )
 
 

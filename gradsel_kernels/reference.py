@@ -119,6 +119,7 @@ def masked_adam_(
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     max_exp_avg_sqs: list[Tensor],
+    originals: list[Tensor],
     steps: list[Tensor],
     indices: list[Tensor],
     layouts: list[int],
@@ -130,6 +131,9 @@ def masked_adam_(
     weight_decay: float,
     decoupled_weight_decay: bool,
     maximize: bool,
+    anchor: float,
+    anchor_l1: bool,
+    anchor_decoupled: bool,
 ) -> None:
     """One step of Adam on the selected entries of every tensor; everything else is left as it is, to the bit."""
     views = [
@@ -158,6 +162,7 @@ def masked_adam_(
             state,
             exp_avg_sqs[i],
             max_exp_avg_sqs[i] if max_exp_avg_sqs else None,
+            originals[i] if originals else None,
             steps[i],
             lr=lr,
             beta1=beta1,
@@ -166,6 +171,9 @@ def masked_adam_(
             weight_decay=weight_decay,
             decoupled_weight_decay=decoupled_weight_decay,
             maximize=maximize,
+            anchor=anchor,
+            anchor_l1=anchor_l1,
+            anchor_decoupled=anchor_decoupled,
         )
         if view is not None:
             view[entry] = param.reshape(-1).to(view.dtype)
@@ -177,6 +185,7 @@ def adam_math(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     max_exp_avg_sq: Tensor | None,
+    original: Tensor | None,
     step: Tensor,
     *,
     lr: float,
@@ -186,11 +195,15 @@ def adam_math(
     weight_decay: float,
     decoupled_weight_decay: bool,
     maximize: bool,
+    anchor: float,
+    anchor_l1: bool,
+    anchor_decoupled: bool,
 ) -> None:
     """Adam (Kingma and Ba 2015, Alg. 1) and AdamW (Loshchilov and Hutter 2019, Alg. 2), in place on compact tensors.
 
     The order of operations is that of ``torch.optim.Adam(foreach=False, fused=False)``, so the results are bit-equal
-    to it in float32 and float64. Bias corrections are computed in double precision.
+    to it in float32 and float64. Bias corrections are computed in double precision. Weight decay comes first, then the
+    anchor (GRFT, Alg. 1 line 8), which sees the parameter as decoupled weight decay has left it.
     """
     step += 1
     t = step.item()
@@ -201,6 +214,12 @@ def adam_math(
             param.mul_(1 - lr * weight_decay)
         else:
             grad = grad.add(param, alpha=weight_decay)
+    if original is not None and anchor != 0:
+        if anchor_decoupled:
+            pull_(param, original, lr * anchor, anchor_l1)
+        else:
+            gap = param - original
+            grad = grad.add(gap.sign(), alpha=anchor) if anchor_l1 else grad.add(gap, alpha=2 * anchor)
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     step_size = lr / (1 - beta1**t)
@@ -211,6 +230,20 @@ def adam_math(
         second_moment = torch.maximum(max_exp_avg_sq, exp_avg_sq, out=max_exp_avg_sq)
     denominator = (second_moment.sqrt() / root_of_correction).add_(eps)
     param.addcdiv_(exp_avg, denominator, value=-step_size)
+
+
+def pull_(param: Tensor, original: Tensor, amount: float, l1: bool) -> None:
+    """Moves a parameter towards its original value by a step of gradient descent (L2) or a proximal step (L1).
+
+    The proximal step is soft thresholding, original + sign(gap) * max(abs(gap) - amount, 0). Written as a step from the
+    parameter it is rounded once, however far away the original is, and an amount of 0 moves nothing.
+    """
+    gap = param - original
+    if l1:
+        moved = param.add(gap.sign(), alpha=-amount)
+        param.copy_(torch.where(gap.abs() <= amount, original, moved))
+    else:
+        param.add_(gap, alpha=-2 * amount)
 
 
 def _as_rows(tensor: Tensor, index: Tensor, layout: int) -> Tensor:

@@ -17,7 +17,7 @@ from gradsel_kernels.backends import panels
 from gradsel_kernels.backends.native_adam import CODES, WIDTH, known_table, new_table
 
 #: Must equal the number compiled into the extension (csrc/bindings.cpp).
-ABI = 2
+ABI = 3
 
 _REBUILD = (
     "Install a C++17 compiler and the Python headers, then install again from the checkout: "
@@ -242,6 +242,7 @@ def masked_adam_(
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     max_exp_avg_sqs: list[Tensor],
+    originals: list[Tensor],
     steps: list[Tensor],
     indices: list[Tensor],
     layouts: list[int],
@@ -253,8 +254,11 @@ def masked_adam_(
     weight_decay: float,
     decoupled_weight_decay: bool,
     maximize: bool,
+    anchor: float,
+    anchor_l1: bool,
+    anchor_decoupled: bool,
 ) -> None:
-    args = (weights, values, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, indices, layouts)
+    args = (weights, values, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, originals, steps, indices, layouts)
     table = known_table(*args)
     if table is None:
         checks.masked_adam_(*args)
@@ -269,6 +273,9 @@ def masked_adam_(
         weight_decay,
         decoupled_weight_decay,
         maximize,
+        anchor,
+        anchor_l1,
+        anchor_decoupled,
         torch.get_num_threads(),
     )
     if fault is None:

@@ -20,7 +20,7 @@ from gradsel_kernels._checks import Layout, grad_is_dense
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 # Plain integers: comparing enum members is slow enough to show.
 _COLS, _BITS = int(Layout.COLS), int(Layout.BITS)
-GRAD, WIDTH = 9, 23  # of AdamItem in csrc/kernels.h: the place of the gradient's address, and fields in all
+GRAD, WIDTH = 9, 24  # of AdamItem in csrc/kernels.h: the place of the gradient's address, and fields in all
 
 
 class AdamTable:
@@ -34,6 +34,7 @@ class AdamTable:
         exp_avgs: list[Tensor],
         exp_avg_sqs: list[Tensor],
         max_exp_avg_sqs: list[Tensor],
+        originals: list[Tensor],
         steps: list[Tensor],
         indices: list[Tensor],
         layouts: list[int],
@@ -72,6 +73,7 @@ class AdamTable:
                     state.data_ptr(),
                     exp_avg_sqs[i].data_ptr(),
                     max_exp_avg_sqs[i].data_ptr() if max_exp_avg_sqs else 0,
+                    originals[i].data_ptr() if originals else 0,
                     CODES[state.dtype],
                     step.data_ptr(),
                     CODES[step.dtype],
@@ -81,9 +83,10 @@ class AdamTable:
                 )
             )
         # Everything the table was made from. The first moment is left out: it is the key that keeps the table alive.
-        self._tensors = _kept(weights, values, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, indices)
+        self._tensors = _kept(weights, values, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, originals, steps, indices)
         self._memory = _memory([exp_avgs[0], *self._tensors])
         self._layouts = list(layouts)
+        self._optional = bool(max_exp_avg_sqs), bool(originals)  # which of the two it is that lies in _tensors
         self._forms = _forms(weights), _forms(grads)
 
     def takes(
@@ -94,6 +97,7 @@ class AdamTable:
         exp_avgs: list[Tensor],
         exp_avg_sqs: list[Tensor],
         max_exp_avg_sqs: list[Tensor],
+        originals: list[Tensor],
         steps: list[Tensor],
         indices: list[Tensor],
         layouts: list[int],
@@ -101,7 +105,9 @@ class AdamTable:
         """Whether only the gradients' addresses are new in this call; the table then holds them."""
         if layouts != self._layouts or any(grad.layout is not torch.strided for grad in grads):
             return False
-        tensors = _kept(weights, values, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, indices)
+        if (bool(max_exp_avg_sqs), bool(originals)) != self._optional:
+            return False
+        tensors = _kept(weights, values, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, originals, steps, indices)
         if len(tensors) != len(self._tensors) or not all(map(is_, tensors, self._tensors)):
             return False
         # A tensor can stay and its memory change (.data, set_, resize_); weights can be seen in another way, too.
@@ -135,10 +141,11 @@ def _kept(
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     max_exp_avg_sqs: list[Tensor],
+    originals: list[Tensor],
     steps: list[Tensor],
     indices: list[Tensor],
 ) -> list[Tensor]:
-    return [*weights, *values, *exp_avgs[1:], *exp_avg_sqs, *max_exp_avg_sqs, *steps, *indices]
+    return [*weights, *values, *exp_avgs[1:], *exp_avg_sqs, *max_exp_avg_sqs, *originals, *steps, *indices]
 
 
 def _memory(tensors: list[Tensor]) -> list[tuple]:

@@ -30,22 +30,29 @@ _GRAD = tl.constexpr(2)
 _EXP_AVG = tl.constexpr(3)
 _EXP_AVG_SQ = tl.constexpr(4)
 _MAX_EXP_AVG_SQ = tl.constexpr(5)
-_INDEX = tl.constexpr(6)
-_STEP = tl.constexpr(7)
-_NNZ = tl.constexpr(8)
-_ROWS = tl.constexpr(9)
-_COLUMNS = tl.constexpr(10)
-_ROW_LENGTH = tl.constexpr(11)  # of the index: k (COLS) or words (BITS)
-_WEIGHT_ROW = tl.constexpr(12)
-_WEIGHT_COL = tl.constexpr(13)
-_GRAD_ROW = tl.constexpr(14)
-_GRAD_COL = tl.constexpr(15)
-_FIRST_TILE = tl.constexpr(16)
-_FIELDS = tl.constexpr(17)
+_ORIGINAL = tl.constexpr(6)
+_INDEX = tl.constexpr(7)
+_STEP = tl.constexpr(8)
+_NNZ = tl.constexpr(9)
+_ROWS = tl.constexpr(10)
+_COLUMNS = tl.constexpr(11)
+_ROW_LENGTH = tl.constexpr(12)  # of the index: k (COLS) or words (BITS)
+_WEIGHT_ROW = tl.constexpr(13)
+_WEIGHT_COL = tl.constexpr(14)
+_GRAD_ROW = tl.constexpr(15)
+_GRAD_COL = tl.constexpr(16)
+_FIRST_TILE = tl.constexpr(17)
+_FIELDS = tl.constexpr(18)
 
 _NO_DECAY = tl.constexpr(0)
 _L2_DECAY = tl.constexpr(1)
 _DECOUPLED_DECAY = tl.constexpr(2)
+
+_NO_ANCHOR = tl.constexpr(0)
+_L2_ANCHOR = tl.constexpr(1)
+_L1_ANCHOR = tl.constexpr(2)
+_DECOUPLED_L2_ANCHOR = tl.constexpr(3)
+_DECOUPLED_L1_ANCHOR = tl.constexpr(4)
 
 #: Entries of one tile, 4 a thread: vectors of 16 bytes, and registers few enough to hide scattered reads by occupancy.
 ENTRIES = 512
@@ -64,13 +71,33 @@ _OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False, "enable_reflect_ftz":
 
 
 @triton.jit
+def pull_math(p, g, original, pull, ANCHOR: tl.constexpr):
+    """The anchor's share in gradient or parameter, as in the specification.
+
+    ``pull`` is what the gap, or its sign (L1), is multiplied with: in the gradient (coupled) or the step (decoupled).
+    """
+    gap = p - original
+    sign = (gap > 0).to(gap.dtype) - (gap < 0).to(gap.dtype)  # 0 for NaN, as torch.sign
+    if ANCHOR == _L2_ANCHOR:
+        g = fma(gap, pull, g)
+    if ANCHOR == _L1_ANCHOR:
+        g = fma(sign, pull, g)
+    if ANCHOR == _DECOUPLED_L2_ANCHOR:
+        p = fma(gap, -pull, p)
+    if ANCHOR == _DECOUPLED_L1_ANCHOR:
+        p = tl.where(tl.abs(gap) <= pull, original, fma(sign, -pull, p))
+    return p, g
+
+
+@triton.jit
 def adam_math(
-    p, g, m, v, v_max, step_size, root_of_correction, lerp_weight, beta2, square_weight, eps, decay,
-    AMSGRAD: tl.constexpr, DECAY: tl.constexpr, MAXIMIZE: tl.constexpr,
+    p, g, m, v, v_max, original, step_size, root_of_correction, lerp_weight, beta2, square_weight, eps, decay, pull,
+    AMSGRAD: tl.constexpr, DECAY: tl.constexpr, MAXIMIZE: tl.constexpr, ANCHOR: tl.constexpr,
 ):  # fmt: skip
     """One step in the order of torch's single-tensor Adam: each fma is one of torch's, every other result is rounded.
 
-    ``decay`` is the weight decay (L2) or what it leaves of the parameter, 1 - lr * weight_decay (decoupled).
+    ``decay`` is the weight decay (L2) or what it leaves of the parameter, 1 - lr * weight_decay (decoupled). ``pull``
+    is :func:`pull_math`'s.
     """
     if MAXIMIZE:
         g = -g
@@ -78,6 +105,8 @@ def adam_math(
         g = fma(decay, p, g)
     if DECAY == _DECOUPLED_DECAY:
         p = p * decay
+    if ANCHOR != _NO_ANCHOR:
+        p, g = pull_math(p, g, original, pull, ANCHOR)
     gap = g - m
     m = tl.where(tl.abs(lerp_weight) < 0.5, fma(lerp_weight, gap, m), fma(lerp_weight - 1.0, gap, g))
     v = fma(square_weight * g, g, beta2 * v)
@@ -149,10 +178,10 @@ def _vector(table, FIELD: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constex
 @triton.jit
 def _update(
     item, corrections, entry, weight_offset, grad_offset, valid, inside,
-    lerp_weight, beta2, square_weight, eps, decay,
+    lerp_weight, beta2, square_weight, eps, decay, pull,
     WEIGHT: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, COMPACT: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, HAS_VALUES: tl.constexpr,
-    ALIGNED: tl.constexpr, AMSGRAD: tl.constexpr, DECAY: tl.constexpr, MAXIMIZE: tl.constexpr,
+    ALIGNED: tl.constexpr, AMSGRAD: tl.constexpr, DECAY: tl.constexpr, MAXIMIZE: tl.constexpr, ANCHOR: tl.constexpr,
 ):  # fmt: skip
     """Loads, updates and stores the entries of one tile: their number in mask order, their place in weight and grad.
 
@@ -175,11 +204,14 @@ def _update(
         p = tl.load(values, mask=valid, other=0.0)
     else:
         p = convert(tl.load(weight, mask=inside), STATE)
+    original = p
+    if ANCHOR != _NO_ANCHOR:
+        original = tl.load(_vector(item, _ORIGINAL, STATE, ALIGNED) + entry, mask=valid, other=0.0)
 
     new_p, new_m, new_v, new_v_max = adam_math(
-        p, g, m, v, v_max, tl.load(corrections).to(STATE), tl.load(corrections + 1).to(STATE),
+        p, g, m, v, v_max, original, tl.load(corrections).to(STATE), tl.load(corrections + 1).to(STATE),
         tl.full((), lerp_weight, STATE), tl.full((), beta2, STATE), tl.full((), square_weight, STATE),
-        tl.full((), eps, STATE), tl.full((), decay, STATE), AMSGRAD, DECAY, MAXIMIZE,
+        tl.full((), eps, STATE), tl.full((), decay, STATE), tl.full((), pull, STATE), AMSGRAD, DECAY, MAXIMIZE, ANCHOR,
     )  # fmt: skip
 
     tl.store(exp_avg, tl.where(inside, new_m, m), mask=valid)
@@ -195,10 +227,11 @@ def _update(
 @triton.jit
 def _step(
     table, tiles, corrections, lerp_weight: tl.float64, beta2: tl.float64, square_weight: tl.float64, eps: tl.float64,
-    decay: tl.float64,
+    decay: tl.float64, pull: tl.float64,
     WEIGHT: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, INDEX: tl.constexpr, LAYOUT: tl.constexpr,
     COMPACT: tl.constexpr, LINEAR: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_VALUES: tl.constexpr,
-    ALIGNED: tl.constexpr, AMSGRAD: tl.constexpr, DECAY: tl.constexpr, MAXIMIZE: tl.constexpr, ENTRIES: tl.constexpr,
+    ALIGNED: tl.constexpr, AMSGRAD: tl.constexpr, DECAY: tl.constexpr, MAXIMIZE: tl.constexpr, ANCHOR: tl.constexpr,
+    ENTRIES: tl.constexpr,
 ):  # fmt: skip
     """One tile of a tensor whose entries are all, listed by column, or listed by flat index.
 
@@ -243,8 +276,8 @@ def _step(
             grad_offset = row * tl.load(item + _GRAD_ROW) + col * tl.load(item + _GRAD_COL)
     _update(
         item, corrections + 2 * tensor, entry, weight_offset, grad_offset, valid, inside,
-        lerp_weight, beta2, square_weight, eps, decay,
-        WEIGHT, GRAD, STATE, COMPACT, HAS_WEIGHT, HAS_VALUES, ALIGNED, AMSGRAD, DECAY, MAXIMIZE,
+        lerp_weight, beta2, square_weight, eps, decay, pull,
+        WEIGHT, GRAD, STATE, COMPACT, HAS_WEIGHT, HAS_VALUES, ALIGNED, AMSGRAD, DECAY, MAXIMIZE, ANCHOR,
     )  # fmt: skip
 
 
@@ -268,9 +301,9 @@ def _count_bits(table, tiles, counts, ALIGNED: tl.constexpr, WORDS: tl.constexpr
 @triton.jit
 def _step_bits(
     table, tiles, corrections, starts, lerp_weight: tl.float64, beta2: tl.float64, square_weight: tl.float64,
-    eps: tl.float64, decay: tl.float64,
+    eps: tl.float64, decay: tl.float64, pull: tl.float64,
     WEIGHT: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, COMPACT: tl.constexpr, HAS_VALUES: tl.constexpr,
-    ALIGNED: tl.constexpr, AMSGRAD: tl.constexpr, DECAY: tl.constexpr, MAXIMIZE: tl.constexpr,
+    ALIGNED: tl.constexpr, AMSGRAD: tl.constexpr, DECAY: tl.constexpr, MAXIMIZE: tl.constexpr, ANCHOR: tl.constexpr,
     WORDS: tl.constexpr, BATCH: tl.constexpr,
 ):  # fmt: skip
     """One tile of a packed mask: lane i of a batch looks up the i-th set bit, so no lane idles on a zero.
@@ -315,8 +348,8 @@ def _step_bits(
             grad_offset = row * tl.load(item + _GRAD_ROW) + col * tl.load(item + _GRAD_COL)
         _update(
             item, corrections + 2 * tensor, entry, weight_offset, grad_offset, valid, inside,
-            lerp_weight, beta2, square_weight, eps, decay,
-            WEIGHT, GRAD, STATE, COMPACT, True, HAS_VALUES, ALIGNED, AMSGRAD, DECAY, MAXIMIZE,
+            lerp_weight, beta2, square_weight, eps, decay, pull,
+            WEIGHT, GRAD, STATE, COMPACT, True, HAS_VALUES, ALIGNED, AMSGRAD, DECAY, MAXIMIZE, ANCHOR,
         )  # fmt: skip
 
 
@@ -346,8 +379,8 @@ def _neuron_view(tensor: Tensor, index: Tensor, layout: int) -> Tensor:
 
 
 def _describe(
-    weight: Tensor, value: Tensor | None, grad: Tensor, state: tuple[Tensor, ...], step: Tensor, index: Tensor,
-    layout: int,
+    weight: Tensor, value: Tensor | None, grad: Tensor, state: tuple[Tensor, ...], original: Tensor | None,
+    step: Tensor, index: Tensor, layout: int,
 ) -> tuple[_Bucket, list[int], int]:  # fmt: skip
     """One tensor's bucket, its line of the table without the first tile, and its number of tiles."""
     exp_avg = state[0]
@@ -381,6 +414,7 @@ def _describe(
         exp_avg.data_ptr(),
         state[1].data_ptr(),
         state[2].data_ptr() if len(state) > 2 else 0,
+        original.data_ptr() if original is not None else 0,
         index.data_ptr() if layout != Layout.ALL else 0,
     ]
     key = _Bucket(
@@ -443,6 +477,7 @@ def masked_adam_(
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     max_exp_avg_sqs: list[Tensor],
+    originals: list[Tensor],
     steps: list[Tensor],
     indices: list[Tensor],
     layouts: list[int],
@@ -454,14 +489,17 @@ def masked_adam_(
     weight_decay: float,
     decoupled_weight_decay: bool,
     maximize: bool,
+    anchor: float,
+    anchor_l1: bool,
+    anchor_decoupled: bool,
 ) -> None:
     """One step on every tensor: two launches a bucket, five if its masks are packed. Never waits for the device."""
+    anchored = bool(originals) and anchor != 0
     buckets: dict[_Bucket, tuple[list[list[int]], list[int]]] = {}
     for i, weight in enumerate(weights):
         state = (exp_avgs[i], exp_avg_sqs[i], *max_exp_avg_sqs[i : i + 1])
-        key, line, tiles = _describe(
-            weight, values[i] if values else None, grads[i], state, steps[i], indices[i], layouts[i]
-        )
+        value, original = values[i] if values else None, originals[i] if anchored else None
+        key, line, tiles = _describe(weight, value, grads[i], state, original, steps[i], indices[i], layouts[i])
         lines, counts = buckets.setdefault(key, ([], []))
         lines.append(line)
         counts.append(tiles)
@@ -471,8 +509,18 @@ def masked_adam_(
         decay_mode, decay = _L2_DECAY, weight_decay
         if decoupled_weight_decay:
             decay_mode, decay = _DECOUPLED_DECAY, 1 - lr * weight_decay
-    scalars = (1 - beta1, beta2, 1 - beta2, eps, decay)
-    flags = {"AMSGRAD": bool(max_exp_avg_sqs), "DECAY": decay_mode.value, "MAXIMIZE": maximize}
+    anchor_mode, pull = _NO_ANCHOR, 0.0
+    if anchored:
+        anchor_mode, pull = (_L1_ANCHOR, anchor) if anchor_l1 else (_L2_ANCHOR, 2 * anchor)
+        if anchor_decoupled:
+            anchor_mode, pull = _DECOUPLED_L1_ANCHOR if anchor_l1 else _DECOUPLED_L2_ANCHOR, lr * pull
+    scalars = (1 - beta1, beta2, 1 - beta2, eps, decay, pull)
+    flags = {
+        "AMSGRAD": bool(max_exp_avg_sqs),
+        "DECAY": decay_mode.value,
+        "MAXIMIZE": maximize,
+        "ANCHOR": anchor_mode.value,
+    }
     device = exp_avgs[0].device
     with on_device(exp_avgs[0]):
         for bucket, (lines, counts) in buckets.items():

@@ -5,6 +5,7 @@
 """
 
 from gradsel import presets
+from gradsel.anchoring import anchored_groups
 from gradsel.attaching import AttachReport, attach, detach, sync, trainable_parameters
 from gradsel.counting import trainable_count
 from gradsel.criteria import Criterion, random_scores
@@ -30,6 +31,7 @@ __all__ = [
     "Selection",
     "SupConLoss",
     "__version__",
+    "anchored_groups",
     "attach",
     "contrastive",
     "cross_entropy",

@@ -24,6 +24,8 @@ class MaskedAdam(Optimizer):
     Argument order and defaults are those of :class:`torch.optim.Adam`; without ``masks`` it is Adam. With them,
     unselected entries never change by a bit, and the state has the size of the selection: two float32 (float64 for
     float64 parameters) for each selected entry, and a float32 master copy where the parameter is bfloat16 or float16.
+    An anchor, of a group's own if it says so, holds the selected entries near their pre-trained values as GRFT does; it
+    keeps these in the state, one more float32 (float64) for each entry.
     Weights written by others between steps are taken over, except through ``.data``, which nobody can see, and except
     in attached models, where the values count.
     The whole parameter group is updated by one kernel call; on a model prepared by :func:`gradsel.attach`, for which no
@@ -40,6 +42,17 @@ class MaskedAdam(Optimizer):
             and torch.compile are looked through. Parameters it calls frozen are never touched.
         maximize: ascend.
         decoupled_weight_decay: decay as in AdamW.
+        anchor: strength of the pull of selected entries towards their original values: ``anchor * ||w - w_pre||_2^2``
+            is added to the loss ("Gradient-based and Regularized Fine-Tuning", under review 2026, Alg. 1 line 8), so
+            ``2 * anchor * (w - w_pre)`` to the gradient, after that of weight decay, also with ``maximize``. Originals
+            are the values at attach() where a model is attached; elsewhere, heads and biases trained whole included,
+            those that the weights have at the first step with an anchor, so that a checkpoint may be loaded in
+            between. A schedule that raises ``anchor`` from 0 later anchors to the weights of then. They are in the
+            state_dict, and a resumed run keeps them.
+        anchor_decoupled: the pull moves the entries themselves ahead of Adam, after decoupled weight decay, and does
+            not enter the moments: ``w -= 2 * lr * anchor * (w - w_pre)``, which wants ``lr * anchor`` below 1/2.
+        anchor_norm: 2, or 1 for ``anchor * ||w - w_pre||_1``: a gradient of ``anchor * sign(w - w_pre)``, or decoupled
+            a step of ``lr * anchor`` towards the original that ends there (soft thresholding).
 
     Raises:
         ValueError: a hyper-parameter out of range; ``masks`` with unnamed parameters; a mask of another shape.
@@ -61,6 +74,9 @@ class MaskedAdam(Optimizer):
         masks: Selection | None = None,
         maximize: bool = False,
         decoupled_weight_decay: bool = False,
+        anchor: float = 0.0,
+        anchor_decoupled: bool = False,
+        anchor_norm: int = 2,
     ) -> None:
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
@@ -89,12 +105,17 @@ class MaskedAdam(Optimizer):
             "amsgrad": amsgrad,
             "maximize": maximize,
             "decoupled_weight_decay": decoupled_weight_decay,
+            "anchor": anchor,
+            "anchor_decoupled": anchor_decoupled,
+            "anchor_norm": anchor_norm,
         }
+        _check_anchor(defaults)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         try:
+            _check_anchor(self.param_groups[-1])
             self._masks.update(self._bind(self.param_groups[-1]))
         except Exception:
             self.param_groups.pop()
@@ -159,6 +180,7 @@ class MaskedAdam(Optimizer):
             if grad.is_complex():
                 raise RuntimeError("MaskedAdam does not support complex parameters; use torch.view_as_real")
             owner = owner_of(parameter)
+            kept = None
             if owner is None:
                 operands.append(mask.operands(parameter, grad))
                 values.append(None)
@@ -167,7 +189,8 @@ class MaskedAdam(Optimizer):
                 weight, indices, layout = selected.mask.place(weight)
                 operands.append(Operands(weight, grad, indices, layout))
                 values.append(parameter)
-            states.append(self._state(parameter, mask, group["amsgrad"]))
+                kept = selected.original
+            states.append(self._state(parameter, mask, group, kept))
             if "master" in states[-1]:
                 low_precision.append(parameter)
         if not operands:
@@ -183,6 +206,7 @@ class MaskedAdam(Optimizer):
             layouts=[o.layout for o in operands],
             values=[state.get("master", value) for state, value in zip(states, values, strict=True)],
             max_exp_avg_sqs=[state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else None,
+            originals=[state["original"] for state in states] if group["anchor"] else None,
             lr=float(group["lr"]),
             beta1=float(beta1),
             beta2=float(beta2),
@@ -190,19 +214,27 @@ class MaskedAdam(Optimizer):
             weight_decay=group["weight_decay"],
             decoupled_weight_decay=group["decoupled_weight_decay"],
             maximize=group["maximize"],
+            anchor=float(group["anchor"]),
+            anchor_l1=group["anchor_norm"] == 1,
+            anchor_decoupled=group["anchor_decoupled"],
         )
         for parameter in low_precision:
             self._versions[parameter] = parameter._version
 
-    def _state(self, parameter: Tensor, mask: Mask, amsgrad: bool) -> dict[str, Tensor]:
-        """The state of a parameter, completed: all of it at first, a master after loading that of a float32 run."""
+    def _state(self, parameter: Tensor, mask: Mask, group: dict[str, Any], kept: Tensor | None) -> dict[str, Tensor]:
+        """The state of a parameter, completed: all of it at first, a master after loading that of a float32 run.
+
+        ``kept`` are the original values that attach() keeps of it; the state shares their memory where it can.
+        """
         state: dict[str, Tensor] = self.state[parameter]
         dtype = trained_dtype(parameter)
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        for name in _MOMENTS if amsgrad else _MOMENTS[:2]:
+        for name in _MOMENTS if group["amsgrad"] else _MOMENTS[:2]:
             if name not in state:
                 state[name] = torch.zeros(mask.compact_shape, dtype=dtype, device=parameter.device)
+        if group["anchor"] and "original" not in state:
+            state["original"] = (mask.gather(parameter) if kept is None else kept).to(dtype)
         if parameter.dtype != dtype:
             if "master" not in state:
                 state["master"] = mask.gather(parameter).to(dtype)
@@ -238,6 +270,13 @@ class MaskedAdam(Optimizer):
                 dtype = torch.float32 if name == "step" else trained_dtype(parameter)
                 self.state[parameter][name] = torch.as_tensor(value).detach().to(parameter.device, dtype, copy=True)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for options in (self.defaults, *self.param_groups):  # an older version, or torch's Adam, had no anchor
+            options.setdefault("anchor", 0.0)
+            options.setdefault("anchor_decoupled", False)
+            options.setdefault("anchor_norm", 2)
+
     def __getstate__(self) -> dict[str, Any]:
         # Optimizer takes three attributes through pickle and deepcopy; a copy without its masks would train everything.
         return {**super().__getstate__(), "_selection": self._selection, "_masks": self._masks, "_versions": {}}
@@ -257,6 +296,9 @@ class MaskedAdamW(MaskedAdam):
         *,
         masks: Selection | None = None,
         maximize: bool = False,
+        anchor: float = 0.0,
+        anchor_decoupled: bool = False,
+        anchor_norm: int = 2,
     ) -> None:
         super().__init__(
             params,
@@ -268,7 +310,17 @@ class MaskedAdamW(MaskedAdam):
             masks=masks,
             maximize=maximize,
             decoupled_weight_decay=True,
+            anchor=anchor,
+            anchor_decoupled=anchor_decoupled,
+            anchor_norm=anchor_norm,
         )
+
+
+def _check_anchor(options: dict[str, Any]) -> None:
+    if not options["anchor"] >= 0.0:
+        raise ValueError(f"Invalid anchor value: {options['anchor']}")
+    if options["anchor_norm"] not in (1, 2):
+        raise ValueError(f"Invalid anchor_norm value: {options['anchor_norm']}; norms are 1 and 2")
 
 
 def state_bytes(optimizer: Optimizer) -> int:

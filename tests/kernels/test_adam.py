@@ -22,6 +22,14 @@ OPTIONS = [
     {"beta1": 0.3, "beta2": 0.9, "eps": 1e-3, "lr": 0.5},  # 1 - beta1 >= 0.5 takes lerp's other form
     {"beta1": 0.0, "beta2": 0.0},
 ]
+ANCHORS = [  # every kind, with every kind of weight decay
+    {"anchor": 0.05},
+    {"anchor": 0.05, "maximize": True, "weight_decay": 0.1},
+    {"anchor": 0.05, "weight_decay": 0.1, "decoupled_weight_decay": True},
+    {"anchor": 0.05, "anchor_l1": True, "maximize": True},
+    {"anchor": 10.0, "anchor_decoupled": True, "weight_decay": 0.1, "decoupled_weight_decay": True},
+    {"anchor": 5.0, "anchor_decoupled": True, "anchor_l1": True, "weight_decay": 0.1},
+]
 FLOAT_DTYPES = (torch.float32, torch.float64)
 EARLIER_STEPS = (3,) if cases.INTERPRETED else (0, 7)
 
@@ -39,6 +47,7 @@ class Problem:
     indices: list[Tensor | None] = field(default_factory=list)
     layouts: list[Layout] = field(default_factory=list)
     values: list[Tensor | None] = field(default_factory=list)
+    originals: list[Tensor] = field(default_factory=list)
 
     def to(self, device: str, view=lambda t: t) -> Problem:
         """A copy on another device; ``view`` restrides the dense tensors."""
@@ -67,6 +76,7 @@ class Problem:
             layouts=self.layouts,
             values=self.values,
             max_exp_avg_sqs=self.max_exp_avg_sqs if amsgrad else None,
+            originals=self.originals if "anchor" in options else None,
             **options,
         )
 
@@ -86,11 +96,13 @@ class Problem:
         self.steps.append(torch.tensor(float(earlier_steps)))
         self.indices.append(index)
         self.layouts.append(layout)
-        master_values = None
-        if master:
-            flat = flat_indices(weight, index, layout)
-            master_values = weight.reshape(-1)[flat].to(dtype).view(nnz_shape)
-        self.values.append(master_values)
+        picked = weight.reshape(-1)[flat_indices(weight, index, layout)].to(dtype).view(nnz_shape)
+        self.values.append(picked if master else None)
+        # Every other entry lies within reach of an L1 step, and every third one on its original.
+        number = torch.arange(picked.numel()).view(nnz_shape)
+        own = torch.Generator().manual_seed(len(self.weights))  # the limits of some tests are met with these gradients
+        gap = torch.randn(nnz_shape, generator=own) * torch.where(number % 2 == 0, 0.02, 1.0) * (number % 3 > 0)
+        self.originals.append(picked + gap.to(dtype))
 
 
 def flat_indices(weight: Tensor, index: Tensor | None, layout: Layout) -> Tensor:
@@ -182,6 +194,129 @@ def test_specification_is_bit_equal_to_torch_adam_on_the_gathered_entries(dtype,
             assert cases.same_bits(problem.weights[0].view(-1)[frozen], weight.view(-1)[frozen])
 
 
+def pull_of(anchor: dict, p: Tensor, original: Tensor) -> Tensor:
+    """The term that an anchor adds to the loss."""
+    gap = p - original
+    return anchor["anchor"] * (gap.abs() if anchor.get("anchor_l1") else gap**2).sum()
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize(
+    ("anchor", "exact"),
+    [({"anchor": 0.1, "anchor_l1": True}, True), ({"anchor": 2**-4}, True), ({"anchor": 0.1}, False)],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_a_coupled_anchor_is_a_term_of_the_loss(dtype, anchor, exact, maximize, amsgrad):
+    """Bit-equal to torch's Adam on the gradients of autograd, but for one rounding.
+
+    Autograd rounds anchor * (2 * gap), then its sum with the gradient; the specification, like torch's weight decay,
+    rounds once. Where the product is exact, for a sign or a power of two, there is nothing to round.
+    """
+    tolerance = 1e-6 if dtype is torch.float32 else 1e-14
+    with gk.use_backend("reference"):
+        for layout, index, nnz_shape in masks(37, 101):
+            problem = Problem()
+            weight = torch.randn(37, 101, dtype=dtype)
+            problem.add(weight.clone(), index, layout, nnz_shape, compact=False, master=False)
+            picked = flat_indices(weight, index, layout)
+            original = problem.originals[0].clone()
+            twin = torch.nn.Parameter(weight.view(-1)[picked].view(nnz_shape).clone())
+            adam = torch.optim.Adam([twin], lr=0.01, maximize=maximize, amsgrad=amsgrad, foreach=False, fused=False)
+            for _ in range(10):
+                problem.new_gradients()
+                adam.zero_grad()
+                loss = (problem.grads[0].view(-1)[picked].view(nnz_shape) * twin).sum()
+                (loss + (-1 if maximize else 1) * pull_of(anchor, twin, original)).backward()
+                adam.step()
+                problem.step(amsgrad=amsgrad, maximize=maximize, **anchor)
+                got = problem.weights[0].view(-1)[picked].view(nnz_shape)
+                if exact:
+                    assert torch.equal(got, twin)
+                else:  # the rounding of a gradient near zero is all of a step's direction
+                    torch.testing.assert_close(got, twin.detach(), rtol=0, atol=tolerance)
+            assert torch.equal(problem.originals[0], original)
+            frozen = torch.ones(weight.numel(), dtype=torch.bool)
+            frozen[picked] = False
+            assert cases.same_bits(problem.weights[0].view(-1)[frozen], weight.view(-1)[frozen])
+
+
+DECAYS = [{"weight_decay": 0.0}, {"weight_decay": 0.3}, {"weight_decay": 0.3, "decoupled_weight_decay": True}]
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("decay", DECAYS, ids=str)
+@pytest.mark.parametrize("l1", [False, True])
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_weight_decay_comes_before_the_anchor(decay, l1, decoupled, maximize):
+    """Each step as it is written in the papers, in float64; Adam itself is torch's, without decay."""
+    anchor, lr = 8.0, 0.01
+    problem = Problem()
+    problem.add(torch.randn(7, 9).double(), None, Layout.ALL, (7, 9), compact=False, master=False, earlier_steps=0)
+    p, g, original = problem.weights[0].clone(), problem.grads[0].clone(), problem.originals[0].clone()
+    g = -g if maximize else g
+    if decay.get("decoupled_weight_decay"):
+        p -= lr * decay["weight_decay"] * p
+    else:
+        g += decay["weight_decay"] * p
+    gap = p - original
+    if decoupled and l1:
+        p = original + gap.sign() * (gap.abs() - lr * anchor).clamp(min=0)
+        assert 0.1 < (p == original).double().mean() < 0.9
+    elif decoupled:
+        p -= 2 * lr * anchor * gap
+    else:
+        g += anchor * gap.sign() if l1 else 2 * anchor * gap
+    twin = torch.nn.Parameter(p)
+    twin.grad = g
+    torch.optim.Adam([twin], lr=lr, foreach=False, fused=False).step()
+    with gk.use_backend("reference"):
+        problem.step(lr=lr, maximize=maximize, anchor=anchor, anchor_l1=l1, anchor_decoupled=decoupled, **decay)
+    torch.testing.assert_close(problem.weights[0], twin.detach(), rtol=1e-13, atol=1e-14)
+
+
+def step_without_gradient(device: str, p: list[float], original: list[float], **options) -> Tensor:
+    """What an anchor alone makes of parameters: Adam adds nothing."""
+    weight = torch.tensor(p, device=device)
+    zeros = [torch.zeros_like(weight) for _ in range(3)]
+    gk.masked_adam_(
+        [weight], zeros[:1], zeros[1:2], zeros[2:], [torch.zeros((), device=device)],
+        originals=[torch.tensor(original, device=device)], **options,
+    )  # fmt: skip
+    return weight.cpu()
+
+
+def test_a_decoupled_l1_anchor_stops_at_the_original(fast):
+    original = [-0.0, 0.0, 1.0, -3e-39, 0.3, 1e9, -7.0]
+    for p in ([0.3] * 7, [-2e4] * 7, original):
+        got = step_without_gradient(fast, p, original, lr=0.1, anchor=1e12, anchor_l1=True, anchor_decoupled=True)
+        assert cases.same_bits(got, torch.tensor(original))
+
+
+@pytest.mark.parametrize("l1", [False, True])
+def test_a_decoupled_anchor_moves_nothing_without_a_learning_rate(fast, l1):
+    """original + (p - original) would: it rounds p to the last place of the original."""
+    p = [1e-9, 1.1, -3.0]
+    got = step_without_gradient(fast, p, [1.0, 1e7, 1e-9], lr=0.0, anchor=1.0, anchor_l1=l1, anchor_decoupled=True)
+    assert torch.equal(got, torch.tensor(p))
+
+
+def test_no_anchor_is_the_step_of_before(fast):
+    problem = everything(torch.float32)
+    for original in problem.originals:
+        original.fill_(float("nan"))
+    for options in ({"anchor": 0.0}, {"anchor": 1.0, "originals": None}):
+        plain, there = problem.to(fast), problem.to(fast)
+        plain.step(weight_decay=0.1)
+        if "originals" in options:
+            there.originals = options.pop("originals")
+        there.step(weight_decay=0.1, **options)
+        for name in ("weights", "exp_avgs", "exp_avg_sqs"):
+            for a, b in zip(getattr(plain, name), getattr(there, name), strict=True):
+                assert cases.same_bits(a.cpu(), b.cpu())
+
+
 # The backends ---------------------------------------------------------------------------------------------------
 
 
@@ -221,7 +356,7 @@ def check_step(problem: Problem, fast: str, view, amsgrad: bool, options: dict, 
 
 
 @pytest.mark.parametrize("amsgrad", [False, True])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS + ANCHORS, ids=str)
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 def test_one_step(fast, dtype, options, amsgrad):
     # A first step of 0.49999, just below a power of two, is where one ULP of torch's root weighs most: 3 ULP.
@@ -231,7 +366,7 @@ def test_one_step(fast, dtype, options, amsgrad):
 
 
 @pytest.mark.parametrize("amsgrad", [False, True])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS + ANCHORS, ids=str)
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 def test_one_step_is_bit_equal_but_for_the_root_of_torch(fast, dtype, options, amsgrad, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "sqrt", exact_sqrt)
@@ -242,7 +377,7 @@ def test_one_step_is_bit_equal_but_for_the_root_of_torch(fast, dtype, options, a
 @pytest.mark.parametrize("view", cases.VIEWS, ids=lambda v: v.__name__)
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 def test_strided_weights_and_gradients(fast, dtype, view):
-    check_step(everything(dtype), fast, view, False, {"weight_decay": 0.1})
+    check_step(everything(dtype), fast, view, False, {"weight_decay": 0.1, "anchor": 0.05})
 
 
 @pytest.mark.parametrize("grad_dtype", cases.DTYPES, ids=str)
@@ -253,7 +388,8 @@ def test_gradient_of_another_dtype(fast, dtype, grad_dtype):
 
 @pytest.mark.parametrize("shape", [(1, 1), (0, 5), (5, 0), (1, 33), (40, 1), (3, 2500)], ids=str)
 def test_odd_shapes(fast, shape):
-    check_step(everything(torch.float32, shape=shape), fast, cases.contiguous, True, {"weight_decay": 0.1})
+    options = {"weight_decay": 0.1, "anchor": 0.05}
+    check_step(everything(torch.float32, shape=shape), fast, cases.contiguous, True, options)
 
 
 def test_tensors_of_other_ranks(fast):
@@ -266,7 +402,15 @@ def test_tensors_of_other_ranks(fast):
     problem.add(torch.randn(50), None, Layout.ALL, (50,), compact=False, master=True)
     problem.add(torch.randn(()), None, Layout.ALL, (), compact=False, master=False)
     problem.add(torch.randn(2, 3, 4).bfloat16(), None, Layout.ALL, (2, 3, 4), compact=False, master=True)
-    check_step(problem, fast, cases.contiguous, True, {"weight_decay": 0.1})
+    check_step(problem, fast, cases.contiguous, True, {"weight_decay": 0.1, "anchor": 0.05})
+
+
+def test_an_anchor_without_originals():
+    p, m, v, step = torch.ones(3), torch.zeros(3), torch.zeros(3), torch.zeros(())
+    with pytest.raises(ValueError, match=r"anchor=0\.1 needs originals, the values to pull towards"):
+        gk.masked_adam_([p], [torch.ones(3)], [m], [v], [step], lr=0.1, anchor=0.1)
+    assert p.tolist() == [1.0, 1.0, 1.0]
+    assert step == 0
 
 
 def test_values_without_a_weight(fast):
@@ -275,14 +419,14 @@ def test_values_without_a_weight(fast):
     problem.add(values.clone(), None, Layout.ALL, (5, 3), compact=True, master=False)
     alone = problem.to(fast)
     alone.values, alone.weights = alone.weights, [None]
-    alone.step()
+    alone.step(anchor=0.05)
     with gk.use_backend("reference"):
-        problem.step()
+        problem.step(anchor=0.05)
     assert ulps(alone.values[0], problem.weights[0], problem.weights[0].abs().clamp(min=0.01)) <= 2
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
-@pytest.mark.parametrize("options", OPTIONS[:4], ids=str)
+@pytest.mark.parametrize("options", OPTIONS[:4] + ANCHORS[::4], ids=str)
 def test_a_hundred_steps_with_state_carried(fast, dtype, options):
     problem = Problem()
     for layout, index, nnz_shape in masks(13, 45):
@@ -301,15 +445,16 @@ def test_a_hundred_steps_with_state_carried(fast, dtype, options):
         assert ulps(got, expected, scale) <= 4
 
 
-def test_infinities_and_nans_stay_in_selected_entries(fast):
+@pytest.mark.parametrize("options", [{"weight_decay": 0.1}, *ANCHORS], ids=str)
+def test_infinities_and_nans_stay_in_selected_entries(fast, options):
     problem = everything(torch.float32)
-    for grad in problem.grads:
-        grad.copy_(cases.special(tuple(grad.shape)))
+    for tensor in (*problem.grads, *problem.originals):
+        tensor.copy_(cases.special(tuple(tensor.shape)))
     before = problem.to("cpu")
     there = problem.to(fast)
-    there.step(weight_decay=0.1, amsgrad=True)
+    there.step(amsgrad=True, **options)
     with gk.use_backend("reference"):
-        problem.step(weight_decay=0.1, amsgrad=True)
+        problem.step(amsgrad=True, **options)
     for i, (got, expected) in enumerate(zip(there.weights, problem.weights, strict=True)):
         assert torch.allclose(got.cpu(), expected, equal_nan=True)
         frozen = torch.ones(expected.numel(), dtype=torch.bool)
@@ -373,11 +518,13 @@ def test_wrong_bit_count(fast):
     if fast != "cpu" or cases.INTERPRETED:
         pytest.skip("counting would synchronise a CUDA device")
     problem = Problem()
-    bits = reference.pack_bits(cases.random_mask(4, 40))
-    nnz = int(reference.unpack_bits(bits, 40).sum())
-    problem.add(torch.randn(4, 40), bits, Layout.BITS, (nnz + 1,), compact=False, master=False)
+    mask = cases.random_mask(4, 40)
+    mask[0, 0] = True
+    nnz = int(mask.sum())
+    problem.add(torch.randn(4, 40), reference.pack_bits(mask), Layout.BITS, (nnz,), compact=False, master=False)
+    problem.indices[0][0, 0] -= 1
     for backend in ("reference", "native"):
-        with gk.use_backend(backend), pytest.raises(ValueError, match=f"has {nnz} bits set, but exp_avg has {nnz + 1}"):
+        with gk.use_backend(backend), pytest.raises(ValueError, match=f"has {nnz - 1} bits set, but exp_avg has {nnz}"):
             problem.step()
 
 
@@ -396,6 +543,31 @@ def test_tensors_resized_between_steps_are_seen():
     gk.masked_adam_([weight], [torch.full((100,), -1.0)], [exp_avg], [exp_avg_sq], [step], **arguments)
     with pytest.raises(ValueError, match="grad must be dense"):
         gk.masked_adam_([weight], [torch.ones(99)], [exp_avg], [exp_avg_sq], [step], **arguments)
+
+
+def test_other_originals_are_seen(fast):
+    """The native backend remembers the last call: not the originals of another one, nor maxima for originals."""
+    weight, *state = [torch.zeros(4, device=fast) for _ in range(5)]
+    grad, exp_avg, exp_avg_sq, maxima = state
+    step = torch.zeros((), device=fast)
+
+    def step_to(**optional) -> float:
+        gk.masked_adam_(
+            [weight], [grad], [exp_avg], [exp_avg_sq], [step], lr=1.0,
+            anchor=1e6, anchor_l1=True, anchor_decoupled=True, **optional,
+        )  # fmt: skip
+        return weight[0].item()
+
+    assert step_to(max_exp_avg_sqs=[maxima]) == 0
+    maxima.fill_(3.0)
+    assert step_to(originals=[maxima]) == 3
+    assert step_to(originals=[torch.full((4,), 5.0, device=fast)]) == 5
+    assert step_to(originals=[maxima]) == 3
+    maxima.set_(torch.full((4,), 7.0, device=fast))
+    assert step_to(originals=[maxima]) == 7
+    assert step_to(max_exp_avg_sqs=[maxima]) == 7
+    with pytest.raises(ValueError, match="original must match exp_avg"):
+        step_to(originals=[torch.zeros(3, device=fast)])
 
 
 def test_a_negative_index_is_out_of_range_of_any_tensor():
@@ -451,6 +623,10 @@ def adam_arguments(**changes):
         ({"exp_avgs": [torch.zeros(2, 1).bfloat16()]}, TypeError, "exp_avg must be float32"),
         ({"exp_avg_sqs": [torch.zeros(2, 2)]}, ValueError, "exp_avg_sq must match exp_avg"),
         ({"values": [torch.zeros(2, 1).half()]}, ValueError, "values must match exp_avg"),
+        ({"originals": [torch.ones(2, 1)] * 2}, ValueError, "originals has 2 entries"),
+        ({"originals": [torch.ones(2, 1).bfloat16()]}, ValueError, "original must match exp_avg"),
+        ({"originals": [torch.ones(2, 2)[:, :1]]}, ValueError, "original must be contiguous"),
+        ({"originals": [torch.ones(2, 1, device="meta")]}, ValueError, "original is on meta"),
         ({"indices": [torch.zeros(2, 2, dtype=torch.int32)]}, ValueError, r"shape of exp_avg \[2, 1\]"),
         ({"exp_avgs": []}, ValueError, "exp_avgs has 0 entries"),
         ({"indices": [torch.zeros(2, 1, dtype=torch.int32, device="meta")]}, ValueError, "indices is on meta"),

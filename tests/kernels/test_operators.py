@@ -50,6 +50,7 @@ def sample_inputs(op: str, device: str):
             problem.exp_avgs,
             problem.exp_avg_sqs,
             [],
+            problem.originals,
             problem.steps,
             [nothing if t is None else t for t in problem.indices],
             [int(x) for x in problem.layouts],
@@ -59,6 +60,7 @@ def sample_inputs(op: str, device: str):
 
 ADAM = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.0}
 ADAM |= {"decoupled_weight_decay": False, "maximize": False}
+ADAM |= {"anchor": 0.1, "anchor_l1": False, "anchor_decoupled": False}
 
 
 @pytest.mark.parametrize("op", SCHEMAS)

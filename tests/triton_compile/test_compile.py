@@ -103,9 +103,10 @@ def adam_case(
     values: bool = False,
     amsgrad: bool = False,
     decay: tl.constexpr = adam._NO_DECAY,
+    anchor: tl.constexpr = adam._NO_ANCHOR,
     targets=(HOPPER,),
 ) -> Case:
-    scalars = dict.fromkeys(("lerp_weight", "beta2", "square_weight", "eps", "decay"), "fp64")
+    scalars = dict.fromkeys(("lerp_weight", "beta2", "square_weight", "eps", "decay", "pull"), "fp64")
     types = {"table": "*i64", "tiles": "*i32", "corrections": "*fp64", **scalars}
     constants = {
         "WEIGHT": TYPES[weight],
@@ -117,6 +118,7 @@ def adam_case(
         "AMSGRAD": amsgrad,
         "DECAY": decay.value,
         "MAXIMIZE": False,
+        "ANCHOR": anchor.value,
     }
     divisible = ("table", "tiles", "corrections")
     if layout == Layout.BITS:
@@ -131,7 +133,7 @@ def adam_case(
     name = f"{layout.name}-{weight}-{state}" + "-compact" * compact + "-values" * values + "-amsgrad" * amsgrad
     return Case(
         kernel,
-        name,
+        name + f"-anchor{anchor.value}" * (anchor.value > 0),
         types,
         constants,
         divisible,
@@ -247,6 +249,28 @@ CASES = [
     adam_case(Layout.FLAT, "fp64", "fp64", compact=False, linear=True, amsgrad=True),
     adam_case(Layout.BITS, "fp32", compact=False),
     adam_case(Layout.BITS, "bf16", compact=True, values=True, targets=EVERYWHERE),
+    adam_case(Layout.ALL, "fp32", compact=True, linear=True, anchor=adam._L2_ANCHOR),
+    adam_case(Layout.COLS, "bf16", compact=True, values=True, anchor=adam._L1_ANCHOR),
+    adam_case(
+        Layout.FLAT,
+        "fp64",
+        "fp64",
+        compact=False,
+        linear=True,
+        amsgrad=True,
+        decay=adam._L2_DECAY,
+        anchor=adam._DECOUPLED_L1_ANCHOR,
+        targets=EVERYWHERE,
+    ),
+    adam_case(
+        Layout.BITS,
+        "bf16",
+        compact=True,
+        values=True,
+        amsgrad=True,
+        anchor=adam._DECOUPLED_L2_ANCHOR,
+        targets=EVERYWHERE,
+    ),
     *(sums_case(weight_grad._gather, dtype, k) for dtype in ("fp32", "bf16", "fp16") for k in (1, 3)),
     sums_case(weight_grad._gather, "bf16", 1, bias=True, targets=EVERYWHERE),
     sums_case(weight_grad._gather, "fp32", 8, bias=True, offsets=True),
@@ -421,11 +445,12 @@ def test_a_new_step_compiles_nothing(compilations):
             return [torch.zeros(rows, 8) for _ in range(count)]
 
         adam.masked_adam_(
-            [torch.zeros(rows, 48) for _ in range(count)], [], zeros(), zeros(), zeros(), [],
+            [torch.zeros(rows, 48) for _ in range(count)], [], zeros(), zeros(), zeros(), [], zeros(),
             [torch.zeros(()) for _ in range(count)],
             [torch.zeros(rows, 8, dtype=torch.int32) for _ in range(count)],
             [Layout.COLS] * count,
             lr=lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, decoupled_weight_decay=False, maximize=False,
+            anchor=lr + 1, anchor_l1=False, anchor_decoupled=False,
         )  # fmt: skip
 
     step(1e-3, 3, 32)
