@@ -306,15 +306,13 @@ def test_no_anchor_is_the_step_of_before(fast):
     problem = everything(torch.float32)
     for original in problem.originals:
         original.fill_(float("nan"))
-    for options in ({"anchor": 0.0}, {"anchor": 1.0, "originals": None}):
-        plain, there = problem.to(fast), problem.to(fast)
-        plain.step(weight_decay=0.1)
-        if "originals" in options:
-            there.originals = options.pop("originals")
-        there.step(weight_decay=0.1, **options)
-        for name in ("weights", "exp_avgs", "exp_avg_sqs"):
-            for a, b in zip(getattr(plain, name), getattr(there, name), strict=True):
-                assert cases.same_bits(a.cpu(), b.cpu())
+    plain, there = problem.to(fast), problem.to(fast)
+    plain.originals = None
+    plain.step(weight_decay=0.1)
+    there.step(weight_decay=0.1, anchor=0.0)
+    for name in ("weights", "exp_avgs", "exp_avg_sqs"):
+        for a, b in zip(getattr(plain, name), getattr(there, name), strict=True):
+            assert cases.same_bits(a.cpu(), b.cpu())
 
 
 # The backends ---------------------------------------------------------------------------------------------------
