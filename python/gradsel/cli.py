@@ -12,6 +12,7 @@ from gradsel import counting
 from gradsel.policies import Columns, Global, PerLayer, PerNeuron, Policy, Rows
 from gradsel.tables import table
 
+_DEMO, _ABLATION = Path("demo-output/gps-digits.png"), Path("demo-output/ablation.png")
 _DEMO_NEEDS = {"sklearn", "matplotlib", "peft"}
 
 _COUNTED: dict[str, type[PerNeuron] | type[Rows] | type[Columns]] = {
@@ -43,11 +44,13 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="default: 0 1 2")
     demo.add_argument("--quiet", action="store_true", help="no progress bars")
     demo.add_argument(
+        "--ablation", action="store_true", help="compare levels, criteria, losses and the pull instead; four minutes"
+    )
+    demo.add_argument(
         "--output",
         type=Path,
-        default=Path("demo-output/gps-digits.png"),
         metavar="PNG",
-        help="the picture, with results.json beside it (default: %(default)s)",
+        help=f"the picture, with a JSON file of all numbers beside it (default: {_DEMO}, {_ABLATION})",
     )
     demo.set_defaults(command=_demo)
 
@@ -68,19 +71,22 @@ def _parser() -> argparse.ArgumentParser:
 
 def _demo(arguments: argparse.Namespace) -> int:
     try:
-        from gradsel import demo
+        from gradsel import ablation, demo
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in _DEMO_NEEDS:
             raise
         print(f"The demo needs {package}, which is not installed: pip install 'gradsel-kernels[demo]'", file=sys.stderr)
         return 2
-    results = demo.run(arguments.seeds, arguments.quiet)
-    print(demo.table(results))
-    record = arguments.output.with_name("results.json")
-    demo.save(results, record)
-    demo.draw(results, arguments.output)
-    print(f"\nPicture: {arguments.output}   All numbers: {record}")
+    study, picture, record = (
+        (ablation, _ABLATION, "ablation.json") if arguments.ablation else (demo, _DEMO, "results.json")
+    )
+    results = study.run(arguments.seeds, arguments.quiet)
+    print(study.table(results))
+    output: Path = arguments.output or picture
+    demo.save(results, output.with_name(record))
+    study.draw(results, output)
+    print(f"\nPicture: {output}   All numbers: {output.with_name(record)}")
     return 0
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import gradsel
 from gradsel import plots
 from gradsel.models import VisionTransformer
+from gradsel.policies import Policy
 from gradsel.training import accuracy, batches, fine_tune, jitter
 
 OLD, NEW = range(5), range(5, 10)
@@ -72,13 +73,17 @@ Chooser = Callable[[VisionTransformer, Split, int], gradsel.Selection]
 Starter = Callable[[VisionTransformer, Split, int], Task]
 
 
-def attached(choose: Chooser) -> Starter:
-    """Trains what is chosen by attach() and MaskedAdam: backward forms no other gradients."""
+def attached(choose: Chooser, anchor: float = 0.0) -> Starter:
+    """Trains what is chosen by attach() and MaskedAdam: backward forms no other gradients.
+
+    Args:
+        anchor: strength of the pull of all trained weights to their first values (GRFT, Alg. 1).
+    """
 
     def start(model: VisionTransformer, data: Split, seed: int) -> Task:
         selection = choose(model, data, seed)
         gradsel.attach(model, selection)
-        optimizer = gradsel.MaskedAdam(gradsel.trainable_parameters(model))
+        optimizer = gradsel.MaskedAdam(gradsel.trainable_parameters(model), anchor=anchor)
         return Task(model, optimizer, selection.trainable_count(), delta_bytes(selection), selection)
 
     return start
@@ -114,29 +119,32 @@ def linear_probe(model: VisionTransformer, data: Split, seed: int) -> gradsel.Se
     return gradsel.select(model, None, None, criterion="random", freeze=["*"], whole=["head.*"], progress=False)
 
 
-def random_weights(k: int) -> Chooser:
-    """``k`` random weights a neuron."""
+def chosen(policy: Policy | type[Policy], criterion: str = "gradient", *, head: bool = False) -> Chooser:
+    """What a policy takes by a criterion, with gradients of the supervised contrastive loss.
 
-    def choose(model: VisionTransformer, data: Split, seed: int) -> gradsel.Selection:
-        return gradsel.select(model, None, None, gradsel.PerNeuron(k), gradsel.random_scores(seed), progress=False)
-
-    return choose
-
-
-def gps(k: int) -> Chooser:
-    """The ``k`` weights of every neuron with the largest gradient of the supervised contrastive loss."""
+    Args:
+        policy: a policy, or a kind of policy with the budget of ``PerNeuron(1)``.
+        criterion: a name that ``gradsel.select`` knows; ``"random"`` draws anew for every seed.
+        head: take gradients of the head and cross-entropy instead.
+    """
 
     def choose(model: VisionTransformer, data: Split, seed: int) -> gradsel.Selection:
         generator = torch.Generator().manual_seed(seed)
-        supcon = gradsel.SupConLoss(temperature=0.07)
 
-        def loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
-            images, labels = batch
-            views = torch.cat([jitter(images, generator), jitter(images, generator)])
-            return supcon(model.forward_features(views), labels.repeat(2))
+        def view(images: Tensor) -> Tensor:
+            return jitter(images, generator)
+
+        def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+            return gradsel.cross_entropy(model, (view(batch[0]), batch[1]))
 
         one_pass = batches(data.images, data.labels, BATCH, generator)
-        return gradsel.select(model, one_pass, loss, gradsel.PerNeuron(k), progress=False)
+        loss = cross_entropy if head else gradsel.contrastive(augment=view)
+        if isinstance(policy, Policy):
+            budget = policy
+        else:
+            budget = gradsel.equal_budget(policy, gradsel.PerNeuron(1), gradsel.ranked_sizes(model).values())
+        score = gradsel.random_scores(seed) if criterion == "random" else criterion
+        return gradsel.select(model, one_pass, loss, budget, score, progress=False)
 
     return choose
 
@@ -157,9 +165,9 @@ METHODS = (
     Method("linear probe", 1e-2, attached(linear_probe), plots.GREY),
     Method("full fine-tuning", 3e-3, full, plots.PINK),
     Method("LoRA r=8", 1e-2, lora(8), plots.SKY),
-    Method("random K=1", 1e-1, attached(random_weights(1)), plots.ORANGE),
-    Method("GPS K=1", 3e-2, attached(gps(1)), plots.BLUE),
-    Method("GPS K=3", 3e-2, attached(gps(3)), plots.GREEN),
+    Method("random K=1", 1e-1, attached(chosen(gradsel.PerNeuron(1), "random")), plots.ORANGE),
+    Method("GPS K=1", 3e-2, attached(chosen(gradsel.PerNeuron(1))), plots.BLUE),
+    Method("GPS K=3", 3e-2, attached(chosen(gradsel.PerNeuron(3))), plots.GREEN),
 )
 
 
@@ -177,6 +185,7 @@ class Outcome:
     delta_bytes: int
     step_ms: float
     used_columns: dict[str, float]
+    distribution: dict[str, dict[str, float]]
 
 
 def adapt(
@@ -208,6 +217,7 @@ def adapt(
         delta_bytes=task.delta_bytes,
         step_ms=1000 * statistics.median(history.seconds),
         used_columns={} if task.selection is None else used_columns(task.selection),
+        distribution={} if task.selection is None else task.selection.by_block().shares(),
     )
 
 
@@ -323,23 +333,33 @@ class Results:
     rows: list[Row]
 
 
-def run(seeds: Sequence[int] = (0, 1, 2), quiet: bool = False, settings: Settings = Settings()) -> Results:
+def run(
+    seeds: Sequence[int] = (0, 1, 2),
+    quiet: bool = False,
+    settings: Settings = Settings(),
+    methods: Sequence[Method] = METHODS,
+) -> Results:
     """Pre-trains once, then adapts with every method and seed: a seed draws examples, head, order and augmentation."""
     with _one_thread():
         pretrained, reached = pretrain(settings, quiet)
-        results = Results(settings, list(seeds), reached, 0, [Row(method.name, method.rate) for method in METHODS])
+        results = Results(settings, list(seeds), reached, 0, [Row(method.name, method.rate) for method in methods])
         for seed in seeds:
             data = split(NEW, settings.shots, REPORTED, seed)
             results.test_images = len(data.test_labels)
-            for method, row in zip(METHODS, results.rows, strict=True):
+            for method, row in zip(methods, results.rows, strict=True):
                 title = None if quiet else f"seed {seed}, {method.name}"
                 _, outcome = adapt(pretrained, method, data, seed, epochs=settings.epochs, title=title)
                 row.outcomes.append(outcome)
         return results
 
 
-def tune(draws: Sequence[int] = (100, 101, 102), settings: Settings = Settings()) -> dict[str, dict[float, float]]:
-    """The accuracy of every method at each of :data:`RATES`, mean over ``draws`` of the images set apart for it."""
+def tune(
+    draws: Sequence[int] = (100, 101, 102),
+    settings: Settings = Settings(),
+    methods: Sequence[Method] = METHODS,
+    rates: Sequence[float] = RATES,
+) -> dict[str, dict[float, float]]:
+    """The accuracy of every method at each of the rates, mean over ``draws`` of the images set apart for it."""
     with _one_thread():
         pretrained, _ = pretrain(settings, quiet=False)
         return {
@@ -351,9 +371,9 @@ def tune(draws: Sequence[int] = (100, 101, 102), settings: Settings = Settings()
                     )[1].accuracy
                     for draw in draws
                 )
-                for rate in RATES
+                for rate in rates
             }
-            for method in METHODS
+            for method in methods
         }  # fmt: skip
 
 

@@ -10,8 +10,6 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from gradsel.selection import Selection
-
 # Okabe and Ito's colours, told apart by all common kinds of colour vision.
 GREY, ORANGE, BLUE, GREEN, PINK, SKY = "#7f7f7f", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9"
 _FILLS = [(colour, hatch) for hatch in ("", "//", "..", "xx") for colour in (BLUE, ORANGE, GREEN, PINK, SKY, GREY)]
@@ -68,12 +66,12 @@ def used_columns(axes: Axes, shares: Mapping[str, Mapping[str, float]], colours:
     _tidy(axes)
 
 
-def distribution(axes: Axes, selection: Selection) -> None:
+def distribution(axes: Axes, shares: Mapping[str, Mapping[str, float]]) -> None:
     """The share of the selected ranked weights in every block, stacked by type of matrix, in model order.
 
-    Parameters that are trained whole are left out; see :meth:`Selection.by_block`.
+    Args:
+        shares: by type and block, of one selection: ``selection.by_block().shares()``.
     """
-    shares = selection.by_block().shares()
     blocks = list(next(iter(shares.values()), {}))
     heights = [0.0] * len(blocks)
     for number, (kind, by_block) in enumerate(shares.items()):

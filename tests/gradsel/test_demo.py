@@ -17,7 +17,7 @@ from gradsel.training import fine_tune, jitter, warmup_cosine
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
-from gradsel import demo
+from gradsel import ablation, demo
 
 TINY = demo.Settings(dim=8, depth=1, heads=2, pretrain_epochs=1, shots=3, epochs=2)
 
@@ -188,6 +188,52 @@ def test_costs_are_counted_as_documented(results):
     }  # fmt: skip
 
 
+# --- The ablation ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ablated():
+    return demo.run(seeds=(0,), quiet=True, settings=TINY, methods=ablation.VARIANTS)
+
+
+def test_variants_train_about_as_many_weights_and_differ_in_which(ablated):
+    neurons = 8 + 24 + 8 + 32 + 8
+    rest = neurons + 9 * 5  # biases and head
+    trained = {row.method: row.outcomes[0].trained - rest for row in ablated.rows}
+    exact = [name for name in trained if name.startswith(("net", "neuron", "columns"))]
+    assert len(exact) == 10
+    assert all(trained[name] == neurons for name in exact)
+    assert abs(trained["layer"] - neurons) <= 5  # each layer rounds
+    assert trained["rows"] == trained["rows + L2: GRFT"] == 4 + 8 + 8 + 8 + 32  # one row of each
+
+    pretrained, _ = demo.pretrain(TINY, quiet=True)
+    data = demo.split(demo.NEW, TINY.shots, demo.REPORTED)
+    kinds, pulls = {}, {}
+    for method in ablation.VARIANTS:
+        task = method.start(copy.deepcopy(pretrained), data, 0)
+        kinds[method.name] = {mask.kind for mask in task.selection.values() if mask.nnz and not mask.is_whole}
+        pulls[method.name] = task.optimizer.defaults["anchor"]
+    assert kinds["net"] == kinds["layer"] == kinds["net, random"] == {"irregular"}
+    assert kinds["neuron: GPS"] == kinds["neuron, magnitude"] == kinds["neuron + L2"] == {"per-row"}
+    assert kinds["rows"] == kinds["rows + L2: GRFT"] == {"rows"}
+    assert kinds["columns"] == kinds["columns + L2: GRFT"] == {"columns"}
+    assert {name for name, pull in pulls.items() if pull} == {name for name in pulls if "L2" in name}
+
+
+def test_the_ablation_prints_every_variant_and_its_distance_to_gps(ablated, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(ablation, "run", lambda seeds, quiet: ablated)
+    picture = tmp_path / "ablation.png"
+    assert cli.main(["demo", "--ablation", "--quiet", "--output", str(picture)]) == 0
+    printed = capsys.readouterr().out
+    gps = next(row for row in ablated.rows if row.method == "neuron: GPS")
+    for row in ablated.rows:
+        line = next(line for line in printed.splitlines() if line.startswith(f"  {row.method} "))
+        assert f"{row.mean - gps.mean:+.1f}" in line
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    record = json.loads((tmp_path / "ablation.json").read_text())
+    assert [row["method"] for row in record["rows"]] == [method.name for method in ablation.VARIANTS]
+
+
 # --- The command line --------------------------------------------------------------------------------------------
 
 
@@ -215,9 +261,9 @@ def test_the_command_prints_a_table_and_writes_its_files(results, monkeypatch, t
 def test_a_missing_package_is_named_with_what_to_install(package, monkeypatch, capsys):
     for module in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, module)
-    for module in ("gradsel.demo", "gradsel.plots"):
+    for module in ("gradsel.ablation", "gradsel.demo", "gradsel.plots"):
         monkeypatch.delitem(sys.modules, module)
-    for name in ("demo", "plots"):
+    for name in ("ablation", "demo", "plots"):
         monkeypatch.delattr(gradsel, name)
     monkeypatch.setitem(sys.modules, package, None)
     assert cli.main(["demo"]) == 2

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import gradsel
+import gradsel_kernels as gk
 from gradsel.masks import Whole
 from gradsel.policies import covering_columns, largest
 from gradsel.rules import ranked_sizes
@@ -190,3 +191,43 @@ def test_equal_budgets(like, policy):
 def test_impossible_policies(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        gradsel.PerNeuron(3),
+        gradsel.PerNeuron(1, columns=9),
+        gradsel.PerLayer(fraction=0.01),
+        gradsel.Global(count=500),
+        gradsel.Rows(5),
+        gradsel.Columns(5),
+    ],
+    ids=str,
+)
+def test_the_same_masks_on_any_backend_and_with_any_number_of_threads(policy):
+    """Large enough for torch to divide its sums among threads; rounded, so that there are ties everywhere."""
+    score = (torch.randn(700, 500) * 3).round()
+    view = NeuronView()
+    expected = policy.choose(score, (700, 500), view, squared=False).to_dense()
+    with gk.use_backend("reference"):
+        assert torch.equal(policy.choose(score, (700, 500), view, squared=False).to_dense(), expected)
+    threads = torch.get_num_threads()
+    try:
+        for count in (2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(policy.choose(score, (700, 500), view, squared=False).to_dense(), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_sums_of_squares_do_not_depend_on_the_number_of_threads(dim):
+    score = torch.randn(3072, 768)
+    expected = score.square().sum(dim)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert torch.equal(score.square().sum(dim), expected)
+    finally:
+        torch.set_num_threads(threads)

@@ -114,7 +114,7 @@ def test_shares_are_those_of_the_ranked_entries():
 def test_plots_show_shares_and_overlaps(tmp_path):
     drawing, (left, right, empty) = plots.figure(3, 12, 4)
     selection = random_selection(0)
-    plots.distribution(left, selection)
+    plots.distribution(left, selection.by_block().shares())
     heights = [0.0] * 3
     for bars in left.containers:
         heights = [height + bar.get_height() for height, bar in zip(heights, bars, strict=True)]
@@ -126,7 +126,7 @@ def test_plots_show_shares_and_overlaps(tmp_path):
     assert [tick.get_text() for tick in left.get_xticklabels()] == ["outside", "blocks.0", "blocks.1"]
     plots.overlap(right, ["pets", "cars"], [[1.0, 0.25], [0.25, math.nan]])
     assert [text.get_text() for text in right.texts] == ["100", "25", "25", "-"]
-    plots.distribution(empty, selection_of(bias=Whole((3,))))
+    plots.distribution(empty, selection_of(bias=Whole((3,))).by_block().shares())
     plots.save(drawing, tmp_path / "plots.png")
     assert (tmp_path / "plots.png").stat().st_size > 1000
 
