@@ -13,28 +13,28 @@ from gradsel import demo, plots
 from gradsel.demo import Method, Results, attached, chosen
 
 NEURON, ROWS, COLUMNS = gradsel.PerNeuron(1), gradsel.Rows, gradsel.Columns
-PULL = 1e-2
 
-# Every rate is the best for its variant by demo.tune(methods=VARIANTS), PULL that of GPS with a pull.
+# Every rate, and the strength of every pull, is the best for its variant by demo.tune(methods=VARIANTS) among powers of
+# ten for the pull, and these and three times these for the rate.
 SECTIONS: Mapping[str, Sequence[Method]] = {
     "level (gradient, contrastive loss)": (
         Method("net", 3e-2, attached(chosen(gradsel.Global)), plots.SKY),
         Method("layer", 3e-2, attached(chosen(gradsel.PerLayer)), plots.SKY),
         Method("neuron: GPS", 3e-2, attached(chosen(NEURON)), plots.BLUE),
         Method("neuron, 8 columns a matrix", 3e-2, attached(chosen(gradsel.PerNeuron(1, columns=8))), plots.SKY),
-        Method("rows", 3e-2, attached(chosen(ROWS)), plots.SKY),
-        Method("columns", 3e-2, attached(chosen(COLUMNS)), plots.SKY),
+        Method("rows", 1e-1, attached(chosen(ROWS)), plots.SKY),
+        Method("columns", 1e-1, attached(chosen(COLUMNS)), plots.SKY),
     ),
     "criterion": (
-        Method("net, random", 3e-2, attached(chosen(gradsel.Global, "random")), plots.ORANGE),
+        Method("net, random", 1e-1, attached(chosen(gradsel.Global, "random")), plots.ORANGE),
         Method("neuron, random", 1e-1, attached(chosen(NEURON, "random")), plots.ORANGE),
         Method("neuron, magnitude", 3e-2, attached(chosen(NEURON, "magnitude")), plots.ORANGE),
     ),
     "loss": (Method("neuron, head + CE", 3e-2, attached(chosen(NEURON, head=True)), plots.GREEN),),
     "pull to the pre-trained weights": (
-        Method("neuron + L2", 3e-2, attached(chosen(NEURON), PULL), plots.PINK),
-        Method("rows + L2: GRFT", 3e-2, attached(chosen(ROWS), PULL), plots.PINK),
-        Method("columns + L2: GRFT", 3e-2, attached(chosen(COLUMNS), PULL), plots.PINK),
+        Method("neuron + L2", 3e-2, attached(chosen(NEURON), 1e-4), plots.PINK),
+        Method("rows + L2: GRFT", 1e-1, attached(chosen(ROWS), 1e-3), plots.PINK),
+        Method("columns + L2: GRFT", 1e-1, attached(chosen(COLUMNS), 1e-3), plots.PINK),
     ),
 }
 VARIANTS = tuple(method for methods in SECTIONS.values() for method in methods)

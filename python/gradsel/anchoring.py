@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from gradsel.blocks import block_names, is_inside
-from gradsel.rules import HEAD, strip_wrappers
+from gradsel.rules import HEAD, has_part, strip_wrappers
 
 _PATCH_EMBEDDING = re.compile(r"patch_?embed\w*")
 
@@ -37,12 +37,12 @@ def anchored_groups(
     if last_blocks != "all" and (not isinstance(last_blocks, int) or not 0 <= last_blocks <= len(names)):
         raise ValueError(f"last_blocks must be 'all' or 0 to {len(names)}, the blocks there are, got {last_blocks!r}")
     last = names if last_blocks == "all" else names[len(names) - int(last_blocks) :]
-    of_head = frozenset(head)
+    heads = (head,) if isinstance(head, str) else tuple(head)
 
     def is_regular(name: str) -> bool:
-        modules = strip_wrappers(name).split(".")[:-1]
-        is_named = any(part in of_head or _PATCH_EMBEDDING.fullmatch(part) for part in modules)
-        return last_blocks == "all" or is_named or is_inside(strip_wrappers(name), last)
+        name = strip_wrappers(name)
+        patches = any(_PATCH_EMBEDDING.fullmatch(part) for part in name.split(".")[:-1])
+        return last_blocks == "all" or patches or has_part(name, heads) or is_inside(name, last)
 
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trained:

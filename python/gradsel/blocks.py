@@ -11,22 +11,19 @@ def block_names(model: nn.Module) -> list[str]:
     """The paths of all blocks in the order of the model, for example ``blocks.0`` to ``blocks.11``.
 
     Blocks are the modules of one class that a ``ModuleList`` or ``Sequential`` stacks, the outermost ones, except that
-    the stages of a hierarchical network (Swin, ConvNeXt) are looked into: each of their blocks counts.
+    the stages of a hierarchical network (Swin, ConvNeXt, ResNet) are looked into: each of their blocks counts.
     """
     return list(_blocks("", model))
 
 
 def _blocks(path: str, module: nn.Module) -> Iterator[str]:
+    is_stack = _is_stack(module)
     for name, child in module.named_children():
         inner = f"{path}.{name}" if path else name
-        if not _is_stack(child):
+        if is_stack and not _is_stage(child):
+            yield inner
+        else:
             yield from _blocks(inner, child)
-            continue
-        for number, block in child.named_children():
-            if _is_stage(block):
-                yield from _blocks(f"{inner}.{number}", block)
-            else:
-                yield f"{inner}.{number}"
 
 
 def _is_stack(module: nn.Module) -> bool:
@@ -37,9 +34,15 @@ def _is_stack(module: nn.Module) -> bool:
 
 
 def _is_stage(module: nn.Module) -> bool:
-    """Whether most of it is a stack of its own."""
-    stacked = sum(_size(child) for child in module.children() if _is_stack(child))
+    """Whether it is a stack of its own, or most of it is."""
+    stacked = sum(_size(part) for part in (module, *module.children()) if _is_stack(part) and _has_layers(part))
     return 2 * stacked > _size(module)
+
+
+def _has_layers(stack: nn.Module) -> bool:
+    """Whether each of its parts has several weights: the convolutions inside a ResNet's block, each with its
+    normalisation, do not make that block a stage."""
+    return all(sum(parameter.ndim > 1 for parameter in part.parameters()) > 1 for part in stack.children())
 
 
 def _size(module: nn.Module) -> int:

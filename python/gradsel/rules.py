@@ -7,9 +7,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import TypedDict
+from typing import Any, TypedDict, cast
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 from typing_extensions import Unpack
 
 from gradsel.blocks import is_inside, numbered
@@ -29,7 +30,7 @@ KINDS = {
     "position table": "whole",  # relative positions
     "normalisation": "freeze",
     "position embedding": "freeze",
-    "token": "freeze",  # class tokens, mask tokens, registers
+    "token": "freeze",  # class tokens, mask tokens, registers, queries
     "embedding": "freeze",
     "output embedding": "freeze",
     "other": "freeze",
@@ -37,14 +38,28 @@ KINDS = {
 _ACTIONS = ("rank", "whole", "freeze")
 
 _NAMED_LIKE = {
-    "token": re.compile(r"(cls|class|dist|distillation|mask|reg|register)_?(token|embed)\w*$"),
-    "position table": re.compile(r"(relative_position_bias_table|rel_pos(_[hw])?)$"),
-    "position embedding": re.compile(r"((pos|position|positional)_?emb\w*|absolute_pos\w*)$"),
+    "token": re.compile(r"(cls|class|dist|distillation|mask|iou|query|reg|register)_?(token|embed)\w*$"),
+    "position table": re.compile(
+        r"(relative_position_bias_table|relative_attention_bias|attention_biases|rel_pos(_[hwt])?)$"
+    ),
+    "position embedding": re.compile(r"((pos|position|positional)_?emb\w*|absolute_pos\w*|embed_positions|wpe)$"),
     "layer scale": re.compile(r"(gamma(_\d+)?|lambda_?\d*|layer_scale\w*)$"),
 }
 _BIAS = re.compile(r"(^|.*_)bias(_\w+)?$")
 _OUTPUT_EMBEDDING = (["lm_head"], ["embed_out"])
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+#: Layers that multiply by their weight, whatever a subclass of them is called.
+_PRODUCTS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+#: Classes whose weights are stored as [in, out] or [experts, in, out], which nothing else in them tells.
+_INPUTS_FIRST = (
+    "Llama4TextExperts",
+    "GroupedLinearLayer",  # ConvBERT
+    "Gemma3MultiModalProjector",
+    "T5Gemma2MultiModalProjector",
+)
+#: Bare parameters that CLIP and those after it multiply by from the right: [in, out].
+_PROJECTION = re.compile(r"((text|image|visual|prompts_visual)_projection|proj)$")
 
 
 @dataclass(frozen=True)
@@ -92,7 +107,8 @@ def parameter_rules(
     Args:
         model: any module, on any device. A parameter that several modules share is judged by all of them and named
             once.
-        head: module names; parameters below such a module are of the kind ``"head"``.
+        head: names of modules or of bare parameters, of one part or several (``"decoder.classifier"``), found anywhere
+            in the model; what they name, and all below it but norms and embeddings, is of the kind ``"head"``.
         kinds: what happens to parameters of a kind, ``"rank"``, ``"whole"`` or ``"freeze"``, where that is not
             :data:`KINDS`, for example ``{"bias": "freeze", "normalisation": "whole"}``.
         blocks: numbers of the blocks (see :func:`gradsel.blocks.block_names`) to choose from; negative ones count from
@@ -102,22 +118,29 @@ def parameter_rules(
             several match, rank goes before whole and whole before freeze, so that ``freeze=["*"]`` leaves what the
             other two name.
 
+    A parameter without dimensions is one number, not a layer of neurons: where it would be ranked, it is trained whole.
+
     Raises:
-        ValueError: a pattern matches no parameter; an unknown kind or action; no such block; the model is attached.
+        ValueError: a pattern matches no parameter; ``head`` names nothing; an unknown kind or action; no such block;
+            two parameters with one name; the model is attached.
     """
     if any(selected_in(module) for module in model.modules()):
         raise ValueError("the model is attached to a selection; call gradsel.detach(model) before selecting anew")
     owners = parameter_uses(model)
-    overrides = {"rank": tuple(rank), "whole": tuple(whole), "freeze": tuple(freeze)}
-    _check_patterns(model, overrides, [name for uses in owners.values() for name, _, _ in uses])
+    overrides = {"rank": _strings(rank), "whole": _strings(whole), "freeze": _strings(freeze)}
+    all_names = [name for uses in owners.values() for name, _, _ in uses]
+    _check_patterns(model, overrides, all_names)
+    heads = _strings(head)
+    if heads != HEAD:
+        _check_head(model, heads, all_names)
     actions = {**KINDS, **_checked_kinds(kinds or {})}
     kept = None if blocks is None else [strip_wrappers(path) for path in numbered(model, blocks, "blocks")]
     skipped = [strip_wrappers(path) for path in numbered(model, skip_blocks, "skip_blocks")]
-    output = _output_embedding(model)
+    outputs = _output_embeddings(model)
     rules = {}
     for canonical, uses in owners.items():
         names = [name for name, _, _ in uses]
-        kind = _kind(uses, frozenset(head), output)
+        kind = _kind(uses, heads, outputs)
         rule = _default(kind, uses, actions)
         left_out = kept is not None and kind != "head" and not any(is_inside(name, kept) for name in names)
         if left_out or any(is_inside(name, skipped) for name in names):
@@ -146,6 +169,24 @@ def _check_patterns(model: nn.Module, overrides: Mapping[str, tuple[str, ...]], 
                 raise ValueError(f"{action}={pattern!r} matches no parameter of {type(model).__name__}{hint}")
 
 
+def _strings(names: Iterable[str]) -> tuple[str, ...]:
+    """The names; a lone string is one, not its letters."""
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _check_head(model: nn.Module, heads: tuple[str, ...], names: list[str]) -> None:
+    if heads and not any(has_part(name, heads) for name in names):
+        parts = {part for name in names for part in name.split(".")}
+        close = [best for name in heads for best in difflib.get_close_matches(name, parts, n=1)]
+        hint = f"; did you mean {', '.join(close)}?" if close else ""
+        raise ValueError(f"head={list(heads)} names no module or parameter of {type(model).__name__}{hint}")
+
+
+def has_part(name: str, heads: tuple[str, ...]) -> bool:
+    """Whether one of ``heads`` is among the dotted parts of ``name``."""
+    return any(f".{head}." in f".{name}." for head in heads)
+
+
 def _checked_kinds(kinds: Mapping[str, str]) -> Mapping[str, str]:
     for kind, action in kinds.items():
         if kind not in KINDS:
@@ -162,54 +203,84 @@ def _named(action: str, uses: list[Use]) -> Rule:
     parameter = getattr(module, short)
     if action != "freeze" and not parameter.is_floating_point():
         raise ValueError(f"{action} names {name}, which cannot be trained: it is {parameter.dtype}")
-    return Rule(action, "named", _view(uses), named=True)
+    return Rule(_feasible(action, parameter), "named", _view(uses), named=True)
+
+
+def _feasible(action: str, parameter: Tensor) -> str:
+    return "whole" if action == "rank" and parameter.ndim == 0 else action
 
 
 Use = tuple[str, nn.Module, str]  # full name, owning module, name in it
 
 
 def parameter_uses(model: nn.Module) -> dict[str, list[Use]]:
-    """Every parameter by its first name, with all the places it is used in."""
+    """Every parameter by its first name, with all the places it is used in.
+
+    Raises:
+        ValueError: two parameters have the same name, once what wrappers put into it is gone.
+    """
     by_id: dict[int, tuple[str, list[Use]]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         for short, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             name = strip_wrappers(f"{prefix}.{short}" if prefix else short)
             by_id.setdefault(id(parameter), (name, []))[1].append((name, module, short))
-    order = {strip_wrappers(name): id(parameter) for name, parameter in model.named_parameters()}
+    order: dict[str, int] = {}
+    for full, parameter in model.named_parameters():
+        if order.setdefault(strip_wrappers(full), id(parameter)) != id(parameter):
+            raise ValueError(
+                f"{full} and another parameter of {type(model).__name__} are both {strip_wrappers(full)} without the "
+                "prefixes of wrappers; rename the module"
+            )
     return {name: by_id[key][1] for name, key in order.items()}
 
 
-def _kind(uses: list[Use], head: frozenset[str], output: nn.Module | None) -> str:
+def _kind(uses: list[Use], heads: tuple[str, ...], outputs: list[nn.Module]) -> str:
     """The kind of a parameter, a key of :data:`KINDS`."""
     modules = [module for _, module, _ in uses]
     if any(_is_norm(module) for module in modules):
         return "normalisation"
     own_names = [short for _, _, short in uses]
     parts = [name.split(".")[:-1] for name, _, _ in uses]
-    if isinstance(modules[0], nn.Embedding):
-        own_names += [part[-1] for part in parts if part]  # position_embeddings.weight
+    own_names += [  # position_embeddings.weight
+        part[-1] for part, module in zip(parts, modules, strict=True) if part and isinstance(module, nn.Embedding)
+    ]
     for kind, pattern in _NAMED_LIKE.items():
         if any(pattern.match(name) for name in own_names):
             return kind
+    if any(type(module).__name__.endswith("LayerScale") for module in modules):
+        return "layer scale"
     if any(_is_embedding(module) for module in modules):
         return "embedding"
-    if any(head.intersection(part) for part in parts):
+    if any(has_part(name, heads) for name, _, _ in uses):
         return "head"
     parameter = getattr(modules[0], uses[0][2])
-    if parameter.ndim <= 2 and any(_BIAS.match(short) for _, _, short in uses):
+    if any(_is_bias(parameter, module, short) for _, module, short in uses):
         return "bias"
-    if parameter.ndim < 2:
+    if parameter.ndim < 2 or _is_broadcast(parameter, modules[0]):
         return "other"
-    if any(module is output for module in modules) or any(part[-1:] in _OUTPUT_EMBEDDING for part in parts):
+    if any(module in outputs for module in modules) or any(part[-1:] in _OUTPUT_EMBEDDING for part in parts):
         return "output embedding"
     return "weight"
 
 
-def _output_embedding(model: nn.Module) -> nn.Module | None:
-    """The layer from features to tokens, where the model says which one it is (transformers)."""
-    ask = getattr(model, "get_output_embeddings", None)
-    found = ask() if callable(ask) else None
-    return found if isinstance(found, nn.Module) else None
+def _is_bias(parameter: Tensor, module: nn.Module, short: str) -> bool:
+    return bool(_BIAS.match(short)) and (parameter.ndim <= 2 or _is_broadcast(parameter, module))
+
+
+def _is_broadcast(parameter: Tensor, module: nn.Module) -> bool:
+    """Whether it is a vector or a number that has dimensions of size 1 for broadcasting: logit scales, biases."""
+    return parameter.ndim > 2 and parameter.numel() == max(parameter.shape) and not isinstance(module, _PRODUCTS)
+
+
+def _output_embeddings(model: nn.Module) -> list[nn.Module]:
+    """The layers from features to tokens, where a model, or one inside it, says which one it is (transformers)."""
+    found = []
+    for module in model.modules():
+        ask = getattr(module, "get_output_embeddings", None)
+        output = ask() if callable(ask) else None
+        if isinstance(output, nn.Module):
+            found.append(output)
+    return found
 
 
 def _default(kind: str, uses: list[Use], actions: Mapping[str, str]) -> Rule:
@@ -220,24 +291,32 @@ def _default(kind: str, uses: list[Use], actions: Mapping[str, str]) -> Rule:
     reason = "neither weight nor bias" if kind == "other" else kind
     if kind == "embedding" and len(uses) > 1:
         reason += ", tied"
-    return Rule(actions[kind], reason, _view(uses))
+    return Rule(_feasible(actions[kind], parameter), reason, _view(uses))
 
 
 def _view(uses: list[Use]) -> NeuronView:
     _, module, short = uses[0]
     parameter = getattr(module, short)
+    kind = type(module).__name__
+    if parameter.ndim < 2 or _is_bias(parameter, module, short):
+        return NeuronView(tuple(range(parameter.ndim)))  # one number for each neuron, those of stacked experts, too
     if isinstance(module, _TRANSPOSED):
-        return NeuronView((0, 2), module.groups) if module.groups > 1 else NeuronView((1,))
-    if is_transposed_linear(module):
-        return NeuronView((1,))
-    if parameter.ndim == 3 and not isinstance(module, (nn.modules.conv._ConvNd, nn.Bilinear)):
-        return NeuronView((0, 2) if _has_transposed_experts(module) else (0, 1))
+        return _inputs_first(module.groups)
+    if kind == "DbrxExpertGLU" and short == "w2":  # [experts * in, out]
+        return _inputs_first(cast(Any, module).moe_num_experts)
+    if isinstance(module, (*_PRODUCTS, ParametrizationList)):
+        return NeuronView((0,))
+    if parameter.ndim == 3:  # stacked experts
+        transposed = kind in _INPUTS_FIRST or getattr(module, "is_transposed", False)  # transformers' own flag
+        return NeuronView((0, 2) if transposed else (0, 1))
+    if parameter.ndim == 2 and (is_transposed_linear(module) or kind in _INPUTS_FIRST or _PROJECTION.match(short)):
+        return _inputs_first()
     return NeuronView((0,))
 
 
-def _has_transposed_experts(module: nn.Module) -> bool:
-    """Whether stacked experts are stored as [experts, in, out], as transformers does in some models."""
-    return bool(getattr(module, "is_transposed", False)) or type(module).__name__ == "Llama4TextExperts"
+def _inputs_first(groups: int = 1) -> NeuronView:
+    """The view of a weight [groups * in, out, ...]."""
+    return NeuronView((0, 2), groups) if groups > 1 else NeuronView((1,))
 
 
 def is_transposed_linear(module: nn.Module) -> bool:
@@ -246,23 +325,25 @@ def is_transposed_linear(module: nn.Module) -> bool:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    return "norm" in type(module).__name__.lower()
+    name = type(module).__name__
+    named = "norm" in name.lower() or name.endswith("GRN")  # global response normalisation
+    return isinstance(module, _NORMS) or (named and not isinstance(module, _PRODUCTS))
 
 
 def _is_embedding(module: nn.Module) -> bool:
-    name = type(module).__name__
-    return isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or name.endswith(("Embedding", "Embeddings"))
+    named = type(module).__name__.endswith(("Embedding", "Embeddings"))
+    return isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or (named and not isinstance(module, _PRODUCTS))
 
 
 def strip_wrappers(name: str) -> str:
-    """A parameter's name without the parts that DistributedDataParallel and torch.compile put into it."""
+    """A parameter's name without what DistributedDataParallel, torch.compile and checkpoint_wrapper put into it."""
     return ".".join(_unwrapped(name.split(".")))
 
 
 def _unwrapped(parts: list[str]) -> Iterator[str]:
     leading = True
     for part in parts:
-        if part == "_orig_mod" or (leading and part == "module"):
+        if part in ("_orig_mod", "_checkpoint_wrapped_module") or (leading and part == "module"):
             continue
         leading = False
         yield part
