@@ -22,6 +22,7 @@ bench: $(VENV)/built
 	$(BIN)/python benchmarks/plot.py
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/plot_train_step.py
+	$(BIN)/python benchmarks/select_memory.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info gradsel_kernels/_C*.so

@@ -11,7 +11,7 @@ from torch import nn
 from gradsel.blocks import block_names, is_inside
 from gradsel.rules import HEAD, has_part, strip_wrappers
 
-_PATCH_EMBEDDING = re.compile(r"patch_?embed\w*")
+_PATCH_EMBEDDING = re.compile(r"patch_?embed\w*|conv_proj")  # the latter in torchvision
 
 
 def anchored_groups(
@@ -34,7 +34,7 @@ def anchored_groups(
         ValueError: the model has fewer blocks, or no parameter requires gradients.
     """
     names = [strip_wrappers(path) for path in block_names(model)]
-    if last_blocks != "all" and (not isinstance(last_blocks, int) or not 0 <= last_blocks <= len(names)):
+    if last_blocks != "all" and (type(last_blocks) is not int or not 0 <= last_blocks <= len(names)):
         raise ValueError(f"last_blocks must be 'all' or 0 to {len(names)}, the blocks there are, got {last_blocks!r}")
     last = names if last_blocks == "all" else names[len(names) - int(last_blocks) :]
     heads = (head,) if isinstance(head, str) else tuple(head)

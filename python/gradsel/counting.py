@@ -18,7 +18,7 @@ from typing_extensions import Unpack
 from gradsel.models import vit_base_patch16_224
 from gradsel.policies import PerNeuron, Policy
 from gradsel.presets import GPS, GRFT, Preset
-from gradsel.rules import RuleOptions, parameter_rules, ranked_sizes, strip_wrappers
+from gradsel.rules import RuleOptions, named_parameters, parameter_rules, ranked_sizes
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def count(model: nn.Module, policy: Policy, **rules: Unpack[RuleOptions]) -> Cou
         ValueError: as :func:`gradsel.rules.parameter_rules`.
     """
     sizes = ranked_sizes(model, **rules).values()
-    numbers = {strip_wrappers(name): parameter.numel() for name, parameter in model.named_parameters()}
+    numbers = {name: parameter.numel() for name, parameter in named_parameters(model).items()}
     whole: dict[str, int] = {}
     for name, rule in parameter_rules(model, **rules).items():
         if rule.action == "whole":

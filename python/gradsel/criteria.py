@@ -37,10 +37,10 @@ class Criterion:
 
 def random_scores(seed: int = 0) -> Criterion:
     """Random entries, the baseline of GPS Tab. 6; the same for the same seed."""
-    generator = torch.Generator()
+    generator = torch.Generator("cpu")
 
     def score(weight: Tensor, grad: Tensor | None) -> Tensor:
-        return torch.rand(weight.shape, generator=generator).to(weight.device)
+        return torch.rand(weight.shape, generator=generator, dtype=torch.float32, device="cpu").to(weight.device)
 
     return Criterion(f"random, seed {seed}", score, needs_gradient=False, reset=lambda: generator.manual_seed(seed))
 
@@ -66,7 +66,7 @@ def criterion_of(criterion: str | Criterion | Score) -> Criterion:
     if callable(criterion):
         function = criterion
         name = getattr(function, "__name__", type(function).__name__)
-        return Criterion(name, lambda weight, grad: function(weight, _given(grad)))
+        return Criterion(name, lambda weight, grad: function(weight.clone(), _given(grad)))
     if criterion not in _CRITERIA:
         raise ValueError(f"unknown criterion {criterion!r}; choose one of {', '.join(_CRITERIA)}, or pass a function")
     return _CRITERIA[criterion]()

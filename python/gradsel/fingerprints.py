@@ -7,28 +7,31 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
-from gradsel.rules import strip_wrappers
+from gradsel.rules import named_parameters
 from gradsel.tables import shape_text
 
-#: Entries of a parameter that go into its fingerprint.
+#: Entries of a parameter that go into its fingerprint one by one.
 _SAMPLE = 256
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
 
 
 def fingerprint(parameter: Tensor) -> str:
-    """Shape, dtype and a hash of evenly spaced entries, such as ``768x3072 float32 5f0c8e1d9ab37264``.
+    """Shape, dtype and a hash of the values, such as ``768x3072 float32 5f0c8e1d9ab37264``.
 
-    The same on every device and in every memory format. It tells other weights, trained ones for example, from these,
-    but not a change of single entries.
+    The hash is of the sum of all entries' bits, as integers, and of up to 256 entries themselves: any change of a value
+    shows, one of order where it meets a sample. The same on every device and in every memory format.
 
     Args:
-        parameter: any shape, dtype and strides. At most 256 of its entries are read.
+        parameter: any shape, dtype and strides.
     """
     numel = parameter.numel()
     count = min(numel, _SAMPLE)
     places = torch.arange(count, device=parameter.device) * numel // max(count, 1)
     sample = parameter.detach()[torch.unravel_index(places, parameter.shape)].reshape(-1).cpu()
-    digest = hashlib.blake2b(sample.view(torch.uint8).numpy().tobytes(), digest_size=8).hexdigest()
-    return f"{kind_of(parameter)} {digest}"
+    content = hashlib.blake2b(sample.view(torch.uint8).numpy().tobytes(), digest_size=8)
+    if (integers := _INTEGERS.get(parameter.element_size())) is not None:
+        content.update(str(int(parameter.detach().view(integers).sum(dtype=torch.int64))).encode())
+    return f"{kind_of(parameter)} {content.hexdigest()}"
 
 
 def kind_of(parameter: Tensor) -> str:
@@ -38,4 +41,4 @@ def kind_of(parameter: Tensor) -> str:
 
 def fingerprints(model: nn.Module) -> dict[str, str]:
     """Of all parameters of a model, by name without the prefixes of DistributedDataParallel and torch.compile."""
-    return {strip_wrappers(name): fingerprint(parameter) for name, parameter in model.named_parameters()}
+    return {name: fingerprint(parameter) for name, parameter in named_parameters(model).items()}

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
+
+from gradsel.rules import unwrapped
 
 
 class SupConLoss(nn.Module):
@@ -91,8 +92,8 @@ def contrastive(
         inputs, labels = batch
         views = [inputs] if augment is None else [augment(inputs), augment(inputs)]
         if isinstance(features, str):
-            inner = model.module if isinstance(model, DistributedDataParallel) else model
-            found = [getattr(inner, features)(view) for view in views]
+            method = getattr(unwrapped(model), features)
+            found = [method(view) for view in views]
         else:
             found = [features(model, view) for view in views]
         return supcon(torch.stack(found, dim=1), labels)

@@ -6,6 +6,7 @@ to the lowest column, row or entry, and between parameters to the first one of t
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 
 import gradsel_kernels as gk
-from gradsel.masks import Flat, Frozen, Mask, PerRow, WholeColumns, WholeRows
+from gradsel.links import trained_dtype
+from gradsel.masks import Flat, Frozen, Mask, PerRow, Whole, WholeColumns, WholeRows
 from gradsel.views import NeuronView
 
 #: Columns whose gain is worked out anew at a time.
@@ -135,7 +137,7 @@ class Rows(_Counted):
         return min(self.k, rows) * cols
 
     def choose(self, score: Tensor, shape: tuple[int, ...], view: NeuronView, squared: bool) -> Mask:
-        return WholeRows(_best(score if squared else score.square(), 1, self.k), shape, view)
+        return WholeRows(_best(score, 1, self.k, squared), shape, view)
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ class Columns(_Counted):
         return min(self.k, cols) * rows
 
     def choose(self, score: Tensor, shape: tuple[int, ...], view: NeuronView, squared: bool) -> Mask:
-        return WholeColumns(_best(score if squared else score.square(), 0, self.k), shape, view)
+        return WholeColumns(_best(score, 0, self.k, squared), shape, view)
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,8 @@ class PerLayer(_Shared):
 class Global(_Shared):
     """The best entries of all parameters together: "net" in GPS, Tab. 6a.
 
+    While a selection runs, 20 bytes are held for every entry that may still be among the best.
+
     Args:
         fraction: share of the entries of all ranked parameters, rounded to the nearest number.
         count: entries in all.
@@ -231,7 +235,7 @@ class _Together:
     def add(self, name: str, score: Tensor, shape: tuple[int, ...], view: NeuronView, squared: bool) -> None:
         self._added[name] = (score.device, shape, view)
         magnitudes = score.reshape(-1).abs()
-        if self._held is not None and self._held[0].numel() == self._count:
+        if self._held is not None and 0 < self._count == self._held[0].numel():
             bound = self._held[0].min().to(magnitudes.device)
             entries = (magnitudes >= bound).nonzero().view(-1)
             entries = entries[largest(magnitudes[entries], self._count)]
@@ -350,6 +354,8 @@ def _mask_of(entries: Tensor, shape: tuple[int, ...], view: NeuronView) -> Mask:
     """The mask of entries of a neuron view, by their row-major places in it."""
     if entries.numel() == 0:
         return Frozen(shape, "nothing selected")
+    if entries.numel() == math.prod(shape):
+        return Whole(shape)
     if view.is_leading:
         return Flat(entries, shape)
     dense = torch.zeros(view.shape(shape), dtype=torch.bool, device=entries.device)
@@ -357,9 +363,10 @@ def _mask_of(entries: Tensor, shape: tuple[int, ...], view: NeuronView) -> Mask:
     return Flat.from_dense(view.undo(dense, shape))
 
 
-def _best(score: Tensor, dim: int, k: int) -> Tensor:
-    """The rows or columns with the largest sum along ``dim``: int32 [k], ascending, ties to the lowest."""
-    return gk.topk_rows(score.sum(dim).unsqueeze(0), k)[0]
+def _best(score: Tensor, dim: int, k: int, squared: bool) -> Tensor:
+    """The rows or columns with the largest sum of squares along ``dim``: int32 [k], ascending, ties to the lowest."""
+    score = score.to(trained_dtype(score))  # half precision would round the sums, or overflow
+    return gk.topk_rows((score if squared else score.square()).sum(dim).unsqueeze(0), k)[0]
 
 
 def _check_count(what: str, name: str, value: object) -> None:

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from typing import Any, TypedDict, cast
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrize import ParametrizationList
 from typing_extensions import Unpack
 
@@ -156,7 +157,7 @@ def parameter_rules(
 def ranked_sizes(model: nn.Module, **options: Unpack[RuleOptions]) -> dict[str, tuple[int, int]]:
     """Rows and columns of the neuron view of every ranked parameter; arguments as in :func:`parameter_rules`."""
     rules = parameter_rules(model, **options)
-    shapes = {strip_wrappers(name): parameter.shape for name, parameter in model.named_parameters()}
+    shapes = {name: parameter.shape for name, parameter in named_parameters(model).items()}
     return {name: rule.view.shape(shapes[name]) for name, rule in rules.items() if rule.action == "rank"}
 
 
@@ -208,6 +209,11 @@ def _named(action: str, uses: list[Use]) -> Rule:
 
 def _feasible(action: str, parameter: Tensor) -> str:
     return "whole" if action == "rank" and parameter.ndim == 0 else action
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters by name without the prefixes of DistributedDataParallel, torch.compile and checkpoint_wrapper."""
+    return {strip_wrappers(name): parameter for name, parameter in model.named_parameters()}
 
 
 Use = tuple[str, nn.Module, str]  # full name, owning module, name in it
@@ -338,6 +344,17 @@ def _is_embedding(module: nn.Module) -> bool:
 def strip_wrappers(name: str) -> str:
     """A parameter's name without what DistributedDataParallel, torch.compile and checkpoint_wrapper put into it."""
     return ".".join(_unwrapped(name.split(".")))
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, DataParallel and torch.compile."""
+    while True:
+        if isinstance(model, (nn.DataParallel, DistributedDataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
 
 
 def _unwrapped(parts: list[str]) -> Iterator[str]:

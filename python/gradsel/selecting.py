@@ -16,15 +16,14 @@ from typing_extensions import Unpack
 import gradsel_kernels as gk
 from gradsel.criteria import Criterion, Score, criterion_of
 from gradsel.fingerprints import fingerprints
-from gradsel.gradients import Loss, collect, make_plan, process_group_of
+from gradsel.gradients import Loss, collect
 from gradsel.keeping import kept
 from gradsel.masks import Frozen, Mask, Whole
+from gradsel.planning import make_plan
 from gradsel.policies import PerNeuron, Policy, Ranking
-from gradsel.rules import Rule, RuleOptions, parameter_rules, strip_wrappers
+from gradsel.ranks import process_group_of
+from gradsel.rules import Rule, RuleOptions, named_parameters, parameter_rules
 from gradsel.selection import Selection
-
-#: Entries of a gradient that are looked at to tell how many are exactly zero.
-_SAMPLE = 4096
 
 
 def select(
@@ -51,7 +50,8 @@ def select(
     Args:
         model: run as it is: mode, autocast, activation checkpointing and device are the caller's. Gradients,
             ``requires_grad`` flags, buffers and the global random number generators are given back as they were.
-            Parameters are known by their names without the prefixes of DistributedDataParallel and torch.compile.
+            Parameters are known by their names without the prefixes of DistributedDataParallel and torch.compile;
+            whether they require gradients now does not matter, ``freeze=`` leaves some out.
         batches: anything to iterate over. None for a criterion that needs no gradient.
         loss: ``loss(model, batch)`` returns the scalar to differentiate, for example ``gradsel.contrastive()`` or
             ``gradsel.cross_entropy``.
@@ -60,7 +60,7 @@ def select(
         criterion: what is ranked by its magnitude: ``"gradient"``, the sum over batches; ``"absolute"``, the sum of
             magnitudes; ``"fisher"``, the sum of squares (the empirical Fisher information, batch by batch); ``"snip"``,
             weight times gradient (Lee et al. 2019); ``"magnitude"``, the weight; ``"random"``; or a function of the
-            neuron views ``(weight, grad) -> score``.
+            neuron views ``(weight, grad) -> score``, which gets copies.
         memory: where gradients are while they are summed. ``"full"``: all of them, 4 bytes for each ranked entry.
             ``"streaming"``: for a single batch, each is ranked the moment backward has it, and freed. ``"grouped"``:
             as many passes over the data as ``max_gradient_bytes`` asks for; every pass must see the same batches, and
@@ -87,8 +87,8 @@ def select(
         raise TypeError(f"policy must be a policy such as PerNeuron(1), got {policy!r}")
     if not (math.isfinite(loss_scale) and loss_scale > 0):
         raise ValueError(f"loss_scale must be positive and finite, got {loss_scale}")
-    parameters = {strip_wrappers(name): parameter for name, parameter in model.named_parameters()}
     rule_of = parameter_rules(model, **rules)
+    parameters = named_parameters(model)
     ranked = {name: parameters[name] for name, rule in rule_of.items() if rule.action == "rank"}
     chosen.reset()
     ranker = Ranker(policy, chosen, rule_of, ranked, loss_scale)
@@ -145,39 +145,46 @@ class Ranker:
         sizes = {name: rules[name].view.shape(parameter.shape) for name, parameter in ranked.items()}
         self._ranking: Ranking = policy.start(sizes)
         self._silent: dict[str, int] = {}  # neurons that score zero
-        self._zeros = self._sampled = 0
+        self._zeros = self._entries = 0
 
     @torch.no_grad()
     def add(self, name: str, grad: Tensor | None) -> None:
         """Ranks one parameter by the sum of its gradients."""
         parameter, view = self._parameters[name].detach(), self._rules[name].view
         matrix = None if grad is None else view.of(grad)
-        weight = view.of(parameter)
-        score = self._criterion.score(weight if matrix is None else weight.to(matrix.device), matrix)
-        if score.shape != weight.shape:
-            raise ValueError(
-                f"criterion {self._criterion.name!r} returned {list(score.shape)} for {name}, expected the scores "
-                f"{list(weight.shape)}"
-            )
+        score = self._score(name, view.of(parameter), matrix)
         if score.numel():
             peaks = gk.gather_rows(score, gk.topk_rows(score, 1))  # NaN and inf come out on top
             if not bool(peaks.isfinite().all()):
-                self._refuse(name, score, grad)
+                self._refuse(name, score, parameter, grad)
             if silent := int((peaks == 0).sum()):
                 self._silent[name] = silent
-        if grad is not None and grad.numel():
-            sample = grad.reshape(-1)[:: max(grad.numel() // _SAMPLE, 1)]
-            self._zeros += int((sample == 0).sum())
-            self._sampled += sample.numel()
+        if grad is not None:
+            self._zeros += grad.numel() - int(torch.count_nonzero(grad))
+            self._entries += grad.numel()
         self._ranking.add(name, score, tuple(parameter.shape), view, self._criterion.squared)
 
-    def _refuse(self, name: str, score: Tensor, grad: Tensor | None) -> None:
-        at_fault, what = score, f"score of {name} by {self._criterion.name!r}"
-        if grad is not None and not bool(grad.isfinite().all()):
-            at_fault, what = grad, f"gradient of {name}"
+    def _score(self, name: str, weight: Tensor, grad: Tensor | None) -> Tensor:
+        weight = weight if grad is None else weight.to(grad.device)
+        score = self._criterion.score(weight, grad)
+        what = f"criterion {self._criterion.name!r} returned"
+        if not isinstance(score, Tensor) or not score.is_floating_point():
+            found = score.dtype if isinstance(score, Tensor) else type(score).__name__
+            raise TypeError(f"{what} {found} for {name}, expected a tensor of floating-point scores")
+        if score.shape != weight.shape:
+            raise ValueError(f"{what} {list(score.shape)} for {name}, expected the scores {list(weight.shape)}")
+        return score
+
+    def _refuse(self, name: str, score: Tensor, weight: Tensor, grad: Tensor | None) -> None:
         hint = "look for an overflow in half precision or a division by zero in the loss"
         if self._loss_scale > 1:
             hint = f"lower loss_scale={self._loss_scale:g}, or {hint}"
+        if grad is not None and not bool(grad.isfinite().all()):
+            at_fault, what = grad, f"gradient of {name}"
+        elif not bool(weight.isfinite().all()):
+            at_fault, what, hint = weight, f"weight {name}", "load the model anew"
+        else:
+            at_fault, what = score, f"score of {name} by {self._criterion.name!r}"
         bad = int((~at_fault.isfinite()).sum())
         raise ValueError(f"the {what} is not finite ({bad} of {at_fault.numel()} entries); {hint}")
 
@@ -189,15 +196,15 @@ class Ranker:
         """Notes on gradients that were zero; warns of neurons that have no others."""
         notes: dict[str, Any] = {}
         if self._zeros:
-            notes["gradient entries that are zero"] = f"{100 * self._zeros / self._sampled:.1f} %"
+            notes["gradient entries that are zero"] = f"{100 * self._zeros / self._entries:.1f} %"
         if self._silent:
             count = sum(self._silent.values())
             notes["neurons that score zero"] = count
             worst = max(self._silent, key=lambda name: self._silent[name])
-            hint = " Under fp16 autocast gradients may underflow: raise loss_scale." if self._sampled else ""
+            hint = " Under fp16 autocast gradients may underflow: raise loss_scale." if self._entries else ""
             warnings.warn(
-                f"{count} neurons score zero everywhere (most in {worst}: {self._silent[worst]}); their first inputs "
-                f"count as the best.{hint}",
+                f"{count} neurons score zero everywhere (most in {worst}: {self._silent[worst]}), so that all of their "
+                f"inputs tie.{hint}",
                 stacklevel=3,
             )
         return notes

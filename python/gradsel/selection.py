@@ -13,8 +13,9 @@ from gradsel import selection_file, shira
 from gradsel.comparing import Overlap, overlap, require_same_parameters
 from gradsel.distribution import Blocks
 from gradsel.fingerprints import fingerprint, kind_of
+from gradsel.links import selected_in
 from gradsel.masks import Frozen, Mask
-from gradsel.rules import strip_wrappers
+from gradsel.rules import named_parameters, strip_wrappers
 from gradsel.tables import grouped, shape_text, table
 
 _IMPORTED = {"policy": "imported"}
@@ -28,7 +29,7 @@ class Selection(Mapping[str, Mask]):
     regular as the result is: rows with rows stay rows; as many entries in every neuron are again a mask per row.
 
     Attributes:
-        notes: how it was made: policy, criterion, number of batches, rows whose gradient was zero.
+        notes: how it was made: policy, criterion, number of batches, memory, neurons that score zero.
         base: fingerprints of the weights it was made on, by name, where they are known.
     """
 
@@ -110,6 +111,14 @@ class Selection(Mapping[str, Mask]):
 
     def __len__(self) -> int:
         return len(self._masks)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both select the same entries of the same parameters, in masks of the same kinds."""
+        if not isinstance(other, Selection):
+            return NotImplemented
+        return self.keys() == other.keys() and all(kinds.same(mask, other[name]) for name, mask in self.items())
+
+    __hash__ = None  # type: ignore[assignment]
 
     def trainable_count(self) -> int:
         """Trained scalars in all: selected entries, biases, head."""
@@ -219,7 +228,9 @@ class Selection(Mapping[str, Mask]):
         Raises:
             ValueError: parameters are missing or unknown, have other shapes, or other values.
         """
-        parameters = {strip_wrappers(name): parameter for name, parameter in model.named_parameters()}
+        if any(selected_in(module) for module in model.modules()):
+            raise ValueError("the model is attached to a selection; call gradsel.detach(model) before checking another")
+        parameters = named_parameters(model)
         shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         require_same_parameters(self._shapes(), shapes, "the selection", "the model")
         if not values:

@@ -70,7 +70,7 @@ def easiest_subset(
     if n == 1:
         return EasiestSubset(dataset, range(size), 0, ())
     # Parts stay shuffled: in a data set sorted by class, a contrastive loss needs batches of several classes.
-    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(size, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
     parts = [part.tolist() for part in order.tensor_split(n)]
     losses = []
     for number, indices in enumerate(parts):

@@ -17,6 +17,7 @@ from gradsel.training import fine_tune, jitter, warmup_cosine
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
+pytest.importorskip("peft")
 from gradsel import ablation, demo
 
 TINY = demo.Settings(dim=8, depth=1, heads=2, pretrain_epochs=1, shots=3, epochs=2)

@@ -148,3 +148,30 @@ def test_two_processes_select_what_one_does(tmp_path):
         for key, mask in masks.items():
             assert torch.equal(mask, second["masks"][name][key]), (name, key)
             assert (mask == expected[key].to_dense()).float().mean() > 0.999, (name, key)  # sums round differently
+
+
+def fail_alone(rank: int, world: int, folder: str) -> None:
+    """One process: the first meets a loss that is not finite, the second has no batches and a BatchNorm."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    model = Toy()
+    parallel = DistributedDataParallel(model, find_unused_parameters=True)
+
+    def loss(model, batch):
+        return cross_entropy(model, batch) * (float("nan") if rank == 0 else 1.0)
+
+    expected = {0: (ValueError, "loss of batch 1 is nan"), 1: (RuntimeError, "rank 0 failed with ValueError: the sel")}
+    error, message = expected[rank]
+    with pytest.raises(error, match=message):
+        gradsel.select(parallel, batches(), loss)
+    selection = gradsel.select(parallel, [] if rank else batches(), cross_entropy)  # one rank has no data
+    assert selection.notes["batches"] == 3
+    torch.save({name: mask.to_dense() for name, mask in selection.items()}, Path(folder) / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="this build of torch has no gloo")
+def test_no_process_waits_for_one_that_failed_or_has_no_data(tmp_path):
+    torch.multiprocessing.spawn(fail_alone, (2, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    assert all(torch.equal(mask, second[name]) for name, mask in first.items())

@@ -305,7 +305,10 @@ def test_fingerprints_are_of_logical_entries(shape, dtype):
     count = min(256, flat.numel())
     sample = torch.stack([flat[i * flat.numel() // count] for i in range(count)]) if count else flat
     raw = bytes(sample.view(torch.uint8).tolist())
-    assert digest == hashlib.blake2b(raw, digest_size=8).hexdigest()
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
+    total = sum(weight.contiguous().view(integers).reshape(-1).tolist())
+    total = (total + 2**63) % 2**64 - 2**63  # as 64 bits add
+    assert digest == hashlib.blake2b(raw + str(total).encode(), digest_size=8).hexdigest()
     assert fingerprint(nn.Parameter(weight, requires_grad=False)) == text
     if weight.ndim == 4:
         assert fingerprint(weight.to(memory_format=torch.channels_last)) == text
@@ -313,6 +316,8 @@ def test_fingerprints_are_of_logical_entries(shape, dtype):
         assert fingerprint(weight.t().contiguous().t()) == text
     if weight.numel() > 1 and dtype is not torch.bool:
         assert fingerprint(weight + 1) != text
+        weight.view(-1)[-1].zero_().add_(1 if flat[-1] == 0 else 0)  # one entry, which no sample reads in a large one
+        assert fingerprint(weight) != text
 
 
 def test_fingerprints_know_wrapped_models_by_their_names():

@@ -406,3 +406,11 @@ def test_a_union_of_tasks_trains_attached():
     moved = model.blocks[0].fc1.weight.detach() != before
     assert moved.any()
     assert not (moved & ~selection["blocks.0.fc1.weight"].to_dense()).any()
+
+
+def test_equality_is_that_of_entries_and_kinds():
+    one, same, other = (gradsel.select(Toy(), None, None, criterion=gradsel.random_scores(s)) for s in (0, 0, 1))
+    assert one == same
+    assert one != other
+    assert one != gradsel.Selection({**one, "head.weight": Frozen((4, 12))})
+    assert one != 3

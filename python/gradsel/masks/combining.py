@@ -166,3 +166,11 @@ def _found(numbers: Tensor, among: Tensor) -> Tensor:
     """bool: which of ``numbers`` are in ``among``. Both are sorted, the latter is not empty."""
     places = torch.searchsorted(among, numbers).clamp_(max=among.numel() - 1)
     return among[places] == numbers
+
+
+def same(a: Mask, b: Mask) -> bool:
+    """Whether two masks are of one kind, shape and view, and select the same entries, wherever their indices are."""
+    if (a.kind, a.shape, a.describe()) != (b.kind, b.shape, b.describe()):
+        return False
+    theirs = b.tensors()
+    return all(torch.equal(tensor.cpu(), theirs[name].cpu()) for name, tensor in a.tensors().items())
