@@ -89,6 +89,28 @@ GRADSEL_CLONES AdamScalars<double> anchor_run(double* p, const double* g, double
   return anchor_math(p, g, pulled, original, count, s);
 }
 
+GRADSEL_CLONES void unscale_run(const float* g, float* scaled, int64_t count, float scale) {
+  unscale_loop(g, scaled, count, scale);
+}
+GRADSEL_CLONES void unscale_run(const double* g, double* scaled, int64_t count, double scale) {
+  unscale_loop(g, scaled, count, scale);
+}
+GRADSEL_CLONES void round_stochastically(float* p, int64_t dtype, int64_t entry, int64_t count, RandomKeys keys) {
+  if (dtype == kBFloat16)
+    stochastic_loop<stochastic_bfloat16>(p, entry, count, keys);
+  else
+    stochastic_loop<stochastic_float16>(p, entry, count, keys);
+}
+GRADSEL_CLONES void add_run(float* GRADSEL_RESTRICT p, const float* GRADSEL_RESTRICT term, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) p[i] += term[i];
+}
+GRADSEL_CLONES void split_compensated(float* p, int64_t dtype, void* compensation, int64_t count) {
+  if (dtype == kBFloat16)
+    compensated_loop<BFloat16>(p, compensation, count);
+  else
+    compensated_loop<Float16>(p, compensation, count);
+}
+
 template <class T, class Stored>
 void gather_loop(T* to, const void* from, const int64_t* offsets, int count) {
   for (int i = 0; i < count; ++i) to[i] = convert<T>(static_cast<const Stored*>(from)[offsets[i]]);
@@ -143,6 +165,7 @@ struct Task {
   View weight, grad;
   bool indexed;       // the dense weight or gradient is reached through indices
   bool shared;        // ... at the same offsets in both, or only one of them is
+  RandomKeys keys;    // of this step, where it rounds stochastically
   AdamScalars<float> scalars32;
   AdamScalars<double> scalars64;
 
@@ -168,6 +191,7 @@ struct Block {
   int64_t begin = 0;
   int count = 0;
   int64_t weight_offsets[kBlock], grad_offsets[kBlock];
+  float moments[3][kBlock];  // of a state in bfloat16
 
   const int64_t* grad_at() const { return task->shared ? weight_offsets : grad_offsets; }
 };
@@ -277,8 +301,52 @@ class Blocks {
 template <class T>
 constexpr int64_t kCode = std::is_same<T, double>::value ? kFloat64 : kFloat32;
 
+// A moment of a block as T: where it is, or in the block's buffer if it is stored in bfloat16.
 template <class T>
-void update(const Block& block, AdamScalars<T> scalars) {
+T* moment_run(Block& block, int which, int64_t address) {
+  if (!address) return nullptr;
+  if constexpr (std::is_same<T, float>::value) {
+    if (block.task->item.state_dtype == kBFloat16) {
+      load_contiguous(block.moments[which], kBFloat16, at<BFloat16>(address) + block.begin, block.count);
+      return block.moments[which];
+    }
+  }
+  return at<T>(address) + block.begin;
+}
+
+void store_moments(const Block& block) {
+  const AdamItem& item = block.task->item;
+  const int64_t addresses[3] = {item.exp_avg, item.exp_avg_sq, item.max_exp_avg_sq};
+  for (int i = 0; i < 3; ++i)
+    if (addresses[i])
+      store_contiguous(kBFloat16, at<BFloat16>(addresses[i]) + block.begin, block.moments[i], block.count);
+}
+
+// Adds what rounding has left behind to parameters just read, which are in a buffer then.
+void add_compensation(const Block& block, float* param) {
+  const AdamItem& item = block.task->item;
+  if (!item.compensation) return;
+  float terms[kBlock];
+  load_contiguous(terms, item.weight_dtype, at<char>(item.compensation) + block.begin * size_of(item.weight_dtype),
+                  block.count);
+  add_run(param, terms, block.count);
+}
+
+// Replaces new parameters by what the weight is to hold, where that is not their nearest neighbour or not all.
+void round_params(const Block& block, float* param) {
+  const AdamItem& item = block.task->item;
+  if (item.stochastic) round_stochastically(param, item.weight_dtype, block.begin, block.count, block.task->keys);
+  if (item.compensation)
+    split_compensated(param, item.weight_dtype,
+                      at<char>(item.compensation) + block.begin * size_of(item.weight_dtype), block.count);
+}
+
+// The checks forbid both with double.
+void add_compensation(const Block&, double*) {}
+void round_params(const Block&, double*) {}
+
+template <class T>
+void update(Block& block, AdamScalars<T> scalars) {
   const Task& task = *block.task;
   const AdamItem& item = task.item;
   T param_buffer[kBlock], grad_buffer[kBlock];
@@ -298,6 +366,7 @@ void update(const Block& block, AdamScalars<T> scalars) {
   } else {
     load_contiguous(param, item.weight_dtype, weight_run, block.count);
   }
+  add_compensation(block, param);
 
   const T* grad = grad_buffer;
   if (task.indexed && item.grad_is_dense)
@@ -307,22 +376,27 @@ void update(const Block& block, AdamScalars<T> scalars) {
   else
     load_contiguous(grad_buffer, item.grad_dtype, grad_run, block.count);
 
+  if (scalars.grad_scale != 1) {
+    unscale_run(grad, grad_buffer, block.count, scalars.grad_scale);
+    grad = grad_buffer;
+  }
   if (item.original && scalars.pulls) {
     scalars = anchor_run(param, grad, grad_buffer, at<const T>(item.original) + block.begin, block.count, scalars);
     grad = grad_buffer;
   }
-  T* max_exp_avg_sq = item.max_exp_avg_sq ? at<T>(item.max_exp_avg_sq) + block.begin : nullptr;
-  adam_run(param, grad, at<T>(item.exp_avg) + block.begin, at<T>(item.exp_avg_sq) + block.begin, max_exp_avg_sq,
-           block.count, scalars);
+  adam_run(param, grad, moment_run<T>(block, 0, item.exp_avg), moment_run<T>(block, 1, item.exp_avg_sq),
+           moment_run<T>(block, 2, item.max_exp_avg_sq), block.count, scalars);
+  if (item.state_dtype == kBFloat16) store_moments(block);
 
   if (!store) return;
+  round_params(block, param);
   if (task.indexed)
     scatter(item.weight_dtype, weight, param, block.weight_offsets, block.count);
   else
     store_contiguous(item.weight_dtype, weight_run, param, block.count);
 }
 
-void update(const Block& block) {
+void update(Block& block) {
   if (block.task->item.state_dtype == kFloat64)
     update(block, block.task->scalars64);
   else
@@ -426,6 +500,7 @@ AdamScalars<T> scalars(const AdamHyperparameters& h, double correction1, double 
   s.pull_l1 = h.anchor_l1;
   s.pull_decoupled = h.anchor_decoupled;
   s.pull = static_cast<T>(h.anchor_decoupled ? h.lr * pull : pull);
+  s.grad_scale = static_cast<T>(h.grad_scale);
   return s;
 }
 
@@ -440,6 +515,7 @@ void count_steps(std::vector<Task>& tasks, const AdamHyperparameters& hyper) {
       correction2 = 1 - std::pow(hyper.beta2, t);
       last = t;
     }
+    if (item.stochastic) task.keys = RandomKeys(item.seed, static_cast<uint32_t>(static_cast<int64_t>(t)));
     task.scalars32 = scalars<float>(hyper, correction1, correction2);
     task.scalars64 = scalars<double>(hyper, correction1, correction2);
   }

@@ -24,6 +24,7 @@ struct AdamScalars {
   T root_of_correction, eps, minus_step_size;
   bool pulls, pull_l1, pull_decoupled;  // whether there is an anchor, and of which kind
   T pull;  // what the gap, or for L1 its sign, is multiplied with in the gradient (coupled) or the step (decoupled)
+  T grad_scale;  // gradients are divided by it ahead of everything, 1 without a scaler
 };
 
 GRADSEL_INLINE float fused(float a, float b, float c) { return std::fma(a, b, c); }
@@ -57,6 +58,12 @@ GRADSEL_INLINE void pull_loop(T* GRADSEL_RESTRICT param, const T* grad, T* pulle
     param[i] = p;
     pulled[i] = g;
   }
+}
+
+// As torch's fused Adam has it; a pass of its own for the same reason. `scaled` may be `grad`.
+template <class T>
+GRADSEL_INLINE void unscale_loop(const T* grad, T* scaled, int64_t count, T scale) {
+  for (int64_t i = 0; i < count; ++i) scaled[i] = grad[i] / scale;
 }
 
 template <class T, bool decays>
@@ -120,6 +127,69 @@ GRADSEL_INLINE void adam_math(T* param, const T* grad, T* exp_avg, T* exp_avg_sq
     adam_loop<T, false, true>(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, count, s);
   else
     adam_loop<T, false, false>(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, count, s);
+}
+
+// What becomes of float32 parameters when the weight has 16 bits. Both leave in `param` what the weight holds exactly.
+
+// A bijection of 32 bits, with the constants of C. Wellons' search for small bias ("hash-prospector").
+GRADSEL_INLINE uint32_t mix(uint32_t x) {
+  x = (x ^ (x >> 16)) * 0x21f0aaadu;
+  x = (x ^ (x >> 15)) * 0x735a2d97u;
+  return x ^ (x >> 15);
+}
+
+// What the random words of a tensor's step t are made from: the specification's random_keys, where the reasons are.
+struct RandomKeys {
+  uint32_t first = 0, second = 0;
+
+  RandomKeys() = default;
+  RandomKeys(int64_t seed, uint32_t t) {
+    const uint32_t low = mix(static_cast<uint32_t>(seed));
+    const uint32_t high = mix(static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32) ^ low);
+    first = mix(t ^ low);
+    second = mix(~t ^ high);
+  }
+};
+
+// Moves x, away from zero, where the word is below the fraction of the way to its next neighbour, else to the neighbour
+// below; the fraction in units of 2^-32.
+GRADSEL_INLINE float stochastic_bfloat16(float x, uint32_t word) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t rounded = ((bits >> 16) + (word < bits << 16)) << 16;
+  return (bits & 0x7fffffffu) > 0x7f800000u ? x : bit_cast<float>(rounded);  // a NaN would carry into the sign
+}
+
+GRADSEL_INLINE float stochastic_float16(float x, uint32_t word) {
+  const uint32_t bits = bit_cast<uint32_t>(x), magnitude = bits & 0x7fffffffu;
+  const uint32_t rounded = ((bits >> 13) + (word < bits << 19)) << 13;
+  // Below 2^-14 the numbers are the multiples of 2^-24; every product and difference here is exact.
+  const bool small = magnitude < 0x38800000u;
+  const float multiple = small ? bit_cast<float>(magnitude) * 0x1p24f : 0.0f;
+  const int32_t whole = static_cast<int32_t>(multiple);
+  const uint32_t fraction = static_cast<uint32_t>((multiple - static_cast<float>(whole)) * 0x1p32f);
+  const uint32_t tiny = bit_cast<uint32_t>(static_cast<float>(whole + (word < fraction)) * 0x1p-24f);
+  const uint32_t finite = small ? tiny | (bits & 0x80000000u) : rounded;
+  return magnitude > 0x7f800000u ? x : bit_cast<float>(finite);
+}
+
+template <float (*round)(float, uint32_t)>
+GRADSEL_INLINE void stochastic_loop(float* param, int64_t entry, int64_t count, RandomKeys keys) {
+  for (int64_t i = 0; i < count; ++i) {
+    const uint64_t number = static_cast<uint64_t>(entry + i);
+    const uint32_t once = mix(static_cast<uint32_t>(number) ^ keys.first);
+    param[i] = round(param[i], mix(once ^ static_cast<uint32_t>(number >> 32) ^ keys.second));
+  }
+}
+
+template <class Stored>
+GRADSEL_INLINE void compensated_loop(float* GRADSEL_RESTRICT param, void* compensation, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float rounded = convert<float>(convert<Stored>(param[i]));
+    const float lost = param[i] - rounded;
+    const bool finite = std::abs(lost) <= std::numeric_limits<float>::max();
+    static_cast<Stored*>(compensation)[i] = convert<Stored>(finite ? lost : 0.0f);
+    param[i] = rounded;
+  }
 }
 
 }  // namespace gradsel

@@ -13,7 +13,7 @@ namespace py = pybind11;
 namespace {
 
 // Raised whenever a signature or the Adam table changes; native.py refuses a module with another number.
-constexpr int kAbi = 3;
+constexpr int kAbi = 4;
 
 template <class T>
 T* pointer(int64_t address) {
@@ -115,13 +115,13 @@ void selected_weight_grad(int64_t dtype, int64_t grad_output, const Three& shape
 // None, or (kind, item, low, high, end, count) of what is wrong with the indices; then nothing has changed.
 py::object masked_adam(int64_t table, int64_t count, double lr, double beta1, double beta2, double eps,
                        double weight_decay, bool decoupled_weight_decay, bool maximize, double anchor, bool anchor_l1,
-                       bool anchor_decoupled, int threads) {
+                       bool anchor_decoupled, double grad_scale, int threads) {
   gradsel::AdamFault fault;
   {
     py::gil_scoped_release release;
     fault = gradsel::masked_adam(pointer<gradsel::AdamItem>(table), count,
                                  {lr, beta1, beta2, eps, weight_decay, decoupled_weight_decay, maximize, anchor,
-                                  anchor_l1, anchor_decoupled},
+                                  anchor_l1, anchor_decoupled, grad_scale},
                                  threads);
   }
   if (fault.kind == gradsel::AdamFault::kNone) return py::none();

@@ -65,6 +65,8 @@ struct AdamItem {
   int64_t state_dtype;
   int64_t step, step_dtype;
   int64_t index, index_is_64, index_width;  // width of a row of the index: columns (COLS) or words (BITS)
+  int64_t stochastic, seed;                 // stochastic 0: the weight is rounded to nearest
+  int64_t compensation;                     // 0: what rounding the weight loses is lost
 };
 
 struct AdamHyperparameters {
@@ -72,6 +74,7 @@ struct AdamHyperparameters {
   bool decoupled_weight_decay, maximize;
   double anchor;
   bool anchor_l1, anchor_decoupled;
+  double grad_scale;  // gradients are divided by it
 };
 
 struct AdamFault {

@@ -6,6 +6,7 @@ for fake tensors too. Indices out of range are found by the backends (see :mod:`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
 
 import torch
@@ -123,7 +124,7 @@ def scatter_rows_(weight: Tensor, cols: Tensor, values: Tensor) -> None:
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which sums over tokens are taken and returned."""
+    """The dtype in which sums over tokens are taken and returned, and in which Adam computes."""
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
@@ -187,9 +188,16 @@ def masked_adam_(
     steps: list[Tensor],
     indices: list[Tensor],
     layouts: list[int],
+    *,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    seeds: Sequence[int] = (),
+    stochastic: Sequence[bool] = (),
+    compensations: Sequence[Tensor] | None = None,
     **hyperparameters: float,
 ) -> None:
     count = len(weights)
+    compensations = compensations or ()
     for name, tensors in (
         ("grads", grads),
         ("exp_avgs", exp_avgs),
@@ -200,9 +208,17 @@ def masked_adam_(
     ):
         if len(tensors) != count:
             raise ValueError(f"{name} has {len(tensors)} entries, but weights has {count}; pass one for each tensor")
-    for name, tensors in (("values", values), ("max_exp_avg_sqs", max_exp_avg_sqs), ("originals", originals)):
-        if tensors and len(tensors) != count:
-            raise ValueError(f"{name} has {len(tensors)} entries; pass none, or one for each of the {count} weights")
+    for name, optional in (
+        ("values", values),
+        ("max_exp_avg_sqs", max_exp_avg_sqs),
+        ("originals", originals),
+        ("seeds", seeds),
+        ("compensations", compensations),
+    ):
+        if optional and len(optional) != count:
+            raise ValueError(f"{name} has {len(optional)} entries; pass none, or one for each of the {count} weights")
+    if len(stochastic) != len(seeds):
+        raise ValueError(f"stochastic has {len(stochastic)} entries, but seeds has {len(seeds)}; one says which hold")
     for i in range(count):
         try:
             _adam_item(
@@ -217,8 +233,34 @@ def masked_adam_(
                 indices[i],
                 layouts[i],
             )
+            _adam_rounding(
+                weights[i],
+                values[i] if values else None,
+                exp_avgs[i],
+                bool(stochastic) and stochastic[i],
+                compensations[i] if compensations else None,
+            )
         except (TypeError, ValueError) as error:
             raise type(error)(f"tensor {i}: {error}") from None
+    if count:
+        adam_scalars(grad_scale, found_inf, exp_avgs[0].device)
+
+
+def adam_scalars(grad_scale: Tensor | None, found_inf: Tensor | None, device: torch.device) -> None:
+    """Checks what a gradient scaler passes to masked_adam_."""
+    for name, scalar in (("grad_scale", grad_scale), ("found_inf", found_inf)):
+        if scalar is None:
+            continue
+        if scalar.numel() != 1 or scalar.dtype is not torch.float32 or scalar.device != device:
+            raise ValueError(f"{name} must be one float32 on {device}, got {_describe(scalar)}")
+
+
+def adam_seeds(seeds: Sequence[int | None]) -> tuple[list[int], list[bool]]:
+    """The seeds as the operator takes them: a number for each tensor, and whether it holds."""
+    for i, seed in enumerate(seeds):
+        if seed is not None and not -(2**63) <= seed < 2**63:
+            raise ValueError(f"tensor {i}: seed must be an int64, -2**63 to 2**63 - 1, or None, got {seed}")
+    return [seed or 0 for seed in seeds], [seed is not None for seed in seeds]
 
 
 def _adam_item(
@@ -236,21 +278,16 @@ def _adam_item(
     shape = exp_avg.shape
     dtype = exp_avg.dtype
     nnz = exp_avg.numel()
-    if dtype is not torch.float32 and dtype is not torch.float64:
-        raise TypeError(f"exp_avg must be float32 (float64 for float64 weights), got {dtype}")
-    for name, tensor in (
-        ("exp_avg_sq", exp_avg_sq),
-        ("max_exp_avg_sq", max_exp_avg_sq),
-        ("original", original),
-        ("values", value),
+    if dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        raise TypeError(f"exp_avg must be float32 or bfloat16 (float64 for float64 weights), got {dtype}")
+    for name, tensor, expected in (
+        ("exp_avg_sq", exp_avg_sq, dtype),
+        ("max_exp_avg_sq", max_exp_avg_sq, dtype),
+        ("original", original, sum_dtype(dtype)),
+        ("values", value, sum_dtype(dtype)),
     ):
-        if tensor is None or (name == "values" and tensor.numel() == 0):
-            continue
-        if tensor.dtype is not dtype or tensor.shape != shape:
-            raise ValueError(f"{name} must match exp_avg ({dtype} {list(shape)}), got {_describe(tensor)}")
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
-        _same_device(name, tensor, "exp_avg", exp_avg)
+        if tensor is not None and (name != "values" or tensor.numel()):
+            _in_mask_order(name, tensor, expected, exp_avg)
     if not exp_avg.is_contiguous():
         raise ValueError(f"exp_avg must be contiguous, got strides {exp_avg.stride()}")
     if step.numel() != 1 or step.dtype not in (torch.float32, torch.float64) or step.device != exp_avg.device:
@@ -287,6 +324,39 @@ def _adam_item(
             f"grad must be dense with the shape of the weight {list(weight.shape)} or compact {list(shape)}, "
             f"got {list(grad.shape)}"
         )
+
+
+def _in_mask_order(name: str, tensor: Tensor, dtype: torch.dtype, exp_avg: Tensor) -> None:
+    if tensor.dtype is not dtype or tensor.shape != exp_avg.shape:
+        raise ValueError(
+            f"{name} must match exp_avg ({dtype} {list(exp_avg.shape)}), got {_describe(tensor)}"
+            + f"; exp_avg is {exp_avg.dtype}" * (exp_avg.dtype is not dtype)
+        )
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+    _same_device(name, tensor, "exp_avg", exp_avg)
+
+
+def _adam_rounding(
+    weight: Tensor, value: Tensor | None, exp_avg: Tensor, stochastic: bool, compensation: Tensor | None
+) -> None:
+    """Stochastic rounding and compensation: for weights that hold less than their update has."""
+    compensated = compensation is not None and compensation.numel() != 0
+    if not (stochastic or compensated) or not (weight.numel() or exp_avg.numel()):
+        return
+    if stochastic and compensated:
+        raise ValueError("it has a seed and a compensation; round stochastically or compensate, not both")
+    name = "a seed" if stochastic else "a compensation"
+    if weight.numel() == 0:
+        raise ValueError(f"{name} needs a weight to round, got none")
+    if weight.dtype not in (torch.bfloat16, torch.float16):
+        raise TypeError(f"{name} needs a bfloat16 or float16 weight, got {weight.dtype}, which loses nothing to it")
+    if value is not None and value.numel():
+        raise ValueError(f"{name} is for a weight without values, which hold what rounding loses; drop one of them")
+    if exp_avg.dtype is torch.float64:
+        raise TypeError(f"{name} needs moments in float32 or bfloat16, got {exp_avg.dtype}")
+    if compensation is not None and compensated:
+        _in_mask_order("compensation", compensation, weight.dtype, exp_avg)
 
 
 def grad_is_dense(grad: Tensor, weight: Tensor) -> bool:

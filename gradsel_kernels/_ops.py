@@ -35,7 +35,8 @@ SCHEMAS = {
         "(Tensor(a!)[] weights, Tensor(b!)[] values, Tensor[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, "
         "Tensor(e!)[] max_exp_avg_sqs, Tensor[] originals, Tensor(f!)[] steps, Tensor[] indices, int[] layouts, *, "
         "float lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled_weight_decay, "
-        "bool maximize, float anchor, bool anchor_l1, bool anchor_decoupled) -> ()"
+        "bool maximize, float anchor, bool anchor_l1, bool anchor_decoupled, Tensor? grad_scale=None, "
+        "Tensor? found_inf=None, int[] seeds=[], bool[] stochastic=[], Tensor(g!)[]? compensations=None) -> ()"
     ),
 }
 
@@ -115,9 +116,9 @@ def selected_weight_grad_bias(
 @_fake
 def masked_adam_(
     weights, values, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, originals, steps, indices, layouts,
-    **hyperparameters,
+    **options,
 ) -> None:  # fmt: skip
     _checks.masked_adam_(
         weights, values, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, originals, steps, indices, layouts,
-        **hyperparameters,
+        **options,
     )  # fmt: skip

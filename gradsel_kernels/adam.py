@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradsel_kernels._checks import Layout
+from gradsel_kernels._checks import Layout, adam_seeds
 from gradsel_kernels._ops import OPS
 
 
@@ -33,6 +33,10 @@ def masked_adam_(
     anchor: float = 0.0,
     anchor_l1: bool = False,
     anchor_decoupled: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    seeds: Sequence[int | None] | None = None,
+    compensations: Sequence[Tensor | None] | None = None,
 ) -> None:
     """One step of Adam or AdamW on the selected entries of every tensor, in place.
 
@@ -45,6 +49,9 @@ def masked_adam_(
             ``exp_avgs``, contiguous). Where the two shapes are the same, it is dense.
         exp_avgs, exp_avg_sqs: first and second moments of the selected entries, in mask order, contiguous, float32
             (float64 for float64 weights): [rows, k] for ``COLS``, [nnz] for ``BITS`` and ``FLAT``, any for ``ALL``.
+            bfloat16 instead of float32 halves them: the step is computed in float32, and they are stored rounded to
+            nearest even, which keeps second moments from falling where 1 - beta2 is below 2^-9. The moments of one
+            tensor have one dtype.
         steps: one float each, the number of steps done so far; counted up here.
         lr, beta1, beta2, eps, weight_decay: as in :class:`torch.optim.Adam`.
         decoupled_weight_decay: weight decay as in AdamW instead of an L2 term in the gradient. Either moves selected
@@ -55,10 +62,11 @@ def masked_adam_(
             [rows, ceil(n / 32)]) or ``FLAT`` (int32 or int64 [nnz], row * n + column). None: all ``ALL``.
         values: the selected entries as trained, float32 (float64), in mask order: master copies for weights in
             bfloat16 or float16, or a compact parameter of its own. They are updated, and the weight, if there is one,
-            receives them rounded to its dtype. None: the weight is read, updated in float32 and rounded back.
+            receives them rounded to its dtype. None: the weight is read, updated in float32 and rounded back to nearest
+            even, unless ``seeds`` or ``compensations`` say otherwise.
         max_exp_avg_sqs: running maxima of the second moments; given, the step is AMSGrad's.
-        originals: the values that the anchor pulls the selected entries towards, like ``exp_avgs`` in mask order, dtype
-            and shape; only read. None: no anchor.
+        originals: the values that the anchor pulls the selected entries towards, like ``exp_avgs`` in mask order and
+            shape, float32 (float64); only read. None: no anchor.
         anchor: strength of the pull towards ``originals``, of the regularised loss of GRFT ("Gradient-based and
             Regularized Fine-Tuning", under review 2026, Alg. 1 line 8): ``anchor * ||w - original||_2^2`` over the
             selected entries is added to the loss, so ``2 * anchor * (w - original)`` to the gradient, also with
@@ -68,9 +76,29 @@ def masked_adam_(
             weight decay does: ``w -= 2 * lr * anchor * (w - original)``, or for L1 a step of ``lr * anchor`` that ends
             at the original (soft thresholding). Weight decay of either kind comes first: the anchor sees what
             decoupled weight decay has left.
+        grad_scale: one float32, of ``torch.amp.GradScaler``: gradients are divided by it first of all, as torch's fused
+            optimizers do: in float32 (float64 for float64 states), rounded once to nearest even. Unlike torch's, the
+            gradients in memory stay scaled. Read on the device, without synchronisation. None: no division.
+        found_inf: one float32, of the same scaler: where it is not 0, nothing changes, no step either. Also read on the
+            device. None: the step is always done.
+        seeds: for weights in bfloat16 or float16 without ``values``, one int64 for each tensor, or None for those that
+            are rounded to nearest. Given, the new float32 value x is rounded stochastically: to one of its two
+            neighbours in the weight's dtype, to the upper one with probability (x - lower) / (upper - lower), so that
+            steps much smaller than a unit in the last place are not lost but made at times (Gupta et al. 2015, "Deep
+            Learning with Limited Numerical Precision", sec. 3). The random numbers are a hash of seed, step number and
+            the entry's number in mask order: the same on every backend and thread count, and after a restart. Values
+            that the dtype holds, infinities and NaN stay. Above the largest finite number the next neighbour is
+            infinity, where the next number would be (65536 in float16); what is beyond that becomes infinity.
+        compensations: for the same weights, what rounding left behind, like ``exp_avgs`` in mask order and shape, in
+            the weight's dtype, zero at first: one tensor each, or None. Given, weight + compensation, summed in
+            float32, is the parameter p of the step; then the weight is p rounded to nearest even and the compensation
+            p - weight, rounded too (compensated summation, Kahan 1965; for weights in Zamirai et al. 2020, "Revisiting
+            BFloat16 Training"). It is 0 where the weight is not finite. A weight changed in between keeps its
+            compensation. In float16, whose numbers are multiples of 2^-24, it adds few digits to small weights.
 
     Raises:
-        TypeError, ValueError: tensors that do not fit together; the message names the tensor's number.
+        TypeError, ValueError: tensors that do not fit together; the message names the tensor's number. A tensor with
+            two of values, seed and compensation, or a seed or compensation for a weight that is not in 16 bits.
         IndexError: an index out of range; nothing has changed. On CUDA tensors indices are trusted, as in
             :func:`gather_rows`, and an entry out of range is skipped.
     """
@@ -81,6 +109,7 @@ def masked_adam_(
     given = [t for t in (*exp_avgs, *grads, *weights, *(values or ())) if t is not None]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*weights, *(values or ()))):
         raise RuntimeError("masked_adam_ writes to tensors that require grad; call it under torch.no_grad()")
+    numbers, stochastic = adam_seeds(seeds or ())
     nothing = _nothing(given[0] if given else torch.empty(0))
     if indices is None:
         indices = [None] * len(weights)
@@ -107,6 +136,11 @@ def masked_adam_(
         anchor=anchor,
         anchor_l1=anchor_l1,
         anchor_decoupled=anchor_decoupled,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+        seeds=numbers,
+        stochastic=stochastic,
+        compensations=None if compensations is None else [nothing if t is None else t for t in compensations],
     )
 
 

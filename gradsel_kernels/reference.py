@@ -7,6 +7,7 @@ have passed :mod:`gradsel_kernels._checks`; what those cannot see (values of ind
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -134,8 +135,15 @@ def masked_adam_(
     anchor: float,
     anchor_l1: bool,
     anchor_decoupled: bool,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    seeds: Sequence[int] = (),
+    stochastic: Sequence[bool] = (),
+    compensations: Sequence[Tensor] | None = None,
 ) -> None:
     """One step of Adam on the selected entries of every tensor; everything else is left as it is, to the bit."""
+    if found_inf is not None and found_inf.item() != 0:
+        return
     views = [
         _as_rows(weight, index, layout) if weight.numel() else None
         for weight, index, layout in zip(weights, indices, layouts, strict=True)
@@ -145,23 +153,30 @@ def masked_adam_(
         for i, view in enumerate(views)
     ]
     for i, (view, entry) in enumerate(zip(views, entries, strict=True)):
-        state = exp_avgs[i]
+        state = [exp_avgs[i], exp_avg_sqs[i], *max_exp_avg_sqs[i : i + 1]]
+        shape, dtype = state[0].shape, sum_dtype(state[0].dtype)
+        compensation = compensations[i] if compensations and compensations[i].numel() else None
         grad = grads[i]
         if entry is not None and grad_is_dense(grad, weights[i]):
             grad = _as_rows(grad, indices[i], layouts[i])[entry]
-        grad = grad.to(state.dtype).reshape(state.shape)
+        grad = grad.to(dtype).reshape(shape)
+        if grad_scale is not None:
+            grad = grad / grad_scale.reshape(())
         if values and values[i].numel():
             param = values[i]
         elif view is not None:
-            param = view[entry].to(state.dtype).reshape(state.shape)
+            param = view[entry].to(dtype).reshape(shape)
+            if compensation is not None:
+                param += compensation
         else:
-            param = torch.empty_like(state)  # nothing selected: only the step counts
+            param = torch.empty_like(state[0], dtype=dtype)  # nothing selected: only the step counts
+        moments = [moment.to(dtype) for moment in state]
         adam_math(
             param,
             grad,
-            state,
-            exp_avg_sqs[i],
-            max_exp_avg_sqs[i] if max_exp_avg_sqs else None,
+            moments[0],
+            moments[1],
+            moments[2] if max_exp_avg_sqs else None,
             originals[i] if originals else None,
             steps[i],
             lr=lr,
@@ -175,8 +190,21 @@ def masked_adam_(
             anchor_l1=anchor_l1,
             anchor_decoupled=anchor_decoupled,
         )
-        if view is not None:
-            view[entry] = param.reshape(-1).to(view.dtype)
+        for stored, moment in zip(state, moments, strict=True):
+            if stored is not moment:
+                stored.copy_(moment)
+        if view is None:
+            continue
+        param = param.reshape(-1)
+        if stochastic and stochastic[i]:
+            number = torch.arange(param.numel(), device=param.device)
+            words = random_words(seeds[i], int(steps[i].item()), number)
+            param = round_stochastically(param, view.dtype, words)
+        rounded = param.to(view.dtype)
+        view[entry] = rounded
+        if compensation is not None:
+            lost = param - rounded.to(dtype)
+            compensation.view(-1).copy_(torch.where(lost.isfinite(), lost, 0.0))
 
 
 def adam_math(
@@ -244,6 +272,53 @@ def pull_(param: Tensor, original: Tensor, amount: float, l1: bool) -> None:
         param.copy_(torch.where(gap.abs() <= amount, original, moved))
     else:
         param.add_(gap, alpha=-2 * amount)
+
+
+_UINT32 = 0xFFFFFFFF
+
+
+def mix(x):
+    """A bijection of 32 bits in which every bit of x moves about half the others; int or int64 tensor, 0 to 2**32 - 1.
+
+    Two multiplications and three shifts with the constants of C. Wellons' search for small bias ("hash-prospector").
+    """
+    x = (x ^ (x >> 16)) * 0x21F0AAAD & _UINT32
+    x = (x ^ (x >> 15)) * 0x735A2D97 & _UINT32
+    return x ^ (x >> 15)
+
+
+def random_keys(seed: int, t: int) -> tuple[int, int]:
+    """What the random words of a tensor's step t are made from: no two seeds share it in one step.
+
+    The second key must not be mixed from the first as a word is: some entry would have the same word in every step.
+    """
+    low = mix(seed & _UINT32)
+    high = mix((seed >> 32 & _UINT32) ^ low)
+    return mix((t & _UINT32) ^ low), mix((~t & _UINT32) ^ high)
+
+
+def random_words(seed: int, t: int, entry: Tensor) -> Tensor:
+    """A uniform number of 32 bits, as int64, for each entry, given by its int64 number in mask order."""
+    first, second = random_keys(seed, t)
+    return mix(mix((entry & _UINT32) ^ first) ^ (entry >> 32) ^ second)
+
+
+def round_stochastically(x: Tensor, dtype: torch.dtype, words: Tensor) -> Tensor:
+    """float32 numbers moved to a neighbour in bfloat16 or float16, away from zero where the word is below the fraction.
+
+    The fraction is how far x is on its way between the two, in units of 2**-32, rounded down: that is exact, but for
+    x below 2**-33 in float16, where a part of one such unit is lost.
+    """
+    dropped = 16 if dtype is torch.bfloat16 else 13  # bits of the mantissa
+    bits = x.view(torch.int32).long() & _UINT32
+    away = words < (bits << (32 - dropped) & _UINT32)
+    rounded = ((bits >> dropped) + away << dropped).to(torch.int32).view(torch.float32)
+    if dtype is torch.float16:  # below 2**-14 its numbers are the multiples of 2**-24
+        multiple = x.abs().clamp(max=2.0**-14) * 2.0**24
+        whole = multiple.floor()
+        away = words < ((multiple - whole) * 2.0**32).long()
+        rounded = torch.where(x.abs() < 2.0**-14, torch.copysign((whole + away) * 2.0**-24, x), rounded)
+    return torch.where(x.isfinite(), rounded, x)
 
 
 def _as_rows(tensor: Tensor, index: Tensor, layout: int) -> Tensor:

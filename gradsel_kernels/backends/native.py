@@ -7,6 +7,7 @@ is missing and how to get it.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from gradsel_kernels.backends import panels
 from gradsel_kernels.backends.native_adam import CODES, WIDTH, known_table, new_table
 
 #: Must equal the number compiled into the extension (csrc/bindings.cpp).
-ABI = 3
+ABI = 4
 
 _REBUILD = (
     "Install a C++17 compiler and the Python headers, then install again from the checkout: "
@@ -257,12 +258,25 @@ def masked_adam_(
     anchor: float,
     anchor_l1: bool,
     anchor_decoupled: bool,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    seeds: Sequence[int] = (),
+    stochastic: Sequence[bool] = (),
+    compensations: Sequence[Tensor] | None = None,
 ) -> None:
     args = (weights, values, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, originals, steps, indices, layouts)
-    table = known_table(*args)
+    rounding = (list(compensations or ()), list(seeds), list(stochastic))
+    table = known_table(*args, *rounding)
     if table is None:
-        checks.masked_adam_(*args)
-        table = new_table(*args)
+        checks.masked_adam_(
+            *args, grad_scale=grad_scale, found_inf=found_inf,
+            compensations=compensations, seeds=seeds, stochastic=stochastic,
+        )  # fmt: skip
+        table = new_table(*args, *rounding)
+    else:
+        checks.adam_scalars(grad_scale, found_inf, exp_avgs[0].device)
+    if found_inf is not None and found_inf.item() != 0:
+        return
     fault = _C.masked_adam(
         table.items.buffer_info()[0],
         table.count,
@@ -276,6 +290,7 @@ def masked_adam_(
         anchor,
         anchor_l1,
         anchor_decoupled,
+        1.0 if grad_scale is None else grad_scale.item(),
         torch.get_num_threads(),
     )
     if fault is None:

@@ -20,7 +20,7 @@ from gradsel_kernels._checks import Layout, grad_is_dense
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 # Plain integers: comparing enum members is slow enough to show.
 _COLS, _BITS = int(Layout.COLS), int(Layout.BITS)
-GRAD, WIDTH = 9, 24  # of AdamItem in csrc/kernels.h: the place of the gradient's address, and fields in all
+GRAD, WIDTH = 9, 27  # of AdamItem in csrc/kernels.h: the place of the gradient's address, and fields in all
 
 
 class AdamTable:
@@ -38,6 +38,9 @@ class AdamTable:
         steps: list[Tensor],
         indices: list[Tensor],
         layouts: list[int],
+        compensations: list[Tensor],
+        seeds: list[int],
+        stochastic: list[bool],
     ) -> None:
         self.items = array("q")
         self.count = len(weights)
@@ -80,13 +83,19 @@ class AdamTable:
                     index.data_ptr(),
                     index.dtype is torch.int64,
                     width,
+                    stochastic[i] if stochastic else 0,
+                    seeds[i] if seeds else 0,
+                    compensations[i].data_ptr() if compensations else 0,
                 )
             )
         # Everything the table was made from. The first moment is left out: it is the key that keeps the table alive.
-        self._tensors = _kept(weights, values, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, originals, steps, indices)
+        self._tensors = _kept(
+            weights, values, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, originals, steps, indices, compensations
+        )
         self._memory = _memory([exp_avgs[0], *self._tensors])
-        self._layouts = list(layouts)
-        self._optional = bool(max_exp_avg_sqs), bool(originals)  # which of the two it is that lies in _tensors
+        self._numbers = list(layouts), list(seeds), list(stochastic)
+        # Which of the optional ones it is that lie in _tensors.
+        self._optional = bool(values), bool(max_exp_avg_sqs), bool(originals), bool(compensations)
         self._forms = _forms(weights), _forms(grads)
 
     def takes(
@@ -101,13 +110,18 @@ class AdamTable:
         steps: list[Tensor],
         indices: list[Tensor],
         layouts: list[int],
+        compensations: list[Tensor],
+        seeds: list[int],
+        stochastic: list[bool],
     ) -> bool:
         """Whether only the gradients' addresses are new in this call; the table then holds them."""
-        if layouts != self._layouts or any(grad.layout is not torch.strided for grad in grads):
+        if (layouts, seeds, stochastic) != self._numbers or any(grad.layout is not torch.strided for grad in grads):
             return False
-        if (bool(max_exp_avg_sqs), bool(originals)) != self._optional:
+        if (bool(values), bool(max_exp_avg_sqs), bool(originals), bool(compensations)) != self._optional:
             return False
-        tensors = _kept(weights, values, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, originals, steps, indices)
+        tensors = _kept(
+            weights, values, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, originals, steps, indices, compensations
+        )
         if len(tensors) != len(self._tensors) or not all(map(is_, tensors, self._tensors)):
             return False
         # A tensor can stay and its memory change (.data, set_, resize_); weights can be seen in another way, too.
@@ -144,8 +158,10 @@ def _kept(
     originals: list[Tensor],
     steps: list[Tensor],
     indices: list[Tensor],
+    compensations: list[Tensor],
 ) -> list[Tensor]:
-    return [*weights, *values, *exp_avgs[1:], *exp_avg_sqs, *max_exp_avg_sqs, *originals, *steps, *indices]
+    moments = [*exp_avgs[1:], *exp_avg_sqs, *max_exp_avg_sqs]
+    return [*weights, *values, *moments, *originals, *steps, *indices, *compensations]
 
 
 def _memory(tensors: list[Tensor]) -> list[tuple]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradsel_kernels._checks import Layout, grad_is_dense
+from gradsel_kernels._checks import Layout, grad_is_dense, sum_dtype
 from gradsel_kernels.triton.common import TRITON_DTYPES, convert, div_rn, fma, on_device, popcount, sqrt_rn
 
 _ALL = tl.constexpr(int(Layout.ALL))
@@ -32,17 +33,19 @@ _EXP_AVG_SQ = tl.constexpr(4)
 _MAX_EXP_AVG_SQ = tl.constexpr(5)
 _ORIGINAL = tl.constexpr(6)
 _INDEX = tl.constexpr(7)
-_STEP = tl.constexpr(8)
-_NNZ = tl.constexpr(9)
-_ROWS = tl.constexpr(10)
-_COLUMNS = tl.constexpr(11)
-_ROW_LENGTH = tl.constexpr(12)  # of the index: k (COLS) or words (BITS)
-_WEIGHT_ROW = tl.constexpr(13)
-_WEIGHT_COL = tl.constexpr(14)
-_GRAD_ROW = tl.constexpr(15)
-_GRAD_COL = tl.constexpr(16)
-_FIRST_TILE = tl.constexpr(17)
-_FIELDS = tl.constexpr(18)
+_COMPENSATION = tl.constexpr(8)
+_STEP = tl.constexpr(9)
+_SEED = tl.constexpr(10)
+_NNZ = tl.constexpr(11)
+_ROWS = tl.constexpr(12)
+_COLUMNS = tl.constexpr(13)
+_ROW_LENGTH = tl.constexpr(14)  # of the index: k (COLS) or words (BITS)
+_WEIGHT_ROW = tl.constexpr(15)
+_WEIGHT_COL = tl.constexpr(16)
+_GRAD_ROW = tl.constexpr(17)
+_GRAD_COL = tl.constexpr(18)
+_FIRST_TILE = tl.constexpr(19)
+_FIELDS = tl.constexpr(20)
 
 _NO_DECAY = tl.constexpr(0)
 _L2_DECAY = tl.constexpr(1)
@@ -53,6 +56,11 @@ _L2_ANCHOR = tl.constexpr(1)
 _L1_ANCHOR = tl.constexpr(2)
 _DECOUPLED_L2_ANCHOR = tl.constexpr(3)
 _DECOUPLED_L1_ANCHOR = tl.constexpr(4)
+
+# How the weight receives its new value.
+_TO_NEAREST = tl.constexpr(0)
+_STOCHASTIC = tl.constexpr(1)
+_COMPENSATED = tl.constexpr(2)
 
 #: Entries of one tile, 4 a thread: vectors of 16 bytes, and registers few enough to hide scattered reads by occupancy.
 ENTRIES = 512
@@ -120,6 +128,42 @@ def adam_math(
 
 
 @triton.jit
+def mix(x):
+    """The specification's bijection of uint32."""
+    x = (x ^ (x >> 16)) * 0x21F0AAAD
+    x = (x ^ (x >> 15)) * 0x735A2D97
+    return x ^ (x >> 15)
+
+
+@triton.jit
+def _random_keys(seed, t):
+    """The specification's keys of seeds and steps, both int64: the first in the low 32 bits, the second in the high."""
+    low = mix(seed.to(tl.uint32))
+    high = mix((seed >> 32).to(tl.uint32) ^ low)
+    first = mix(t.to(tl.uint32) ^ low)
+    second = mix((-1 - t).to(tl.uint32) ^ high)
+    return first.to(tl.int64) | (second.to(tl.int64) << 32)
+
+
+@triton.jit
+def round_stochastically(x, entry, keys, DTYPE: tl.constexpr):
+    """float32 moved to one of its neighbours in bfloat16 or float16, as in the specification, to the bit."""
+    word = mix(mix(entry.to(tl.uint32) ^ keys.to(tl.uint32)) ^ (entry >> 32).to(tl.uint32) ^ (keys >> 32).to(tl.uint32))
+    bits = x.to(tl.uint32, bitcast=True)
+    DROPPED: tl.constexpr = 16 if DTYPE == tl.bfloat16 else 13  # noqa: SIM300
+    rounded = ((bits >> DROPPED) + (word < (bits << (32 - DROPPED))).to(tl.uint32)) << DROPPED
+    if DTYPE == tl.float16:  # noqa: SIM300
+        # Below 2**-14 the numbers are the multiples of 2**-24; every product and difference here is exact.
+        small = tl.abs(x) < 6.103515625e-05
+        multiple = tl.where(small, tl.abs(x), 0.0) * 16777216.0
+        whole = multiple.to(tl.int32)
+        fraction = ((multiple - whole.to(tl.float32)) * 4294967296.0).to(tl.uint32)
+        tiny = (whole + (word < fraction).to(tl.int32)).to(tl.float32) * 5.9604644775390625e-08
+        rounded = tl.where(small, tiny.to(tl.uint32, bitcast=True) | (bits & 0x80000000), rounded)
+    return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)  # a NaN would carry into the sign
+
+
+@triton.jit
 def _product(a, a_low, b, b_low):
     """Product of two unevaluated sums of two doubles, as another such sum."""
     high = a * b
@@ -149,14 +193,25 @@ def _power(base, exponent):
     return result
 
 
+@triton.jit
+def _allowed(valid, found_inf):
+    """None of what is valid where gradients overflowed. There is no way to skip a launch without waiting for them."""
+    if found_inf is not None:
+        valid = tl.where(tl.load(found_inf) == 0, valid, False)  # the interpreter cannot & with a scalar
+    return valid
+
+
 @triton.jit(do_not_specialize=["count"])
 def _advance(
-    table, corrections, count, lr: tl.float64, beta1: tl.float64, beta2: tl.float64,
+    table, corrections, keys, found_inf, count, lr: tl.float64, beta1: tl.float64, beta2: tl.float64,
     STEP: tl.constexpr, TENSORS: tl.constexpr,
 ):  # fmt: skip
-    """Counts the steps up and writes (step size, root of the second correction) of each tensor, in float64."""
+    """Counts the steps up and writes (step size, root of the second correction) of each tensor, in float64.
+
+    Where there are ``keys``, also writes the random keys of the step.
+    """
     i = tl.program_id(0) * TENSORS + tl.arange(0, TENSORS)
-    valid = i < count
+    valid = _allowed(i < count, found_inf)
     address = tl.load(table + i * _FIELDS + _STEP, mask=valid, other=0).to(tl.pointer_type(STEP))
     step = tl.load(address, mask=valid, other=0.0) + 1.0
     tl.store(address, step, mask=valid)
@@ -166,6 +221,9 @@ def _advance(
     root = tl.sqrt(1.0 - _power(zero + tl.full((), beta2, tl.float64), t))
     tl.store(corrections + 2 * i, step_size, mask=valid)
     tl.store(corrections + 2 * i + 1, root, mask=valid)
+    if keys is not None:
+        seed = tl.load(table + i * _FIELDS + _SEED, mask=valid, other=0)
+        tl.store(keys + i, _random_keys(seed, t), mask=valid)
 
 
 @triton.jit
@@ -177,26 +235,30 @@ def _vector(table, FIELD: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constex
 
 @triton.jit
 def _update(
-    item, corrections, entry, weight_offset, grad_offset, valid, inside,
+    item, tensor, corrections, keys, grad_scale, entry, weight_offset, grad_offset, valid, inside,
     lerp_weight, beta2, square_weight, eps, decay, pull,
-    WEIGHT: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, COMPACT: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, HAS_VALUES: tl.constexpr,
+    WEIGHT: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, MOMENT: tl.constexpr, COMPACT: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_VALUES: tl.constexpr, ROUNDING: tl.constexpr,
     ALIGNED: tl.constexpr, AMSGRAD: tl.constexpr, DECAY: tl.constexpr, MAXIMIZE: tl.constexpr, ANCHOR: tl.constexpr,
 ):  # fmt: skip
     """Loads, updates and stores the entries of one tile: their number in mask order, their place in weight and grad.
 
+    Computes in STATE; moments are stored as MOMENT.
+
     ``valid`` entries exist, those ``inside`` lie in the weight. State is read and written for all that exist, and gets
     back what it was where the place is outside: a mask that differs from lane to lane would forbid vector accesses.
     """
-    exp_avg = _vector(item, _EXP_AVG, STATE, ALIGNED) + entry
-    exp_avg_sq = _vector(item, _EXP_AVG_SQ, STATE, ALIGNED) + entry
-    m = tl.load(exp_avg, mask=valid, other=0.0)
-    v = tl.load(exp_avg_sq, mask=valid, other=0.0)
+    exp_avg = _vector(item, _EXP_AVG, MOMENT, ALIGNED) + entry
+    exp_avg_sq = _vector(item, _EXP_AVG_SQ, MOMENT, ALIGNED) + entry
+    m = convert(tl.load(exp_avg, mask=valid, other=0.0), STATE)
+    v = convert(tl.load(exp_avg_sq, mask=valid, other=0.0), STATE)
     v_max = v
     if AMSGRAD:
-        max_exp_avg_sq = _vector(item, _MAX_EXP_AVG_SQ, STATE, ALIGNED) + entry
-        v_max = tl.load(max_exp_avg_sq, mask=valid, other=0.0)
+        max_exp_avg_sq = _vector(item, _MAX_EXP_AVG_SQ, MOMENT, ALIGNED) + entry
+        v_max = convert(tl.load(max_exp_avg_sq, mask=valid, other=0.0), STATE)
     g = convert(tl.load(_vector(item, _GRAD, GRAD, ALIGNED) + grad_offset, mask=valid if COMPACT else inside), STATE)
+    if grad_scale is not None:
+        g = div_rn(g, tl.load(grad_scale).to(STATE))
     if HAS_WEIGHT:
         weight = _vector(item, _WEIGHT, WEIGHT, ALIGNED) + weight_offset
     if HAS_VALUES:
@@ -204,32 +266,45 @@ def _update(
         p = tl.load(values, mask=valid, other=0.0)
     else:
         p = convert(tl.load(weight, mask=inside), STATE)
+    if ROUNDING == _COMPENSATED:
+        compensation = _vector(item, _COMPENSATION, WEIGHT, ALIGNED) + entry
+        kept = tl.load(compensation, mask=valid, other=0.0)
+        p += convert(kept, STATE)
     original = p
     if ANCHOR != _NO_ANCHOR:
         original = tl.load(_vector(item, _ORIGINAL, STATE, ALIGNED) + entry, mask=valid, other=0.0)
 
     new_p, new_m, new_v, new_v_max = adam_math(
-        p, g, m, v, v_max, original, tl.load(corrections).to(STATE), tl.load(corrections + 1).to(STATE),
+        p, g, m, v, v_max, original,
+        tl.load(corrections + 2 * tensor).to(STATE), tl.load(corrections + 2 * tensor + 1).to(STATE),
         tl.full((), lerp_weight, STATE), tl.full((), beta2, STATE), tl.full((), square_weight, STATE),
         tl.full((), eps, STATE), tl.full((), decay, STATE), tl.full((), pull, STATE), AMSGRAD, DECAY, MAXIMIZE, ANCHOR,
     )  # fmt: skip
 
-    tl.store(exp_avg, tl.where(inside, new_m, m), mask=valid)
-    tl.store(exp_avg_sq, tl.where(inside, new_v, v), mask=valid)
+    tl.store(exp_avg, convert(tl.where(inside, new_m, m), MOMENT), mask=valid)
+    tl.store(exp_avg_sq, convert(tl.where(inside, new_v, v), MOMENT), mask=valid)
     if AMSGRAD:
-        tl.store(max_exp_avg_sq, tl.where(inside, new_v_max, v_max), mask=valid)
+        tl.store(max_exp_avg_sq, convert(tl.where(inside, new_v_max, v_max), MOMENT), mask=valid)
     if HAS_VALUES:
         tl.store(values, tl.where(inside, new_p, p), mask=valid)
+    if ROUNDING == _STOCHASTIC:
+        new_p = round_stochastically(new_p, entry, tl.load(keys + tensor), WEIGHT)
     if HAS_WEIGHT:
-        tl.store(weight, convert(new_p, WEIGHT), mask=inside)
+        rounded = convert(new_p, WEIGHT)
+        tl.store(weight, rounded, mask=inside)
+    if ROUNDING == _COMPENSATED:
+        lost = new_p - convert(rounded, STATE)
+        lost = convert(tl.where(tl.abs(lost) < float("inf"), lost, 0.0), WEIGHT)
+        tl.store(compensation, tl.where(inside, lost, kept), mask=valid)
 
 
 @triton.jit
 def _step(
-    table, tiles, corrections, lerp_weight: tl.float64, beta2: tl.float64, square_weight: tl.float64, eps: tl.float64,
-    decay: tl.float64, pull: tl.float64,
-    WEIGHT: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, INDEX: tl.constexpr, LAYOUT: tl.constexpr,
-    COMPACT: tl.constexpr, LINEAR: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_VALUES: tl.constexpr,
+    table, tiles, corrections, keys, grad_scale, found_inf, lerp_weight: tl.float64, beta2: tl.float64,
+    square_weight: tl.float64, eps: tl.float64, decay: tl.float64, pull: tl.float64,
+    WEIGHT: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, MOMENT: tl.constexpr, INDEX: tl.constexpr,
+    LAYOUT: tl.constexpr, COMPACT: tl.constexpr, LINEAR: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    HAS_VALUES: tl.constexpr, ROUNDING: tl.constexpr,
     ALIGNED: tl.constexpr, AMSGRAD: tl.constexpr, DECAY: tl.constexpr, MAXIMIZE: tl.constexpr, ANCHOR: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):  # fmt: skip
@@ -246,7 +321,7 @@ def _step(
     nnz = tl.load(item + _NNZ)
     if ALIGNED:
         nnz = nnz // 16 * 16  # unchanged; the compiler learns that no vector straddles the end (a load takes no hint)
-    valid = entry < nnz
+    valid = _allowed(entry < nnz, found_inf)
     inside = valid
     weight_offset = entry
     grad_offset = entry
@@ -275,9 +350,10 @@ def _step(
         if not COMPACT:
             grad_offset = row * tl.load(item + _GRAD_ROW) + col * tl.load(item + _GRAD_COL)
     _update(
-        item, corrections + 2 * tensor, entry, weight_offset, grad_offset, valid, inside,
+        item, tensor, corrections, keys, grad_scale, entry, weight_offset, grad_offset, valid, inside,
         lerp_weight, beta2, square_weight, eps, decay, pull,
-        WEIGHT, GRAD, STATE, COMPACT, HAS_WEIGHT, HAS_VALUES, ALIGNED, AMSGRAD, DECAY, MAXIMIZE, ANCHOR,
+        WEIGHT, GRAD, STATE, MOMENT, COMPACT, HAS_WEIGHT, HAS_VALUES, ROUNDING, ALIGNED, AMSGRAD, DECAY, MAXIMIZE,
+        ANCHOR,
     )  # fmt: skip
 
 
@@ -300,9 +376,10 @@ def _count_bits(table, tiles, counts, ALIGNED: tl.constexpr, WORDS: tl.constexpr
 
 @triton.jit
 def _step_bits(
-    table, tiles, corrections, starts, lerp_weight: tl.float64, beta2: tl.float64, square_weight: tl.float64,
-    eps: tl.float64, decay: tl.float64, pull: tl.float64,
-    WEIGHT: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, COMPACT: tl.constexpr, HAS_VALUES: tl.constexpr,
+    table, tiles, corrections, keys, grad_scale, found_inf, starts, lerp_weight: tl.float64, beta2: tl.float64,
+    square_weight: tl.float64, eps: tl.float64, decay: tl.float64, pull: tl.float64,
+    WEIGHT: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, MOMENT: tl.constexpr, COMPACT: tl.constexpr,
+    HAS_VALUES: tl.constexpr, ROUNDING: tl.constexpr,
     ALIGNED: tl.constexpr, AMSGRAD: tl.constexpr, DECAY: tl.constexpr, MAXIMIZE: tl.constexpr, ANCHOR: tl.constexpr,
     WORDS: tl.constexpr, BATCH: tl.constexpr,
 ):  # fmt: skip
@@ -340,16 +417,16 @@ def _step_bits(
         row = flat_word // row_length
         col = (flat_word % row_length) * 32 + bit
         entry = before + rank
-        valid = (rank < total) & (entry < tl.load(item + _NNZ))
+        valid = _allowed((rank < total) & (entry < tl.load(item + _NNZ)), found_inf)
         inside = valid & (col < tl.load(item + _COLUMNS))
         weight_offset = row * tl.load(item + _WEIGHT_ROW) + col * tl.load(item + _WEIGHT_COL)
         grad_offset = entry
         if not COMPACT:
             grad_offset = row * tl.load(item + _GRAD_ROW) + col * tl.load(item + _GRAD_COL)
         _update(
-            item, corrections + 2 * tensor, entry, weight_offset, grad_offset, valid, inside,
+            item, tensor, corrections, keys, grad_scale, entry, weight_offset, grad_offset, valid, inside,
             lerp_weight, beta2, square_weight, eps, decay, pull,
-            WEIGHT, GRAD, STATE, COMPACT, True, HAS_VALUES, ALIGNED, AMSGRAD, DECAY, MAXIMIZE, ANCHOR,
+            WEIGHT, GRAD, STATE, MOMENT, COMPACT, True, HAS_VALUES, ROUNDING, ALIGNED, AMSGRAD, DECAY, MAXIMIZE, ANCHOR,
         )  # fmt: skip
 
 
@@ -361,13 +438,14 @@ class _Bucket(NamedTuple):
 
     weight_dtype: torch.dtype | None
     grad_dtype: torch.dtype
-    state_dtype: torch.dtype
+    moment_dtype: torch.dtype
     index_dtype: torch.dtype | None
     step_dtype: torch.dtype
     layout: int
     compact: bool
     linear: bool
     has_values: bool
+    rounding: int
     aligned: bool
 
 
@@ -380,7 +458,7 @@ def _neuron_view(tensor: Tensor, index: Tensor, layout: int) -> Tensor:
 
 def _describe(
     weight: Tensor, value: Tensor | None, grad: Tensor, state: tuple[Tensor, ...], original: Tensor | None,
-    step: Tensor, index: Tensor, layout: int,
+    step: Tensor, index: Tensor, layout: int, seed: int | None, compensation: Tensor | None,
 ) -> tuple[_Bucket, list[int], int]:  # fmt: skip
     """One tensor's bucket, its line of the table without the first tile, and its number of tiles."""
     exp_avg = state[0]
@@ -416,20 +494,25 @@ def _describe(
         state[2].data_ptr() if len(state) > 2 else 0,
         original.data_ptr() if original is not None else 0,
         index.data_ptr() if layout != Layout.ALL else 0,
+        compensation.data_ptr() if compensation is not None else 0,
     ]
+    rounding = _TO_NEAREST if seed is None else _STOCHASTIC
+    if compensation is not None and compensation.numel():
+        rounding = _COMPENSATED
     key = _Bucket(
         weight_dtype=weight.dtype if has_weight else None,
         grad_dtype=grad.dtype,
-        state_dtype=exp_avg.dtype,
+        moment_dtype=exp_avg.dtype,
         index_dtype=index.dtype if layout == Layout.FLAT else None,
         step_dtype=step.dtype,
         layout=int(layout),
         compact=compact,
         linear=linear and layout in (Layout.ALL, Layout.FLAT),
         has_values=has_values,
+        rounding=rounding.value,
         aligned=all(number % 16 == 0 for number in (nnz, *pointers)),
     )
-    line = [*pointers, step.data_ptr(), nnz, rows, cols, row_length, *strides, *grad_strides]
+    line = [*pointers, step.data_ptr(), seed or 0, nnz, rows, cols, row_length, *strides, *grad_strides]
     work, size = (rows * row_length, TILE_WORDS) if layout == Layout.BITS else (nnz, ENTRIES)
     return key, line, triton.cdiv(work, size) if nnz else 0
 
@@ -492,6 +575,11 @@ def masked_adam_(
     anchor: float,
     anchor_l1: bool,
     anchor_decoupled: bool,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    seeds: Sequence[int] = (),
+    stochastic: Sequence[bool] = (),
+    compensations: Sequence[Tensor] | None = None,
 ) -> None:
     """One step on every tensor: two launches a bucket, five if its masks are packed. Never waits for the device."""
     anchored = bool(originals) and anchor != 0
@@ -499,7 +587,10 @@ def masked_adam_(
     for i, weight in enumerate(weights):
         state = (exp_avgs[i], exp_avg_sqs[i], *max_exp_avg_sqs[i : i + 1])
         value, original = values[i] if values else None, originals[i] if anchored else None
-        key, line, tiles = _describe(weight, value, grads[i], state, original, steps[i], indices[i], layouts[i])
+        key, line, tiles = _describe(
+            weight, value, grads[i], state, original, steps[i], indices[i], layouts[i],
+            seeds[i] if stochastic and stochastic[i] else None, compensations[i] if compensations else None,
+        )  # fmt: skip
         lines, counts = buckets.setdefault(key, ([], []))
         lines.append(line)
         counts.append(tiles)
@@ -524,7 +615,7 @@ def masked_adam_(
     device = exp_avgs[0].device
     with on_device(exp_avgs[0]):
         for bucket, (lines, counts) in buckets.items():
-            _launch(bucket, lines, counts, device, lr, beta1, beta2, scalars, flags)
+            _launch(bucket, lines, counts, device, lr, beta1, beta2, scalars, flags, grad_scale, found_inf)
 
 
 def _launch(
@@ -537,34 +628,42 @@ def _launch(
     beta2: float,
     scalars: tuple[float, ...],
     flags: dict[str, object],
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
 ) -> None:
     table, tiles = _upload(lines, counts, device)
     corrections = torch.empty((len(lines), 2), dtype=torch.float64, device=device)
+    stochastic = bucket.rounding == _STOCHASTIC.value
+    keys = torch.empty(len(lines), dtype=torch.int64, device=device) if stochastic else None
     _advance[(triton.cdiv(len(lines), STEPS),)](
-        table, corrections, len(lines), lr, beta1, beta2,
+        table, corrections, keys, found_inf, len(lines), lr, beta1, beta2,
         STEP=TRITON_DTYPES[bucket.step_dtype], TENSORS=STEPS, num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
     total = tiles.numel()
     if not total:
         return
+    state_dtype = sum_dtype(bucket.moment_dtype)
     flags = {
-        "WEIGHT": TRITON_DTYPES[bucket.weight_dtype or bucket.state_dtype],
+        "WEIGHT": TRITON_DTYPES[bucket.weight_dtype or state_dtype],
         "GRAD": TRITON_DTYPES[bucket.grad_dtype],
-        "STATE": TRITON_DTYPES[bucket.state_dtype],
+        "STATE": TRITON_DTYPES[state_dtype],
+        "MOMENT": TRITON_DTYPES[bucket.moment_dtype],
         "COMPACT": bucket.compact,
         "HAS_VALUES": bucket.has_values,
+        "ROUNDING": bucket.rounding,
         "ALIGNED": bucket.aligned,
         **flags,
         **_OPTIONS,
     }
+    pointers = (table, tiles, corrections, keys, grad_scale, found_inf)
     if bucket.layout == Layout.BITS:
         found = torch.empty(total, dtype=torch.int32, device=device)
         _count_bits[(total,)](table, tiles, found, ALIGNED=bucket.aligned, WORDS=TILE_WORDS, num_warps=1)
         starts = found.cumsum(0) - found
-        _step_bits[(total,)](table, tiles, corrections, starts, *scalars, WORDS=TILE_WORDS, BATCH=BATCH, **flags)
+        _step_bits[(total,)](*pointers, starts, *scalars, WORDS=TILE_WORDS, BATCH=BATCH, **flags)
     else:
         _step[(total,)](
-            table, tiles, corrections, *scalars,
+            *pointers, *scalars,
             INDEX=TRITON_DTYPES[bucket.index_dtype or torch.int32], LAYOUT=bucket.layout, LINEAR=bucket.linear,
             HAS_WEIGHT=bucket.weight_dtype is not None, ENTRIES=ENTRIES, **flags,
         )  # fmt: skip

@@ -61,6 +61,23 @@ def owner_of(parameter: Tensor) -> tuple[Tensor, Selected] | None:
     return None
 
 
+def links_of(parameter: Tensor) -> list[tuple[dict, str, Any]]:
+    """Where :func:`owner_of` found its answer: while these keys of these dicts hold these objects, it is the same.
+
+    Except that a move to another device replaces what is selected, too.
+    """
+    for reference, name in _links.get(parameter, ()):
+        module = reference()
+        if module is not None and module._parameters.get(name + SUFFIX) is parameter:
+            own = module._parameters
+            return [
+                (own, name, own[name]),
+                (own, name + SUFFIX, parameter),
+                (vars(module), STATE, selected_in(module)),
+            ]
+    return []
+
+
 def _owned(optimizer: Optimizer) -> Iterator[tuple[Tensor, Tensor, Selected]]:
     """Values, weight and selection of all values that an optimizer holds."""
     for group in optimizer.param_groups:

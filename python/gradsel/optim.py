@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import deepcopy
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
+from torch.optim.optimizer import _get_capturable_supported_devices
 
 import gradsel_kernels as gk
 from gradsel.links import owner_of, trained_dtype
-from gradsel.masks import Mask, Operands, Whole
-from gradsel.selection import Selection, lookup
+from gradsel.masks import Mask
+from gradsel.optim_call import Call, Plan, Route, State, calls_by_device, refuse_sparse, route_of
+from gradsel.optim_groups import bind, check_masks, check_options, check_sizes, check_tensors, complete_options
+from gradsel.optim_state import FINGERPRINT, MOMENTS, dense, fingerprint, fitted, migrated
+from gradsel.selection import Selection
 
-_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+#: Options of a group that decide which tensors its kernel calls take.
+_OF_PLANS = ("amsgrad", "capturable", "differentiable", "low_precision", "seed", "state_dtype")
 
 
 class MaskedAdam(Optimizer):
     """Adam (Kingma and Ba 2015) and AdamW (Loshchilov and Hutter 2019) that train only what a selection says.
 
-    Argument order and defaults are those of :class:`torch.optim.Adam`; without ``masks`` it is Adam. With them,
-    unselected entries never change by a bit, and the state has the size of the selection: two float32 (float64 for
-    float64 parameters) for each selected entry, and a float32 master copy where the parameter is bfloat16 or float16.
+    Argument order, defaults and behaviour are those of :class:`torch.optim.Adam`; without ``masks`` it is Adam. With
+    them, unselected entries never change by a bit, and the state has the size of the selection: two float32 (float64
+    for float64 parameters) for each selected entry, and a float32 master copy where the parameter is bfloat16 or
+    float16.
     An anchor, of a group's own if it says so, holds the selected entries near their pre-trained values as GRFT does; it
     keeps these in the state, one more float32 (float64) for each entry.
     Weights written by others between steps are taken over, except through ``.data``, which nobody can see, and except
@@ -32,14 +41,21 @@ class MaskedAdam(Optimizer):
     ``masks`` are passed, that call writes values, moments and the weights themselves.
 
     Args:
-        params: parameters, named parameters (``model.named_parameters()``, required with ``masks``) or groups.
-        lr: learning rate.
-        betas: decay rates of the two moments.
+        params: parameters, named parameters (``model.named_parameters()``, required with ``masks``) or groups. A group
+            may have ``"masks"`` of its own in place of the argument's; None trains it whole.
+        lr: learning rate; a 1-element tensor is read at every step, which waits for its device.
+        betas: decay rates of the two moments; floats or 1-element tensors.
         eps: added to the denominator.
         weight_decay: decay of the selected entries; an L2 term in the gradient unless ``decoupled_weight_decay``.
         amsgrad: use the running maximum of the second moment (Reddi et al. 2018).
-        masks: a :class:`~gradsel.selection.Selection` keyed by parameter name; prefixes of DistributedDataParallel
-            and torch.compile are looked through. Parameters it calls frozen are never touched.
+        masks: a :class:`~gradsel.selection.Selection`, or a dict of masks, keyed by parameter name; prefixes of
+            DistributedDataParallel and torch.compile are looked through. Parameters it calls frozen are never touched.
+        foreach: recorded in the groups as torch does. There is one implementation, the fused one, whatever it says.
+        fused: likewise; but True, as in torch, lets a :class:`torch.amp.GradScaler` leave unscaling and skipping to the
+            kernel, which spares the host a synchronisation.
+        capturable: allowed on devices that torch allows it on. A captured graph repeats the hyper-parameters of its
+            capture, and a tensor ``lr`` cannot be captured, because its value is read.
+        differentiable: must be False: the kernels write in place.
         maximize: ascend.
         decoupled_weight_decay: decay as in AdamW.
         anchor: strength of the pull of selected entries towards their original values: ``anchor * ||w - w_pre||_2^2``
@@ -53,10 +69,20 @@ class MaskedAdam(Optimizer):
             not enter the moments: ``w -= 2 * lr * anchor * (w - w_pre)``, which wants ``lr * anchor`` below 1/2.
         anchor_norm: 2, or 1 for ``anchor * ||w - w_pre||_1``: a gradient of ``anchor * sign(w - w_pre)``, or decoupled
             a step of ``lr * anchor`` towards the original that ends there (soft thresholding).
+        low_precision: what keeps the small steps of weights in bfloat16 and float16, of which 8 or 11 digits remain:
+            ``"master"``, a float32 copy of the selected entries, 4 bytes each; ``"kahan"``, what rounding left behind,
+            in the dtype of the weight, 2 bytes each; ``"stochastic"``, rounding up or down at random so that the mean
+            is right, no bytes. The values of an attached model are float32 and need none of them.
+        seed: of stochastic rounding, 0 to 2**31 - 1. A resumed run draws what it would have drawn.
+        state_dtype: of the moments: None for float32 (float64 for float64 parameters), or ``torch.bfloat16``, which
+            halves them and rounds them at every step. Use betas up to 0.99 with it: above, second moments never fall.
 
     Raises:
-        ValueError: a hyper-parameter out of range; ``masks`` with unnamed parameters; a mask of another shape.
+        ValueError: a hyper-parameter out of range; ``masks`` with unnamed parameters; a mask of another shape;
+            ``differentiable``.
+        TypeError: ``masks`` that are none.
         KeyError: a parameter that ``masks`` does not know.
+        RuntimeError: ``fused`` and ``foreach`` together.
     """
 
     #: attach()'s hook for other optimizers has nothing left to do after a step.
@@ -71,15 +97,21 @@ class MaskedAdam(Optimizer):
         weight_decay: float = 0,
         amsgrad: bool = False,
         *,
-        masks: Selection | None = None,
+        foreach: bool | None = None,
         maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
         decoupled_weight_decay: bool = False,
+        masks: Selection | Mapping[str, Mask] | None = None,
         anchor: float = 0.0,
         anchor_decoupled: bool = False,
         anchor_norm: int = 2,
+        low_precision: str = "master",
+        seed: int = 0,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError("Tensor lr must be 1-element")
+        check_tensors({"lr": lr}, bool(foreach) and not capturable)
         if not lr >= 0.0:
             raise ValueError(f"Invalid learning rate: {lr}")
         if not eps >= 0.0:
@@ -89,64 +121,62 @@ class MaskedAdam(Optimizer):
                 raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
         if not weight_decay >= 0.0:
             raise ValueError(f"Invalid weight_decay value: {weight_decay}")
-        if masks is not None and not isinstance(masks, Mapping):
-            raise TypeError(
-                f"masks must be a Selection, got {type(masks).__name__}; gradsel.select() makes one, "
-                "Selection.from_dense() takes boolean tensors"
-            )
+        if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
+            raise ValueError("betas must be either both floats or both Tensors")
+        check_tensors({"betas[0]": betas[0], "betas[1]": betas[1]}, bool(foreach) and not capturable)
+        if fused and differentiable:
+            raise RuntimeError("`fused` does not support `differentiable`")
+        if fused and foreach:
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+        check_masks(masks)
         self._selection = masks
         self._masks: dict[Tensor, Mask] = {}
         self._versions: dict[Tensor, int] = {}  # of low-precision parameters, as of our last step
+        self._plans: dict[int, Plan] = {}  # by number of the group
         defaults = {
             "lr": lr,
-            "betas": betas,
+            "betas": tuple(beta.squeeze() if isinstance(beta, Tensor) else beta for beta in betas),
             "eps": eps,
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,
             "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
             "decoupled_weight_decay": decoupled_weight_decay,
             "anchor": anchor,
             "anchor_decoupled": anchor_decoupled,
             "anchor_norm": anchor_norm,
+            "low_precision": low_precision,
+            "seed": seed,
+            "state_dtype": state_dtype,
         }
-        _check_anchor(defaults)
+        check_options(defaults)
         super().__init__(params, defaults)
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether GradScaler sets ``grad_scale`` and ``found_inf`` and leaves the rest to :meth:`step`.
+
+        As torch's Adam only where asked for: Lightning, for one, then refuses to clip gradients.
+        """
+        return bool(self.defaults.get("fused"))
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch; the group may have ``"masks"`` of its own, and is left out if they do not fit."""
+        masks = self._selection
+        if isinstance(param_group, dict) and "masks" in param_group:
+            masks = param_group["masks"]
+            param_group = {key: value for key, value in param_group.items() if key != "masks"}
+            check_masks(masks)
         super().add_param_group(param_group)
         try:
-            _check_anchor(self.param_groups[-1])
-            self._masks.update(self._bind(self.param_groups[-1]))
+            check_options(self.param_groups[-1])
+            self._masks.update(bind(self.param_groups[-1], masks))
         except Exception:
             self.param_groups.pop()
             raise
-
-    def _bind(self, group: dict[str, Any]) -> dict[Tensor, Mask]:
-        """The mask of every parameter of a group."""
-        params = group["params"]
-        if self._selection is None:
-            return {parameter: Whole(parameter.shape) for parameter in params}
-        if any(owner_of(parameter) is not None for parameter in params):
-            raise ValueError("the model is attached, so its parameters know what is selected; leave out masks")
-        if "param_names" not in group:
-            raise ValueError(
-                "masks are keyed by parameter name, but the parameters have no names; "
-                "pass model.named_parameters() instead of model.parameters()"
-            )
-        bound: dict[Tensor, Mask] = {}
-        for name, parameter in zip(group["param_names"], params, strict=True):
-            mask = lookup(self._selection, name)
-            if not isinstance(mask, Mask):
-                raise TypeError(
-                    f"the mask of {name} is a {type(mask).__name__}; Selection.from_dense(masks) takes boolean tensors"
-                )
-            if mask.shape != tuple(parameter.shape):
-                raise ValueError(
-                    f"the mask of {name} is for shape {list(mask.shape)}, the parameter has {list(parameter.shape)}; "
-                    "select on this model"
-                )
-            bound[parameter] = mask.to(parameter.device)
-        return bound
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -157,129 +187,248 @@ class MaskedAdam(Optimizer):
 
         Returns:
             What ``closure`` returned, or None.
+
+        Raises:
+            RuntimeError: a gradient is sparse or complex.
+            AssertionError: ``capturable`` on a device where torch does not have it.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            self._step_group(group)
+        self._update()
         return loss
 
-    def _step_group(self, group: dict[str, Any]) -> None:
-        operands: list[Operands] = []
-        values: list[Tensor | None] = []  # compact parameters of an attached model
-        states, low_precision = [], []
-        for parameter in group["params"]:
-            grad = parameter.grad
-            mask = self._masks[parameter]
-            if grad is None or mask.nnz == 0:
-                continue
-            if grad.is_sparse:
-                raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
-            if grad.is_complex():
-                raise RuntimeError("MaskedAdam does not support complex parameters; use torch.view_as_real")
-            owner = owner_of(parameter)
-            kept = None
-            if owner is None:
-                operands.append(mask.operands(parameter, grad))
-                values.append(None)
-            else:
-                weight, selected = owner
-                weight, indices, layout = selected.mask.place(weight)
-                operands.append(Operands(weight, grad, indices, layout))
-                values.append(parameter)
-                kept = selected.original
-            states.append(self._state(parameter, mask, group, kept))
-            if "master" in states[-1]:
-                low_precision.append(parameter)
-        if not operands:
-            return
-        beta1, beta2 = group["betas"]
-        gk.masked_adam_(
-            [o.weight for o in operands],
-            [o.grad for o in operands],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [state["step"] for state in states],
-            indices=[o.indices for o in operands],
-            layouts=[o.layout for o in operands],
-            values=[state.get("master", value) for state, value in zip(states, values, strict=True)],
-            max_exp_avg_sqs=[state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else None,
-            originals=[state["original"] for state in states] if group["anchor"] else None,
-            lr=float(group["lr"]),
-            beta1=float(beta1),
-            beta2=float(beta2),
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            decoupled_weight_decay=group["decoupled_weight_decay"],
-            maximize=group["maximize"],
-            anchor=float(group["anchor"]),
-            anchor_l1=group["anchor_norm"] == 1,
-            anchor_decoupled=group["anchor_decoupled"],
-        )
-        for parameter in low_precision:
-            self._versions[parameter] = parameter._version
+    @torch._disable_dynamo
+    def _update(self) -> None:
+        """Under torch.compile it is a graph break: one kernel call has nothing to fuse, and plans guard themselves."""
+        for number, group in enumerate(self.param_groups):
+            grads = [parameter.grad for parameter in group["params"]]
+            options = (bool(group["anchor"]), *map(group.__getitem__, _OF_PLANS))
+            plan = self._plans.get(number)
+            if plan is None or not plan.holds(group["params"], grads, options):
+                plan = Plan(group["params"], grads, options, self._calls(number, grads), self.state)
+                self._plans[number] = plan
+            for call in plan.calls:
+                self._run(call, group, grads)
 
-    def _state(self, parameter: Tensor, mask: Mask, group: dict[str, Any], kept: Tensor | None) -> dict[str, Tensor]:
+    def _run(self, call: Call, group: dict[str, Any], grads: list[Tensor | None]) -> None:
+        beta1, beta2 = group["betas"]
+        try:
+            gk.masked_adam_(
+                **call.lists(grads, group["amsgrad"], bool(group["anchor"])),
+                lr=float(group["lr"]),
+                beta1=float(beta1),
+                beta2=float(beta2),
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                decoupled_weight_decay=group["decoupled_weight_decay"],
+                maximize=group["maximize"],
+                anchor=float(group["anchor"]),
+                anchor_l1=group["anchor_norm"] == 1,
+                anchor_decoupled=group["anchor_decoupled"],
+                grad_scale=self._from_scaler("grad_scale", call.device),
+                found_inf=self._from_scaler("found_inf", call.device),
+            )
+        except (TypeError, ValueError, RuntimeError):
+            # The likely reason, in torch's words; looking ahead of every step would take its time.
+            refuse_sparse(grads[number] for number in call.numbers)  # type: ignore[misc]
+            raise
+        call.done()
+
+    def _from_scaler(self, name: str, device: torch.device) -> Tensor | None:
+        """What a GradScaler has set for this step."""
+        scalar: Tensor | None = getattr(self, name, None)
+        return None if scalar is None else scalar.to(device, torch.float32)
+
+    def _calls(self, number: int, grads: list[Tensor | None]) -> list[Call]:
+        group = self.param_groups[number]
+        check_options(group)
+        routes = [(n, route) for n, route in enumerate(self._routes(group)) if grads[n] is not None and route.mask.nnz]
+        refuse_sparse(grads[n] for n, _ in routes)  # type: ignore[misc]
+        for _, route in routes:
+            if route.parameter.is_complex():
+                raise RuntimeError("MaskedAdam does not support complex parameters; use torch.view_as_real")
+            if group["capturable"] and route.parameter.device.type not in _get_capturable_supported_devices():
+                raise AssertionError(
+                    "If capturable=True, params and state_steps must be on supported devices: "
+                    f"{_get_capturable_supported_devices()}."
+                )
+        seed = None
+        if group["low_precision"] == "stochastic":  # another one for each parameter, by its place in the optimizer
+            seed = (group["seed"] << 32) + sum(len(earlier["params"]) for earlier in self.param_groups[:number])
+        return calls_by_device(routes, lambda route: self._state(route, group), self._versions, seed)
+
+    def _routes(self, group: dict[str, Any]) -> Iterator[Route]:
+        return (route_of(parameter, self._masks) for parameter in group["params"])
+
+    def _state(self, route: Route, group: dict[str, Any]) -> State:
         """The state of a parameter, completed: all of it at first, a master after loading that of a float32 run.
 
-        ``kept`` are the original values that attach() keeps of it; the state shares their memory where it can.
+        Originals that attach() keeps share their memory with the state where they can.
         """
-        state: dict[str, Tensor] = self.state[parameter]
+        parameter, _, mask, kept = route
+        state: State = self.state[parameter]
         dtype = trained_dtype(parameter)
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        for name in _MOMENTS if group["amsgrad"] else _MOMENTS[:2]:
+        moments = dtype if dtype is torch.float64 else group["state_dtype"] or dtype
+        for name in MOMENTS if group["amsgrad"] else MOMENTS[:2]:
             if name not in state:
-                state[name] = torch.zeros(mask.compact_shape, dtype=dtype, device=parameter.device)
+                state[name] = torch.zeros(mask.compact_shape, dtype=moments, device=parameter.device)
+            elif state[name].dtype != moments:  # the option was another one
+                state[name] = state[name].to(moments)
+        if FINGERPRINT not in state and not mask.is_whole:
+            state[FINGERPRINT] = fingerprint(mask)
         if group["anchor"] and "original" not in state:
             state["original"] = (mask.gather(parameter) if kept is None else kept).to(dtype)
         if parameter.dtype != dtype:
-            if "master" not in state:
-                state["master"] = mask.gather(parameter).to(dtype)
-            elif self._versions.get(parameter) != parameter._version:
-                # Somebody else may have written the weight, a loaded checkpoint for example: what they wrote counts.
-                written = mask.gather(parameter)
-                theirs = written != state["master"].to(parameter.dtype)
-                state["master"] = torch.where(theirs, written.to(dtype), state["master"])
+            self._keep_digits(state, parameter, mask, group["low_precision"])
         return state
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what :meth:`state_dict` returned, in the dtypes it was saved in.
+    def _keep_digits(self, state: State, parameter: Tensor, mask: Mask, how: str) -> None:
+        """Completes what stands by a weight in low precision, and drops what another ``how`` has left."""
+        left = state.pop("compensation", None) if how != "kahan" else None
+        if how != "master":
+            state.pop("master", None)
+            if how == "kahan" and "compensation" not in state:
+                state["compensation"] = torch.zeros(mask.compact_shape, dtype=parameter.dtype, device=parameter.device)
+        elif "master" not in state:
+            state["master"] = mask.gather(parameter).to(trained_dtype(parameter))
+            if left is not None:
+                state["master"] += left
+        elif self._versions.get(parameter) != parameter._version:
+            # Somebody else may have written the weight, a loaded checkpoint for example: what they wrote counts.
+            written = mask.gather(parameter)
+            ours = state["master"].to(parameter.dtype)
+            theirs = (written != ours) & ~(written.isnan() & ours.isnan())
+            state["master"] = torch.where(theirs, written.to(state["master"].dtype), state["master"])
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
+        """Clips the norm of the gradients of all selected entries, taken as one vector.
+
+        :func:`torch.nn.utils.clip_grad_norm_` would count the gradients of frozen entries too, and clip more. On models
+        prepared by :func:`gradsel.attach` there are none, and the two are the same.
+
+        Args:
+            max_norm: the largest norm that is left as it is.
+            norm_type: may be ``"inf"`` or any number.
+            error_if_nonfinite: raise if the norm is NaN or infinite.
+
+        Returns:
+            The norm before, a scalar.
 
         Raises:
-            ValueError: the state does not fit the masks, for example that of a dense Adam; nothing has changed.
+            RuntimeError: the norm is not finite, and ``error_if_nonfinite``.
         """
-        saved_ids = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
+        found = [
+            (route, grad)
+            for group in self.param_groups
+            for route in self._routes(group)
+            if (grad := route.parameter.grad) is not None and route.mask.nnz
+        ]
+        grads = [grad if route.is_compact or route.mask.is_whole else route.mask.gather(grad) for route, grad in found]
+        norm = get_total_norm(grads, norm_type, error_if_nonfinite)
+        clip_grads_with_norm_([route.parameter for route, _ in found], max_norm, norm)
+        return norm
+
+    @torch.no_grad()
+    def reselect(self, selection: Selection | Mapping[str, Mask]) -> None:
+        """Goes on with other masks, for all groups.
+
+        Entries that stay selected keep their state bit for bit, and the step count of their parameter; entries that
+        come in have moments of zero, and are anchored to their values of now; those that leave are frozen as they are.
+
+        Args:
+            selection: as ``masks`` of the constructor.
+
+        Raises:
+            ValueError: the model is attached (detach it, attach it with the new selection, and load
+                :meth:`dense_state_dict` into a new optimizer), or as from the constructor. Nothing has changed.
+            KeyError, TypeError: as from the constructor.
+        """
+        check_masks(selection)
+        masks: dict[Tensor, Mask] = {}
+        for group in self.param_groups:
+            masks.update(bind(group, selection))
+        for parameter, mask in masks.items():
+            if parameter in self.state:
+                state = migrated(self.state.pop(parameter), self._masks[parameter], mask, parameter)
+                if state:
+                    self.state[parameter] = state
+        self._selection, self._masks = selection, masks
+        self._plans.clear()
+
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what :meth:`state_dict` returned, in the dtypes it was saved in, onto the parameters' devices.
+
+        A state of ``torch.optim.Adam`` or ``AdamW`` for the same parameters is taken too: a dense run goes on as a
+        masked one, with the moments of the selected entries.
+
+        Args:
+            state_dict: nothing of it is shared.
+
+        Raises:
+            ValueError: other groups, or a state trained with another selection; nothing has changed.
+        """
+        state_dict = state_dict.copy()
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = before(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        # From here on as Optimizer.load_state_dict, which would round moments to the dtype of the parameter.
+        saved_groups = deepcopy(state_dict["param_groups"])
+        check_sizes(self.param_groups, saved_groups)
+        saved_ids = chain.from_iterable(group["params"] for group in saved_groups)
+        routes = dict(zip(saved_ids, chain.from_iterable(map(self._named_routes, self.param_groups)), strict=True))
+        state: defaultdict[Any, Any] = defaultdict(dict)
+        for key, saved in state_dict["state"].items():
+            if key not in routes:
+                state[key] = saved
+            elif found := fitted(saved, *routes[key]):
+                state[routes[key][0].parameter] = found
+        for group, saved in zip(self.param_groups, saved_groups, strict=True):
+            saved["params"] = group["params"]
+            if "param_names" in group:
+                saved.setdefault("param_names", group["param_names"])
+        self.__setstate__({"state": state, "param_groups": saved_groups})
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def _named_routes(self, group: dict[str, Any]) -> Iterator[tuple[Route, str]]:
+        """With the names of parameters; without names their numbers in the group."""
+        names = group.get("param_names") or [f"parameter {number}" for number in range(len(group["params"]))]
+        for route, name in zip(self._routes(group), names, strict=True):
+            owner = owner_of(route.parameter)
+            yield route, name if owner is None else owner[1].name
+
+    @torch.no_grad()
+    def dense_state_dict(self) -> dict[str, Any]:
+        """A state_dict for ``torch.optim.Adam``: moments in the shape of the parameters, zero at frozen entries.
+
+        The parameters are this optimizer's, in their order; for values of an attached model, their weights. The
+        moments are float32 (float64), and nothing is shared. Masters and originals are left out.
+        """
         parameters = list(chain.from_iterable(group["params"] for group in self.param_groups))
-        pairs = list(zip(saved_ids, parameters, strict=False))  # a wrong number is torch's error to report
-        for number, (saved_id, parameter) in enumerate(pairs):
-            mask = self._masks[parameter]
-            for name, value in state_dict["state"].get(saved_id, {}).items():
-                shape = tuple(torch.as_tensor(value).shape)
-                if name != "step" and shape != mask.compact_shape:
-                    raise ValueError(
-                        f"{name} of parameter {number} has shape {list(shape)} in the state_dict, but the mask "
-                        f"selects {list(mask.compact_shape)}; load the state of a run with the same selection"
-                    )
-        super().load_state_dict(state_dict)
-        for saved_id, parameter in pairs:
-            # Optimizer.load_state_dict casts to the parameter's dtype, which would cost bfloat16 runs their moments.
-            for name, value in state_dict["state"].get(saved_id, {}).items():
-                dtype = torch.float32 if name == "step" else trained_dtype(parameter)
-                self.state[parameter][name] = torch.as_tensor(value).detach().to(parameter.device, dtype, copy=True)
+        numbers = {parameter: number for number, parameter in enumerate(parameters)}
+        routes = (route_of(parameter, self._masks) for parameter in parameters if parameter in self.state)
+        state = {numbers[route.parameter]: dense(self.state[route.parameter], route.mask) for route in routes}
+        groups = [{**group, "params": [numbers[p] for p in group["params"]]} for group in self.param_groups]
+        return {"state": state, "param_groups": deepcopy(groups)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for options in (self.defaults, *self.param_groups):  # an older version, or torch's Adam, had no anchor
-            options.setdefault("anchor", 0.0)
-            options.setdefault("anchor_decoupled", False)
-            options.setdefault("anchor_norm", 2)
+        for options in (self.defaults, *self.param_groups):
+            complete_options(options)
+        for parameter, own in self.state.items():
+            if "step" in own and not isinstance(own["step"], Tensor):  # of torch before 1.12
+                own["step"] = torch.tensor(float(own["step"]), device=parameter.device)
+        self._plans, self._versions = {}, {}
 
     def __getstate__(self) -> dict[str, Any]:
         # Optimizer takes three attributes through pickle and deepcopy; a copy without its masks would train everything.
-        return {**super().__getstate__(), "_selection": self._selection, "_masks": self._masks, "_versions": {}}
+        return {**super().__getstate__(), "_selection": self._selection, "_masks": self._masks}
 
 
 class MaskedAdamW(MaskedAdam):
@@ -294,11 +443,18 @@ class MaskedAdamW(MaskedAdam):
         weight_decay: float = 1e-2,
         amsgrad: bool = False,
         *,
-        masks: Selection | None = None,
         maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        masks: Selection | Mapping[str, Mask] | None = None,
         anchor: float = 0.0,
         anchor_decoupled: bool = False,
         anchor_norm: int = 2,
+        low_precision: str = "master",
+        seed: int = 0,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -307,20 +463,25 @@ class MaskedAdamW(MaskedAdam):
             eps,
             weight_decay,
             amsgrad,
-            masks=masks,
+            foreach=foreach,
             maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
             decoupled_weight_decay=True,
+            masks=masks,
             anchor=anchor,
             anchor_decoupled=anchor_decoupled,
             anchor_norm=anchor_norm,
+            low_precision=low_precision,
+            seed=seed,
+            state_dtype=state_dtype,
         )
 
-
-def _check_anchor(options: dict[str, Any]) -> None:
-    if not options["anchor"] >= 0.0:
-        raise ValueError(f"Invalid anchor value: {options['anchor']}")
-    if options["anchor_norm"] not in (1, 2):
-        raise ValueError(f"Invalid anchor_norm value: {options['anchor_norm']}; norms are 1 and 2")
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # whatever a loaded state_dict says, as in torch
+            group["decoupled_weight_decay"] = True
 
 
 def state_bytes(optimizer: Optimizer) -> int:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
 from torch.optim import lr_scheduler
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradsel
 import gradsel_kernels as gk
-from gradsel.masks import Flat, PerRow
+from gradsel.masks import Flat, Frozen, PerRow, Whole, WholeColumns, WholeRows, from_parts
+from gradsel.optim_state import fingerprint
+from gradsel.views import NeuronView
 from tests.gradsel.toy import Toy, batches, cross_entropy
 from tests.kernels.cases import same_bits
 
@@ -479,9 +483,13 @@ def test_resuming_is_bit_equal_to_not_having_stopped(backend, options, dtype):
     second = gradsel.MaskedAdam(resumed.named_parameters(), masks=selection, **options)
     second.load_state_dict(checkpoint["optimizer"])
     for p, q in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert second.state[q].keys() == optimizer.state[p].keys()
         for key, value in optimizer.state[p].items():
-            assert same_bits(second.state[q][key], value)
-            assert second.state[q][key].data_ptr() != value.data_ptr()
+            if key == "mask_fingerprint":
+                assert second.state[q][key] == value
+            else:
+                assert same_bits(second.state[q][key], value)
+                assert second.state[q][key].data_ptr() != value.data_ptr()
 
     steps(model, optimizer, data[3:])
     steps(resumed, second, data[3:])
@@ -500,7 +508,7 @@ def test_loaded_state_does_not_alias_its_source():
     train(model, other, 2)
     for key, entries in before.items():
         for name, value in entries.items():
-            assert torch.equal(state["state"][key][name], value)
+            assert torch.equal(torch.as_tensor(state["state"][key][name]), torch.as_tensor(value))
 
 
 def test_state_of_a_run_that_knew_no_anchor_has_none():
@@ -526,14 +534,443 @@ def test_an_optimizer_of_an_older_version_can_be_copied_and_extended():
     assert [group["anchor"] for group in new.param_groups] == [0.0, 0.0]
 
 
-def test_state_of_another_selection_is_refused():
-    model = Toy()
-    dense = torch.optim.Adam(model.parameters())
-    train(model, dense, 1)
-    optimizer = gradsel.MaskedAdam(model.named_parameters(), masks=selection_for(model))
-    with pytest.raises(ValueError, match="load the state of a run with the same selection"):
-        optimizer.load_state_dict(dense.state_dict())
-    assert not optimizer.state
+# --- Conversion of states ----------------------------------------------------------------------------------------
+
+
+def random_masks(model, seed, k=2):
+    """K random entries in every neuron, and all other parameters whole."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def mask(p):
+        if p.ndim < 2:
+            return Whole(p.shape)
+        rows, n = p.shape[0], p[0].numel()
+        cols = torch.stack([torch.randperm(n, generator=generator)[:k].sort().values for _ in range(rows)])
+        return PerRow(cols.to(torch.int32), p.shape)
+
+    return gradsel.Selection({name: mask(p) for name, p in model.named_parameters()})
+
+
+def masked(model, selection, **options):
+    return gradsel.MaskedAdam(model.named_parameters(), masks=selection, **options)
+
+
+@pytest.mark.parametrize("cls", [nn.Linear, lambda n, m: nn.Conv2d(n, m, 1)], ids=["linear", "conv"])
+def test_state_of_another_selection_is_refused(cls):
+    """Though the shapes agree; the error names the parameter, and nothing has changed."""
+    model = nn.Sequential(cls(9, 4))
+    masks, others = random_masks(model, 0), random_masks(model, 1)
+    optimizer = masked(model, masks)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    masked(model, masks).load_state_dict(state)
+    second = masked(model, others)
+    with pytest.raises(ValueError, match=r"another selection of 0\.weight"):
+        second.load_state_dict(state)
+    assert not second.state
+    unnamed = gradsel.MaskedAdam(model.parameters())
+    with pytest.raises(ValueError, match="another selection of parameter 0"):
+        unnamed.load_state_dict(state)
+    torch.optim.Adam(model.parameters()).load_state_dict(state)  # shapes are its own affair
+
+
+def test_state_of_another_selection_is_refused_where_the_model_is_attached():
+    plain = nn.Sequential(nn.Linear(9, 4))
+    states = []
+    for seed in (0, 1):
+        model = copy.deepcopy(plain)
+        gradsel.attach(model, random_masks(model, seed))
+        optimizer = gradsel.MaskedAdam(gradsel.trainable_parameters(model))
+        model(torch.ones(2, 9)).sum().backward()
+        optimizer.step()
+        states.append(optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"another selection of 0\.weight"):
+        optimizer.load_state_dict(states[0])
+    optimizer.load_state_dict(states[1])
+
+
+def test_fingerprints_tell_masks_apart():
+    """Kind, view and shape too: they decide on the order of moments. Copies and files change nothing."""
+    cols = torch.tensor([[0, 1], [1, 2], [0, 2]], dtype=torch.int32)
+    masks = [
+        PerRow(cols, (3, 3)),
+        PerRow(cols, (3, 3), NeuronView((1,))),
+        PerRow(cols, (3, 1, 3)),
+        PerRow(cols.flip(0), (3, 3)),
+        Flat(torch.tensor([0, 1, 4, 5, 6, 8]), (3, 3)),
+        WholeRows(torch.tensor([0, 1], dtype=torch.int32), (3, 3)),
+        WholeRows(torch.tensor([0, 2], dtype=torch.int32), (3, 3)),
+        WholeColumns(torch.tensor([0, 2], dtype=torch.int32), (3, 3)),
+    ]
+    prints = [fingerprint(mask) for mask in masks]
+    assert len(set(prints)) == len(masks)
+    assert all(0 <= number < 2**63 for number in prints)
+    assert [fingerprint(copy.deepcopy(mask)) for mask in masks] == prints
+    read = [from_parts(mask.kind, mask.shape, mask.describe(), mask.packed()) for mask in masks]
+    assert [fingerprint(mask) for mask in read] == prints
+
+
+def test_a_state_without_fingerprints_is_taken_where_shapes_agree():
+    """Of the version before; but not of another number of entries."""
+    model = nn.Sequential(nn.Linear(9, 4))
+    optimizer = masked(model, random_masks(model, 0))
+    model(torch.ones(2, 9)).sum().backward()
+    optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    del state["state"][0]["mask_fingerprint"]
+    optimizer.load_state_dict(state)
+    assert "mask_fingerprint" in optimizer.state[model[0].weight]
+    with pytest.raises(ValueError, match=r"exp_avg of 0\.weight has shape 4x2 .* the mask selects 4x3"):
+        masked(model, random_masks(model, 0, k=3)).load_state_dict(state)
+
+
+def wide_grads(model, batch, masks=None):
+    """Gradients of a batch, with zeros where nothing is selected."""
+    model.zero_grad()
+    cross_entropy(model, batch).backward()
+    for name, p in model.named_parameters():
+        if masks is not None and p.grad is not None:
+            p.grad *= masks[name].to_dense()
+
+
+@pytest.mark.parametrize("cls", [torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_dense_run_goes_on_as_a_masked_one(cls, attached):
+    """Bit for bit on the selected entries: torch's run with masked gradients from there, and ours."""
+    torch.manual_seed(1)
+    twin, data = Toy().eval(), batches(8)
+    theirs = cls(twin.parameters(), foreach=False, fused=False, amsgrad=True)
+    for batch in data[:4]:
+        wide_grads(twin, batch)
+        theirs.step()
+    model = copy.deepcopy(twin)
+    selection = selection_for(model, k=2)
+    bits = frozen_bits(model, selection)
+    masks = {name: mask.to_dense() for name, mask in selection.items()}
+    kind = gradsel.MaskedAdam if cls is torch.optim.Adam else gradsel.MaskedAdamW
+    if attached:
+        gradsel.attach(model, selection)
+        own = {name.removesuffix("_values"): p for name, p in model.named_parameters() if p.requires_grad}
+        order = [own.get(name, dict(model.named_parameters())[name]) for name, _ in twin.named_parameters()]
+        ours = kind(order)
+    else:
+        ours = kind(model.named_parameters(), masks=selection)
+    ours.load_state_dict(theirs.state_dict())
+    with gk.use_backend("reference"):
+        for batch in data[4:]:
+            wide_grads(twin, batch, selection)
+            for p, q in zip(ours.param_groups[0]["params"], twin.named_parameters(), strict=True):
+                owner = gradsel.links.owner_of(p)
+                grad = q[1].grad
+                if grad is not None and p.requires_grad:
+                    p.grad = grad.clone() if owner is None else owner[1].mask.gather(grad)
+            theirs.step()
+            ours.step()
+    weights = dict(model.named_parameters())
+    for name, p in twin.named_parameters():
+        assert torch.equal(weights[name].detach()[masks[name]], p.detach()[masks[name]]), name
+        assert same_bits(weights[name].detach()[~masks[name]], bits[name]), name
+    assert gradsel.state_bytes(ours) < gradsel.state_bytes(theirs) / 2
+
+
+@pytest.mark.parametrize("kind", ["drop-in", "attached"])
+def test_a_masked_run_goes_on_as_a_dense_one(kind):
+    """Its moments among zeros; torch's Adam then moves what was selected as we would."""
+    model = Toy().eval()
+    selection = selection_for(model, k=2)
+    if kind == "attached":
+        gradsel.attach(model, selection)
+        optimizer = gradsel.MaskedAdam(gradsel.trainable_parameters(model), amsgrad=True)
+    else:
+        optimizer = masked(model, selection, amsgrad=True)
+    train(model, optimizer, 3)
+    state = optimizer.dense_state_dict()
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    routes = [(p, gradsel.links.owner_of(p)) for p in optimizer.param_groups[0]["params"]]
+    weights = [nn.Parameter((p if owner is None else owner[0]).detach().clone()) for p, owner in routes]
+    dense = torch.optim.Adam(weights, foreach=False, fused=False)
+    dense.load_state_dict(torch.load(file, weights_only=True))
+    names = {p: name for name, p in model.named_parameters()}
+    for (p, _), weight in zip(routes, weights, strict=True):
+        mask = selection[names[p].removesuffix("_values")]
+        assert (weight in dense.state) == (p in optimizer.state)
+        if p not in optimizer.state:
+            continue
+        assert dense.state[weight].keys() == {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
+        for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+            assert torch.equal(mask.gather(dense.state[weight][name]), optimizer.state[p][name])
+            assert not dense.state[weight][name][~mask.to_dense()].any()
+            assert dense.state[weight][name].data_ptr() != optimizer.state[p][name].data_ptr()
+        p.grad = torch.ones_like(p)
+        weight.grad = mask.to_dense().float()
+    with gk.use_backend("reference"):
+        optimizer.step()
+        dense.step()
+    for (p, owner), weight in zip(routes, weights, strict=True):
+        assert torch.equal(p if owner is None else owner[0], weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_reselection_keeps_the_state_of_entries_that_stay(backend, dtype):
+    torch.manual_seed(4)
+    model = nn.Sequential(nn.Linear(9, 6), nn.Conv2d(2, 4, 3), nn.Linear(5, 3)).to(dtype)
+    selections = [random_masks(model, 0, 3), random_masks(model, 1, 4)]
+    frozen = {"2.weight": Frozen((3, 5)), "0.bias": Frozen((6,))}
+    selections = [selections[0], gradsel.Selection({**selections[1], **frozen}), selections[0]]
+    optimizer = masked(model, selections[0], lr=0.01, amsgrad=True, anchor=0.1)
+    names = {p: name for name, p in model.named_parameters()}
+
+    def steps(count):
+        for _ in range(count):
+            for p in model.parameters():
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+
+    steps(3)
+    for old, new in pairwise(selections):
+        before = copy.deepcopy({names[p]: state for p, state in optimizer.state.items()})
+        weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimizer.reselect(new)
+        for name, p in model.named_parameters():
+            assert torch.equal(p, weights[name])
+            if name not in before or not new[name].nnz:
+                assert p not in optimizer.state
+                continue
+            state, both = optimizer.state[p], old[name].to_dense() & new[name].to_dense()
+            assert both.any()
+            assert state["step"] == before[name]["step"]
+            for key in before[name].keys() - {"step", "mask_fingerprint"}:
+                start = torch.zeros(p.shape) if "exp_avg" in key else weights[name].float()
+                was, now = start.clone(), start.clone()
+                old[name].scatter_(was, before[name][key])
+                new[name].scatter_(now, state[key])
+                assert same_bits(now[both], was[both])
+                assert same_bits(now[~both], start[~both])
+        bits = frozen_bits(model, new)
+        steps(2)
+        assert_frozen(model, new, bits)
+        steps(1)
+    fresh = masked(model, selections[-1], amsgrad=True)
+    fresh.load_state_dict(optimizer.state_dict())
+
+
+def test_reselection_of_a_dense_run_and_what_it_refuses():
+    model = nn.Sequential(nn.Linear(9, 4))
+    optimizer = gradsel.MaskedAdam(model.named_parameters())
+    model(torch.ones(2, 9)).sum().backward()
+    optimizer.step()
+    moments = optimizer.state[model[0].weight]["exp_avg"].clone()
+    with pytest.raises(KeyError, match=r"has no parameter '0\.bias'"):
+        optimizer.reselect({"0.weight": PerRow(torch.zeros(4, 1, dtype=torch.int32), (4, 9))})
+    assert torch.equal(optimizer.state[model[0].weight]["exp_avg"], moments)
+    optimizer.reselect(random_masks(model, 0))
+    assert optimizer.state[model[0].weight]["exp_avg"].shape == (4, 2)
+    gradsel.attach(model, random_masks(model, 0))
+    with pytest.raises(ValueError, match="attached"):
+        gradsel.MaskedAdam(gradsel.trainable_parameters(model)).reselect(random_masks(model, 0))
+    with pytest.raises(ValueError, match="have no names"):
+        gradsel.MaskedAdam([nn.Parameter(torch.ones(2, 3))]).reselect(MASKS)
+
+
+def test_attached_models_are_reselected_through_the_dense_state():
+    """As docs/optimizer.md has it: dense_state_dict, detach, attach, a new optimizer, load_state_dict."""
+    model = nn.Sequential(nn.Linear(9, 6), nn.ReLU(), nn.Linear(6, 3))
+    first, second = random_masks(model, 0, 3), random_masks(model, 1, 3)
+    gradsel.attach(model, first)
+    optimizer = gradsel.MaskedAdam(gradsel.trainable_parameters(model))
+    model(torch.ones(2, 9)).square().sum().backward()
+    optimizer.step()
+    state = optimizer.dense_state_dict()
+    gradsel.detach(model)
+    gradsel.attach(model, second)
+    optimizer = gradsel.MaskedAdam(gradsel.trainable_parameters(model))
+    optimizer.load_state_dict(state)
+    for number, p in enumerate(optimizer.param_groups[0]["params"]):
+        owner = gradsel.links.owner_of(p)
+        moments = state["state"][number]["exp_avg"]
+        assert torch.equal(optimizer.state[p]["exp_avg"], moments if owner is None else owner[1].mask.gather(moments))
+        assert optimizer.state[p]["step"] == 1
+    both = first["0.weight"].to_dense() & second["0.weight"].to_dense()
+    assert (state["state"][1]["exp_avg"] != 0)[both].any()
+
+
+# --- Clipping ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, float("inf"), "inf"])
+@pytest.mark.parametrize("max_norm", [0.01, 1e6])
+@pytest.mark.parametrize("attached", [False, True])
+def test_clipping_is_torch_s_on_the_selected_entries(norm_type, max_norm, attached):
+    model = Toy().eval()
+    selection = selection_for(model, 2)
+    wide_grads(model, batches()[0])
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and selection[name].nnz}
+    gathered = [nn.Parameter(torch.zeros_like(selection[name].gather(grad))) for name, grad in grads.items()]
+    for p, (name, grad) in zip(gathered, grads.items(), strict=True):
+        p.grad = selection[name].gather(grad)
+    wide = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    expected = torch.nn.utils.clip_grad_norm_(gathered, max_norm, norm_type)
+    if attached:
+        gradsel.attach(model, selection)
+        wide_grads(model, batches()[0])
+        parameters = gradsel.trainable_parameters(model)
+        optimizer = gradsel.MaskedAdam(parameters)
+        before = [p.grad.clone() for p in parameters if p.grad is not None]
+        torch_norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
+        clipped = [p.grad for p in parameters if p.grad is not None]
+        for p, grad in zip([p for p in parameters if p.grad is not None], before, strict=True):
+            p.grad = grad
+        norm = optimizer.clip_grad_norm_(max_norm, norm_type)
+        assert torch.equal(norm, torch_norm)
+        assert all(map(torch.equal, clipped, [p.grad for p in parameters if p.grad is not None]))
+        torch.testing.assert_close(norm, expected)
+        return
+    optimizer = masked(model, selection)
+    norm = optimizer.clip_grad_norm_(max_norm, norm_type)
+    assert torch.equal(norm, expected)
+    assert norm < torch.nn.utils.get_total_norm(wide, float(norm_type)) or float(norm_type) == float("inf")
+    for p, (name, grad) in zip(gathered, grads.items(), strict=True):
+        assert torch.equal(selection[name].gather(grad), p.grad)
+
+
+def test_clipping_looks_at_selected_entries_only_and_reports_what_is_not_finite():
+    model = nn.Sequential(nn.Linear(4, 3))
+    optimizer = masked(model, random_masks(model, 0, 1))
+    assert optimizer.clip_grad_norm_(1.0) == 0
+    selected = optimizer._masks[model[0].weight].to_dense()
+    model[0].weight.grad = torch.where(selected, 2.0, float("nan"))
+    norm = optimizer.clip_grad_norm_(1.0, error_if_nonfinite=True)
+    torch.testing.assert_close(norm, torch.tensor(12.0).sqrt())
+    torch.testing.assert_close(model[0].weight.grad[selected], torch.full((3,), 3**-0.5), rtol=1e-5, atol=0)
+    model[0].bias.grad = torch.full((3,), float("inf"))
+    with pytest.raises(RuntimeError, match="non-finite"):
+        optimizer.clip_grad_norm_(1.0, error_if_nonfinite=True)
+
+
+# --- Groups, calls, copies ---------------------------------------------------------------------------------------
+
+
+def test_groups_have_masks_of_their_own():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(6, 4), nn.Linear(6, 4))
+    all_masks = random_masks(model, 0)
+    own = {"1.weight": PerRow(torch.full((4, 1), 5, dtype=torch.int32), (4, 6)), "1.bias": Frozen((4,))}
+    groups = [{"params": list(layer.named_parameters(prefix=str(i)))} for i, layer in enumerate(model)]
+    groups[1]["masks"], groups[2]["masks"] = own, None
+    optimizer = gradsel.MaskedAdam(groups, masks=all_masks)
+    assert groups[1]["masks"] is own  # the caller's dict can be used again
+    assert all("masks" not in group for group in optimizer.param_groups)
+    before = copy.deepcopy(model)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    changed = [
+        [p != q for p, q in zip(layer.parameters(), old.parameters(), strict=True)]
+        for layer, old in zip(model, before, strict=True)
+    ]
+    assert torch.equal(changed[0][0], all_masks["0.weight"].to_dense())
+    assert torch.equal(changed[1][0], own["1.weight"].to_dense())
+    assert not changed[1][1].any()
+    assert all(c.all() for c in (changed[0][1], *changed[2]))
+    with pytest.raises(TypeError, match="masks must be a Selection"):
+        gradsel.MaskedAdam([{"params": list(model.named_parameters()), "masks": [1]}])
+
+
+def test_a_step_is_one_operator_call_and_allocates_nothing():
+    """After the first: on an attached model, with moments, anchor and all, only masked_adam_ is dispatched."""
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "profiler" not in str(func):  # torch's own, around every step
+                calls.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    model = Toy().eval()
+    gradsel.attach(model, selection_for(model))
+    optimizer = gradsel.MaskedAdam(gradsel.trainable_parameters(model), anchor=0.1, amsgrad=True)
+    for count in (1, 2):
+        wide_grads(model, batches()[0])
+        calls = []
+        with Count():
+            optimizer.step()
+        assert (len(calls) == 1) == (count == 2)
+    assert calls == ["gradsel_kernels.masked_adam_.default"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_a_step_remembers_is_forgotten_when_it_no_longer_holds(dtype):
+    """Whatever is done to model and optimizer between steps, they go on as an optimizer does that remembers nothing."""
+    generator = torch.Generator().manual_seed(0)
+    plain = nn.Sequential(nn.Linear(6, 4), nn.Conv2d(2, 3, 2), nn.Linear(4, 4)).to(dtype)
+    selection = random_masks(plain, 0)
+
+    def replace_weights(model, optimizer):
+        for p in model.parameters():
+            p.data = p.data.clone()
+
+    def replace_state(model, optimizer):
+        for p, state in list(optimizer.state.items()):
+            optimizer.state[p] = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in state.items()}
+
+    def replace_moments(model, optimizer):
+        for state in optimizer.state.values():
+            state["exp_avg"] = state["exp_avg"] * 0.5
+
+    def restride(model, optimizer):
+        model.to(memory_format=torch.channels_last)
+
+    def assign(model, optimizer):
+        if not hasattr(model[0], "weight_values"):
+            model.load_state_dict({k: v * 0.5 for k, v in model.state_dict().items()})
+            return
+        weight = model[0]._parameters["weight"]
+        model[0]._parameters["weight"] = nn.Parameter(weight.detach().clone(), requires_grad=False)
+
+    def freeze_one(model, optimizer):
+        next(iter(optimizer.state)).grad = None
+
+    def options(model, optimizer):
+        optimizer.param_groups[0].update(lr=0.1, amsgrad=True, anchor=0.5)
+
+    def reload(model, optimizer):
+        optimizer.load_state_dict(optimizer.state_dict())
+
+    def regroup(model, optimizer):
+        params = optimizer.param_groups[0]["params"]
+        optimizer.param_groups[0]["params"] = params[1:]
+
+    changes = [
+        replace_weights, replace_state, replace_moments, restride, assign, freeze_one, options, reload, regroup,
+    ]  # fmt: skip
+    for attached in (False, True):
+        models = [copy.deepcopy(plain) for _ in range(2)]
+        optimizers = []
+        for model in models:
+            if attached:
+                gradsel.attach(model, selection)
+                optimizers.append(gradsel.MaskedAdam(gradsel.trainable_parameters(model), lr=0.01))
+            else:
+                optimizers.append(masked(model, selection, lr=0.01))
+        for change in [lambda *_: None, *changes]:
+            for _ in range(2):
+                params = [[p for p in model.parameters() if p.requires_grad] for model in models]
+                for p, q in zip(*params, strict=True):
+                    p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+                    q.grad = p.grad.clone()
+                for model, optimizer in zip(models, optimizers, strict=True):
+                    change(model, optimizer)
+                optimizers[1]._plans.clear()
+                for optimizer in optimizers:
+                    optimizer.step()
+                for (name, p), q in zip(models[0].state_dict().items(), models[1].state_dict().values(), strict=True):
+                    assert same_bits(p, q), (change, name)
 
 
 @pytest.mark.parametrize(

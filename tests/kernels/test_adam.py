@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -48,6 +49,8 @@ class Problem:
     layouts: list[Layout] = field(default_factory=list)
     values: list[Tensor | None] = field(default_factory=list)
     originals: list[Tensor] = field(default_factory=list)
+    seeds: list[int | None] = field(default_factory=list)
+    compensations: list[Tensor | None] = field(default_factory=list)
 
     def to(self, device: str, view=lambda t: t) -> Problem:
         """A copy on another device; ``view`` restrides the dense tensors."""
@@ -77,8 +80,29 @@ class Problem:
             values=self.values,
             max_exp_avg_sqs=self.max_exp_avg_sqs if amsgrad else None,
             originals=self.originals if "anchor" in options else None,
+            seeds=self.seeds or None,
+            compensations=self.compensations or None,
             **options,
         )
+
+    def round(self, how: str) -> Problem:
+        """Rounds those weights without masters in another way than to nearest; returns itself."""
+        for i, (weight, state) in enumerate(zip(self.weights, self.exp_avgs, strict=True)):
+            alone = self.values[i] is None and weight.dtype not in FLOAT_DTYPES
+            self.seeds.append((-3) ** i * 1234567890123 if alone and how == "stochastic" else None)
+            left = 1e-3 * torch.randn(state.shape)
+            self.compensations.append(left.to(weight.dtype) if alone and how == "compensated" else None)
+        return self
+
+    def halve_moments(self) -> Problem:
+        for name in ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"):
+            setattr(self, name, [moment.bfloat16() for moment in getattr(self, name)])
+        return self
+
+    def tensors(self) -> list[Tensor]:
+        """All that a step may write."""
+        names = ("weights", "values", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "steps", "compensations")
+        return [tensor.cpu() for name in names for tensor in getattr(self, name) if tensor is not None]
 
     def new_gradients(self) -> None:
         for grad in self.grads:
@@ -313,6 +337,427 @@ def test_no_anchor_is_the_step_of_before(fast):
     for name in ("weights", "exp_avgs", "exp_avg_sqs"):
         for a, b in zip(getattr(plain, name), getattr(there, name), strict=True):
             assert cases.same_bits(a.cpu(), b.cpu())
+
+
+# Gradient scaling, low-precision weights and moments ------------------------------------------------------------
+
+HALVES = (torch.bfloat16, torch.float16)
+ROUNDINGS = ("stochastic", "compensated")
+ZERO_WORD = 5795647, 56  # a seed and an entry whose random word in step 1 is 0, one in 2**32; found by inverting mix
+EVERY_OPTION = OPTIONS + ANCHORS
+SOME_OPTIONS = EVERY_OPTION[2::8] if cases.INTERPRETED else EVERY_OPTION
+
+
+def check_same_bits(problem: Problem, fast: str, view=cases.contiguous, **options) -> None:
+    """One step leaves the same bits as the specification's, everywhere; call it with the exact root."""
+    there = problem.to(fast, view)
+    there.step(**options)
+    with gk.use_backend("reference"):
+        problem.step(**options)
+    for got, expected in zip(there.tensors(), problem.tensors(), strict=True):
+        # The payload of a NaN is not specified.
+        assert torch.equal(got.isnan(), expected.isnan())
+        assert cases.same_bits(without_nan(got), without_nan(expected))
+
+
+def without_nan(tensor: Tensor) -> Tensor:
+    return tensor.masked_fill(tensor.isnan(), 0.0)
+
+
+def same_tensors(left: Problem, right: Problem) -> bool:
+    return all(cases.same_bits(a, b) for a, b in zip(left.tensors(), right.tensors(), strict=True))
+
+
+@pytest.fixture
+def exact_root(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "sqrt", exact_sqrt)
+
+
+@pytest.mark.parametrize("options", SOME_OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", cases.DTYPES[:2] if cases.INTERPRETED else cases.DTYPES, ids=str)
+def test_a_scaled_gradient_is_divided_first(fast, dtype, options):
+    """By a power of two there is nothing to round: the bits are those of the unscaled gradient."""
+    plain = everything(dtype, earlier_steps=3)
+    scaled = plain.to("cpu")
+    for grad in scaled.grads:
+        grad *= 8
+    plain, scaled = plain.to(fast), scaled.to(fast)
+    plain.step(amsgrad=True, **options)
+    scaled.step(amsgrad=True, grad_scale=torch.tensor([8.0], device=fast), **options)
+    assert same_tensors(plain, scaled)
+    assert torch.equal(scaled.grads[0].cpu(), 8 * plain.grads[0].cpu())
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_the_division_is_rounded_once_in_the_dtype_of_the_state(fast, dtype):
+    plain = everything(dtype, earlier_steps=3)
+    scaled = plain.to(fast)
+    scale = torch.tensor(3.7)
+    for grad in plain.grads:
+        grad.copy_(torch.from_numpy(grad.numpy() / scale.to(dtype).numpy()))
+    plain = plain.to(fast)
+    plain.step(weight_decay=0.1, anchor=0.1)
+    scaled.step(weight_decay=0.1, anchor=0.1, grad_scale=scale.to(fast), found_inf=torch.zeros(1, device=fast))
+    assert same_tensors(plain, scaled)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_a_narrow_gradient_is_divided_in_float32(fast, dtype, exact_root):
+    problem = everything(dtype, earlier_steps=3).round("stochastic")
+    check_same_bits(problem, fast, grad_scale=torch.tensor(3.7, device=fast))
+
+
+def test_scaling_is_that_of_torchs_fused_adam(fast):
+    """Which, too, is done in float32; torch fuses other products, hence the tolerance."""
+    p, g = torch.randn(100), 1000 * torch.randn(100)
+    twin = torch.nn.Parameter(p.clone())
+    adam = torch.optim.Adam([twin], lr=0.01, eps=0.1, fused=True)  # without such an eps no scale matters
+    zeros = [torch.zeros(100, device=fast) for _ in range(2)]
+    weight, step = p.to(fast), torch.zeros((), device=fast)
+    for found in (0.0, 1.0, 0.0):
+        twin.grad, adam.grad_scale, adam.found_inf = g.clone(), torch.tensor(1000.0), torch.tensor(found)
+        adam.step()
+        scaler = {"grad_scale": adam.grad_scale.to(fast), "found_inf": adam.found_inf.to(fast)}
+        gk.masked_adam_([weight], [g.to(fast)], zeros[:1], zeros[1:], [step], lr=0.01, eps=0.1, **scaler)
+        torch.testing.assert_close(weight.cpu(), twin.detach(), rtol=1e-6, atol=1e-7)
+    assert float(step) == float(adam.state[twin]["step"]) == 2
+
+
+@pytest.mark.parametrize("found", [2.0, float("nan")] + [1.0, -0.5, float("inf")] * (not cases.INTERPRETED))
+@pytest.mark.parametrize("backend", ["fast", "reference"])
+def test_nothing_changes_where_infinities_were_found(fast, found, backend):
+    device = fast if backend == "fast" else "cpu"
+    for how in ROUNDINGS:
+        problem = everything(torch.bfloat16, earlier_steps=3).round(how).to(device)
+        before = problem.to("cpu")
+        with gk.use_backend("reference") if backend == "reference" else nullcontext():
+            problem.step(amsgrad=True, weight_decay=0.1, anchor=0.1, found_inf=torch.tensor(found, device=device))
+        assert same_tensors(problem, before)
+
+
+def test_a_step_is_done_where_no_infinity_was_found(fast):
+    plain = everything(torch.float16, earlier_steps=3).round("compensated").to(fast)
+    checked = plain.to(fast)
+    plain.step()
+    for zero in (0.0, -0.0):
+        there = checked.to(fast)
+        there.step(found_inf=torch.tensor([zero], device=fast))
+        assert same_tensors(plain, there)
+
+
+def test_a_scaler_of_another_shape_is_refused_in_every_call():
+    """The native backend remembers that the tensors have been checked; these are not of them."""
+    arguments = adam_arguments()
+    gk.masked_adam_(**arguments, found_inf=torch.zeros(1))
+    for name in ("found_inf", "grad_scale"):
+        with pytest.raises(ValueError, match=f"{name} must be one float32"):
+            gk.masked_adam_(**arguments, **{name: torch.zeros(2)})
+    assert arguments["steps"][0] == 1
+
+
+def set_weight(
+    device: str, x: Tensor, dtype: torch.dtype, seed: int | None = None, *, step: int = 0,
+    compensation: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Zeros after a step whose float32 result is x: without a gradient, an anchor pulls them all the way to x."""
+    weight = torch.zeros(x.shape, dtype=dtype, device=device)
+    zeros = [torch.zeros(x.shape, device=device) for _ in range(3)]
+    gk.masked_adam_(
+        [weight], zeros[:1], zeros[1:2], zeros[2:], [torch.tensor(float(step), device=device)],
+        originals=[x.to(device)], anchor=0.5, anchor_decoupled=True, lr=1.0,
+        seeds=[seed], compensations=[compensation],
+    )  # fmt: skip
+    return weight.cpu()
+
+
+def neighbours(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The numbers of a dtype on both sides of x, towards and away from zero; infinity counts as the next number."""
+    nearest = x.to(dtype)
+    bits = nearest.view(torch.int16)
+    below = torch.where(nearest.float().abs() > x.abs(), bits - 1, bits).view(dtype)
+    above = torch.where(below.float() == x, below.view(torch.int16), below.view(torch.int16) + 1).view(dtype)
+    return torch.copysign(below.double(), x), torch.copysign(above.double(), x)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_stochastic_rounding_is_unbiased(fast, dtype):
+    x = torch.tensor([1.0001, 1.007, 3.0e-5, 6.1e-5, 2.0e-6, 1.0e-7, 4.0e-8, 2.0e-8, 1e-9, 5e4, 3.3, 1.99999, 2e-39])
+    x = torch.cat([x, -x])
+    below, above = neighbours(x, dtype)
+    copies, seeds = (200, 10) if cases.INTERPRETED else (40, 500)
+    total = torch.zeros(x.shape, dtype=torch.float64)
+    for seed in range(seeds):
+        got = set_weight(fast, x.repeat(copies), dtype, seed).view(copies, -1).double()
+        assert ((got == below) | (got == above)).all()
+        assert torch.equal(got.signbit(), x.signbit().expand_as(got))
+        total += got.sum(0)
+    samples = copies * seeds
+    share = (x.double() - below) / (above - below)
+    deviation = (above - below).abs() * (share * (1 - share) / samples).sqrt()
+    # A share of 1e-30 never rises; and never is a part of 2**-32.
+    limit = 5 * deviation + (above - below).abs() * torch.where(share < 1e-4, 5 / samples, 2.0**-32)
+    assert ((total / samples - x.double()).abs() <= limit).all()
+
+
+def awkward(count: int) -> Tensor:
+    """float32 of every exponent and sign, infinities and NaN of any payload among them, and all near the limits."""
+    bits = torch.randint(-(2**31), 2**31, (count,)).to(torch.int32)
+    edges = [0.0, 2.0**-24, 2.0**-25, 2.0**-14, 2.0**-33, 2.0**-126, 65504.0, 65520.0, 65536.0, 3.3895314e38, 1.0]
+    near = [np.nextafter(np.float32(x), np.float32(to)) for x in edges for to in (0.0, np.inf)]
+    special = torch.tensor([*edges, *near, float("inf"), float("nan"), 3.4028235e38])
+    within = torch.randn(count) * 10.0 ** torch.randint(-10, 6, (count,))  # what float16 holds
+    full = torch.tensor([2**31 - 1, -1]).to(torch.int32).view(torch.float32)  # NaN that a carry would turn into zero
+    return torch.cat([bits.view(torch.float32), special, -special, full, within])
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_stochastic_rounding_has_the_same_bits_in_every_backend(fast, dtype):
+    x = awkward(5000 if cases.INTERPRETED else 100_000)
+    for seed in (0, 1, -1, 2**31, 2**32, 2**63 - 1, -(2**63)):
+        got = set_weight(fast, x, dtype, seed, step=6)
+        with gk.use_backend("reference"):
+            expected = set_weight("cpu", x, dtype, seed, step=6)
+        assert torch.equal(got.isnan(), x.isnan())
+        assert cases.same_bits(without_nan(got), without_nan(expected))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_stochastic_rounding_leaves_what_needs_none(fast, dtype):
+    every = torch.arange(-(2**15), 2**15, 5 if cases.INTERPRETED else 1).to(torch.int16).view(dtype)
+    for seed in (0, 77):
+        weight = every.to(fast)
+        zeros = [torch.zeros(every.shape, device=fast) for _ in range(3)]
+        step = torch.zeros((), device=fast)
+        gk.masked_adam_([weight], zeros[:1], zeros[1:2], zeros[2:], [step], lr=1.0, seeds=[seed])
+        got = weight.cpu()
+        assert torch.equal(got.isnan(), every.isnan())
+        assert cases.same_bits(got[~every.isnan()], every[~every.isnan()])
+
+
+def test_stochastic_rounding_beyond_the_largest_number(fast):
+    """Up to where the next number would be, it or infinity; from there on infinity; never NaN."""
+    largest = torch.tensor([65504.0, 65505.0, 65519.9, 65530.0, 65535.9, 65536.0, 7e4, 3e38])
+    for x in (largest, -largest):
+        got = torch.stack(
+            [set_weight(fast, x, torch.float16, seed) for seed in range(20 if cases.INTERPRETED else 60)]
+        ).double()
+        assert not got.isnan().any()
+        assert ((got.abs() == 65504) | (got == x.sign() * float("inf"))).all()
+        assert got[:, 0].isfinite().all()
+        assert got[:, 5:].isinf().all()
+        for column in (2, 3):
+            assert 0 < got[:, column].isinf().sum() < len(got)
+    huge = torch.full((2000,), 3.3961776e38)  # halfway between bfloat16's largest number and 2**128
+    assert 800 < set_weight(fast, huge, torch.bfloat16, 1).isinf().sum() < 1200
+
+
+def test_other_seeds_steps_and_entries_round_otherwise(fast):
+    """Coins of p = 1/2: those of two keys agree in half of all entries, and so do neighbouring entries."""
+    n = 4000
+    half = torch.full((n,), 1 + 2.0**-8)
+    keys = [(0, 0), (0, 1), (1, 0), (1, 1), (2**32, 0), (-1, 0), (0, 2), (0, 2**20), (2**31, 0), (-(2**63), 0)]
+    flips = [set_weight(fast, half, torch.bfloat16, seed, step=step).double() > 1 for seed, step in keys]
+    again = set_weight(fast, half, torch.bfloat16, 1, step=1).double() > 1
+    assert torch.equal(flips[3], again)
+    limit = 5 * (n / 4) ** 0.5
+    for a, b in itertools.combinations(flips, 2):
+        assert abs(int((a == b).sum()) - n / 2) < limit
+    for a in flips:
+        assert abs(int(a.sum()) - n / 2) < limit
+        for distance in (1, 2, 32, 512):
+            assert abs(int((a[distance:] == a[:-distance]).sum()) - (n - distance) / 2) < limit
+
+
+def test_random_words_beyond_32_bits_of_entries():
+    """The specification of entries that no test can hold in memory; the number's upper half counts."""
+    words = reference.random_words(5, 3, torch.tensor([7, 2**32 + 7, 2**33 + 7]))
+    assert len(set(words.tolist())) == 3
+
+
+@pytest.mark.parametrize("seed", [0, 1, -1, 2**32, 12345])
+def test_every_entry_has_its_share_of_random_words(seed):
+    """Over 400 steps, none is always rounded in the same direction."""
+    words = torch.stack([reference.random_words(seed, t, torch.arange(512)) for t in range(1, 401)])
+    assert ((words >= 2**31).sum(0) - 200).abs().max() < 5.5 * 10
+    assert ((words & 1).sum(0) - 200).abs().max() < 5.5 * 10
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_a_random_word_of_zero_moves_nothing_that_is_exact(fast, dtype):
+    seed, entry = ZERO_WORD
+    assert reference.random_words(seed, 1, torch.tensor([entry])) == 0
+    got = set_weight(fast, torch.ones(entry + 1), dtype, seed)
+    assert (got == 1).all()
+    tiny = torch.full((entry + 1,), 2.0**-24)
+    assert (set_weight(fast, tiny, dtype, seed) == tiny).all()
+
+
+def test_random_bits_belong_to_an_entrys_number_in_mask_order(fast):
+    """However the mask is written down, and however many threads there are."""
+    rows, cols = (4, 300) if cases.INTERPRETED else (40, 3000)
+    mask = cases.random_mask(rows, cols, 0.3)
+    flat = mask.view(-1).nonzero().view(-1)
+    x, weight = torch.randn(flat.numel()), torch.randn(rows, cols).bfloat16()
+    found = []
+    threads = torch.get_num_threads()
+    for layout, index in ((Layout.BITS, reference.pack_bits(mask)), (Layout.FLAT, flat), (Layout.ALL, None)):
+        torch.set_num_threads(1 if layout == Layout.FLAT else 3)
+        whole = weight if index is not None else weight.view(-1)[flat]
+        whole = whole.clone().to(fast)
+        zeros = [torch.zeros(x.shape, device=fast) for _ in range(2)]
+        gk.masked_adam_(
+            [whole], [x.to(fast)], zeros[:1], zeros[1:], [torch.zeros((), device=fast)], lr=1e-3, seeds=[9],
+            indices=[None if index is None else index.to(fast)], layouts=[layout],
+        )  # fmt: skip
+        found.append(whole.cpu() if index is None else whole.cpu().view(-1)[flat])
+    torch.set_num_threads(threads)
+    assert cases.same_bits(found[0], found[1])
+    assert cases.same_bits(found[0], found[2])
+
+
+@pytest.mark.parametrize("how", ROUNDINGS)
+def test_a_resumed_run_has_the_bits_of_an_unbroken_one(fast, how):
+    problem = everything(torch.bfloat16).round(how).to(fast)
+    for step in range(3):
+        if step == 1:
+            resumed = problem.to("cpu").to(fast)
+        if step >= 1:
+            resumed.step(lr=1e-3)
+        problem.step(lr=1e-3)
+    assert same_tensors(problem, resumed)
+
+
+@pytest.mark.parametrize("options", SOME_OPTIONS, ids=str)
+@pytest.mark.parametrize("how", ROUNDINGS)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_roundings_have_the_same_bits_in_every_backend(fast, dtype, how, options, exact_root):
+    check_same_bits(everything(dtype, earlier_steps=3).round(how), fast, amsgrad=True, **options)
+
+
+@pytest.mark.parametrize("view", cases.VIEWS, ids=lambda v: v.__name__)
+@pytest.mark.parametrize("how", ROUNDINGS)
+def test_roundings_of_strided_weights(fast, view, how, exact_root):
+    check_same_bits(everything(torch.bfloat16).round(how), fast, view, weight_decay=0.1)
+
+
+@pytest.mark.parametrize("how", ROUNDINGS)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_roundings_of_infinities_and_nans(fast, dtype, how, exact_root):
+    problem = everything(dtype).round(how)
+    for tensor in (*problem.grads, *problem.weights, *problem.originals):
+        tensor.copy_(cases.special(tuple(tensor.shape)))
+    check_same_bits(problem, fast, anchor=0.05)
+    for compensation in problem.compensations:
+        assert compensation is None or compensation.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_a_compensation_is_what_rounding_left_behind(fast, dtype):
+    x = awkward(2000)
+    left = torch.zeros(x.shape, dtype=dtype, device=fast)
+    weight = set_weight(fast, x, dtype, compensation=left)
+    assert torch.equal(without_nan(weight), without_nan(x.to(dtype)))
+    assert torch.equal(left.cpu(), torch.where(weight.isfinite(), x - weight.float(), 0.0).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_compensation_tracks_the_float32_run(fast, dtype):
+    """Small steps in one direction: rounded to nearest most are lost, compensated nearly none."""
+    steps, n = (12, 64) if cases.INTERPRETED else (1000, 64)
+    start = (torch.randn(n) * 0.5 + torch.where(torch.rand(n) < 0.5, 1.0, -1.0)).to(dtype)
+    kinds = {"exact": (start.float(), None, None), "nearest": (start, None, None), "stochastic": (start, 11, None)}
+    kinds["compensated"] = (start, None, torch.zeros(n, dtype=dtype, device=fast))
+    weights = {kind: weight.clone().to(fast) for kind, (weight, _, _) in kinds.items()}
+    moments = {kind: [torch.zeros(n, device=fast) for _ in range(2)] for kind in kinds}
+    counts = {kind: torch.zeros((), device=fast) for kind in kinds}
+    for _ in range(steps):
+        grad = (torch.randn(n) + 0.5).to(fast)
+        for kind, (_, seed, compensation) in kinds.items():
+            gk.masked_adam_(
+                [weights[kind]], [grad], moments[kind][:1], moments[kind][1:], [counts[kind]], lr=1e-4,
+                seeds=[seed], compensations=[compensation],
+            )  # fmt: skip
+    exact = weights["exact"].cpu().double()
+    weights["compensated"] = weights["compensated"].double() + kinds["compensated"][2].double()
+    errors = {kind: weight.cpu().double() - exact for kind, weight in weights.items()}
+    moved = float((exact - start.double()).abs().mean())
+    # Each step rounds the compensation, of at most half a unit of the weight, to half of its own last place.
+    unit = torch.finfo(dtype).eps * exact.abs().clamp(min=2.0**-4) * 2
+    own = (unit * torch.finfo(dtype).eps / 4).clamp(min=2.0**-25)
+    assert (errors["compensated"].abs() <= steps * own).all()
+    assert errors["compensated"].abs().mean() < 0.02 * moved
+    if not cases.INTERPRETED:
+        assert errors["nearest"].abs().mean() > 20 * errors["compensated"].abs().mean()
+        # Each weight has but a few units to go: unbiased, if not exact.
+        assert abs(float(errors["stochastic"].mean())) < 0.1 * moved
+
+
+def test_a_weight_that_others_change_keeps_its_compensation(fast):
+    weight, left = torch.ones(3, device=fast).bfloat16(), torch.full((3,), 2.0**-10, device=fast).bfloat16()
+    zeros = [torch.zeros(3, device=fast) for _ in range(3)]
+    arguments = ([weight], zeros[:1], zeros[1:2], zeros[2:], [torch.zeros((), device=fast)])
+    for value in (1.0, 5.0, -3.0):
+        weight.fill_(value)
+        gk.masked_adam_(*arguments, lr=0.1, compensations=[left])
+        assert weight.tolist() == [value] * 3
+        assert left.tolist() == [2.0**-10] * 3
+
+
+def test_other_seeds_and_compensations_are_seen(fast):
+    """The native backend remembers the last call: not the seeds or compensations of another one."""
+    x = torch.full((64,), 1 + 2.0**-8, device=fast)
+    zeros = [torch.zeros(64, device=fast) for _ in range(3)]
+    step = torch.zeros((), device=fast)
+    weight = torch.zeros(64, device=fast).bfloat16()
+
+    def step_with(**rounding) -> list[float]:
+        step.zero_(), weight.zero_()
+        gk.masked_adam_(
+            [weight], zeros[:1], zeros[1:2], zeros[2:], [step], lr=1.0, originals=[x], anchor=0.5,
+            anchor_decoupled=True, **rounding,
+        )  # fmt: skip
+        return weight.tolist()
+
+    nearest, first, second = step_with(), step_with(seeds=[1]), step_with(seeds=[2])
+    assert nearest == [1.0] * 64
+    assert first != second
+    assert nearest not in (first, second)
+    assert step_with(seeds=[1]) == first
+    assert step_with(seeds=[None]) == nearest
+    assert step_with(seeds=[0]) not in (nearest, first)
+    left, other = (torch.zeros(64, device=fast).bfloat16() for _ in range(2))
+    for compensation in (left, other):
+        assert step_with(compensations=[compensation]) == nearest
+        assert compensation.tolist() == [2.0**-8] * 64
+    left.zero_()
+    assert step_with(compensations=[None]) == nearest
+    assert left.tolist() == [0.0] * 64
+    left.set_(torch.zeros(64, device=fast).bfloat16())
+    assert step_with(compensations=[left]) == nearest
+    assert left.tolist() == [2.0**-8] * 64
+
+
+@pytest.mark.parametrize("options", SOME_OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", cases.DTYPES[1 if cases.INTERPRETED else 0 : 3], ids=str)
+def test_moments_in_bfloat16_have_the_same_bits_in_every_backend(fast, dtype, options, exact_root):
+    problem = everything(dtype, earlier_steps=3).halve_moments().round("stochastic")
+    check_same_bits(problem, fast, amsgrad=True, grad_scale=torch.tensor(0.7, device=fast), **options)
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("backend", ["fast", "reference"])
+def test_moments_in_bfloat16_are_rounded_when_they_are_stored(fast, backend, amsgrad):
+    """The weight has the bits of a step with float32 moments; those then hold the same, rounded."""
+    problem = everything(torch.float32, earlier_steps=3).halve_moments()
+    whole = problem.to("cpu")
+    for name in ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"):
+        setattr(whole, name, [moment.float() for moment in getattr(whole, name)])
+    device = fast if backend == "fast" else "cpu"
+    problem, whole = problem.to(device), whole.to(device)
+    with gk.use_backend("reference") if backend == "reference" else nullcontext():
+        problem.step(amsgrad=amsgrad, weight_decay=0.1)
+        whole.step(amsgrad=amsgrad, weight_decay=0.1)
+    assert same_tensors(problem, whole.halve_moments())
 
 
 # The backends ---------------------------------------------------------------------------------------------------
@@ -594,6 +1039,11 @@ def test_no_tensors():
     gk.masked_adam_([], [], [], [], [], lr=0.1)
 
 
+HALF_WEIGHT = {"weights": [torch.ones(2, 3).half()]}
+COMPENSATED = {**HALF_WEIGHT, "compensations": [torch.zeros(2, 1).half()]}
+BF16_MOMENTS = {"exp_avgs": [torch.zeros(2, 1).bfloat16()], "exp_avg_sqs": [torch.zeros(2, 1).bfloat16()]}
+
+
 def adam_arguments(**changes):
     cols = torch.zeros(2, 1, dtype=torch.int32)
     arguments = {
@@ -618,7 +1068,41 @@ def adam_arguments(**changes):
         ({"grads": [torch.ones(2, 3).to_sparse()]}, TypeError, "does not support sparse gradients"),
         ({"grads": [torch.ones(2, 3, dtype=torch.complex64)]}, TypeError, "complex tensors are not supported"),
         ({"grads": [torch.ones(2, 3, device="meta")]}, ValueError, "grad is on meta"),
-        ({"exp_avgs": [torch.zeros(2, 1).bfloat16()]}, TypeError, "exp_avg must be float32"),
+        ({"exp_avgs": [torch.zeros(2, 1).half()]}, TypeError, "exp_avg must be float32 or bfloat16"),
+        ({"exp_avgs": [torch.zeros(2, 1).bfloat16()]}, ValueError, "exp_avg_sq must match exp_avg .torch.bfloat16"),
+        ({**BF16_MOMENTS, "values": [torch.ones(2, 1).bfloat16()]}, ValueError, "values must match .*torch.float32"),
+        ({**BF16_MOMENTS, "originals": [torch.ones(2, 1).bfloat16()]}, ValueError, "original must match .*float32"),
+        ({**BF16_MOMENTS, "weights": [torch.ones(2, 3).double()]}, TypeError, "a state of torch.bfloat16 cannot train"),
+        ({"grad_scale": torch.ones(2)}, ValueError, r"grad_scale must be one float32 on cpu, got torch.float32 \[2\]"),
+        ({"grad_scale": torch.ones(1).double()}, ValueError, "grad_scale must be one float32 .*float64"),
+        ({"found_inf": torch.ones(1).bool()}, ValueError, "found_inf must be one float32 .*bool"),
+        ({"found_inf": torch.ones((), device="meta")}, ValueError, "found_inf must be one float32 on cpu, .* on meta"),
+        ({"seeds": [1, 2]}, ValueError, "seeds has 2 entries"),
+        ({**HALF_WEIGHT, "seeds": [2**63]}, ValueError, "tensor 0: seed must be an int64, .*got 9223372036854775808"),
+        ({"seeds": [1]}, TypeError, "tensor 0: a seed needs a bfloat16 or float16 weight, got torch.float32"),
+        ({"compensations": [torch.zeros(2, 1)]}, TypeError, "0: a compensation needs .* weight, got torch.float32"),
+        ({**HALF_WEIGHT, "seeds": [1], "values": [torch.ones(2, 1)]}, ValueError, "a seed is for a weight without val"),
+        ({**COMPENSATED, "values": [torch.ones(2, 1)]}, ValueError, "a compensation is for a weight without values"),
+        ({**COMPENSATED, "seeds": [1]}, ValueError, "tensor 0: it has a seed and a compensation"),
+        ({**COMPENSATED, "compensations": [torch.zeros(2, 1)]}, ValueError, "compensation must match .*torch.float16"),
+        ({**COMPENSATED, "compensations": [torch.zeros(2).half()]}, ValueError, r"compensation must match .*\[2, 1\]"),
+        ({**COMPENSATED, "compensations": [None, None]}, ValueError, "compensations has 2 entries"),
+        (
+            {**HALF_WEIGHT, "compensations": [torch.zeros(2, 2).half()[:, :1]]},
+            ValueError,
+            "compensation must be contiguous",
+        ),
+        (
+            {"weights": [None], "values": [torch.ones(2, 1)], "grads": [torch.ones(2, 1)], "seeds": [1]},
+            ValueError,
+            "a seed needs a weight to round, got none",
+        ),
+        (
+            {**HALF_WEIGHT, "seeds": [1], "exp_avgs": [torch.zeros(2, 1).double()],
+             "exp_avg_sqs": [torch.zeros(2, 1).double()]},
+            TypeError,
+            "a seed needs moments in float32 or bfloat16, got torch.float64",
+        ),
         ({"exp_avg_sqs": [torch.zeros(2, 2)]}, ValueError, "exp_avg_sq must match exp_avg"),
         ({"values": [torch.zeros(2, 1).half()]}, ValueError, "values must match exp_avg"),
         ({"originals": [torch.ones(2, 1)] * 2}, ValueError, "originals has 2 entries"),
@@ -641,5 +1125,9 @@ def adam_arguments(**changes):
 )  # fmt: skip
 def test_bad_input(changes, error, message):
     arguments = adam_arguments(**changes)
+    lists = [given for given in arguments.values() if isinstance(given, list)]
+    before = [given.clone() for tensors in lists for given in tensors if isinstance(given, Tensor)]
     with pytest.raises(error, match=message):
         gk.masked_adam_(**arguments)
+    after = [given for tensors in lists for given in tensors if isinstance(given, Tensor)]
+    assert all(a.device.type == "meta" or a.is_sparse or torch.equal(a, b) for a, b in zip(after, before, strict=True))

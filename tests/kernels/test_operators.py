@@ -36,26 +36,26 @@ def sample_inputs(op: str, device: str):
         grad_output = torch.randn(6, 4, device=device)
         offsets = torch.tensor([0, 1, 1, 3, 3], device=device)
         return [(grad_output, weight, cols[:4], None, "auto"), (grad_output, weight, cols[0], offsets, "union")]
-    problem = everything(torch.float32).to(device)
-    nothing = torch.empty(0, device=device)
+    return [adam_inputs(everything(torch.float32).to(device))]
 
-    def fill(tensors):
-        return [torch.empty(0, device=device) if t is None else t for t in tensors]
 
-    return [
-        (
-            problem.weights,
-            fill(problem.values),
-            problem.grads,
-            problem.exp_avgs,
-            problem.exp_avg_sqs,
-            [],
-            problem.originals,
-            problem.steps,
-            [nothing if t is None else t for t in problem.indices],
-            [int(x) for x in problem.layouts],
-        )
-    ]
+def fill(tensors):
+    return [torch.empty(0) if t is None else t for t in tensors]
+
+
+def adam_inputs(problem):
+    return (
+        problem.weights,
+        fill(problem.values),
+        problem.grads,
+        problem.exp_avgs,
+        problem.exp_avg_sqs,
+        [],
+        problem.originals,
+        problem.steps,
+        fill(problem.indices),
+        [int(x) for x in problem.layouts],
+    )
 
 
 ADAM = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.0}
@@ -67,6 +67,20 @@ ADAM |= {"anchor": 0.1, "anchor_l1": False, "anchor_decoupled": False}
 def test_opcheck(fast, op):
     for args in sample_inputs(op, fast):
         torch.library.opcheck(getattr(OPS, op).default, args, ADAM if op == "masked_adam_" else {})
+
+
+@pytest.mark.parametrize("how", ["stochastic", "compensated"])
+def test_opcheck_of_roundings_and_scaling(fast, how):
+    problem = everything(torch.bfloat16, shape=(3, 40)).halve_moments().round(how).to(fast)
+    options = {
+        **ADAM,
+        "grad_scale": torch.full((1,), 3.0, device=fast),
+        "found_inf": torch.zeros((), device=fast),
+        "seeds": [seed or 0 for seed in problem.seeds],
+        "stochastic": [seed is not None for seed in problem.seeds],
+        "compensations": fill(problem.compensations) if how == "compensated" else None,
+    }
+    torch.library.opcheck(OPS.masked_adam_.default, adam_inputs(problem), options)
 
 
 def test_every_operator_has_a_public_function_with_a_docstring():
@@ -96,6 +110,33 @@ def test_compiles_without_graph_breaks(fast):
     assert torch.equal(compiled(grad, compiled_weight, state), expected)
     assert torch.equal(compiled_weight, weight)
     assert float(state[2]) == 1
+
+
+@pytest.mark.skipif(cases.INTERPRETED, reason="torch.compile and the interpreter do not mix")
+@pytest.mark.parametrize("how", ["stochastic", "compensated"])
+def test_roundings_and_scaling_compile(fast, how):
+    def step(weight, grad, moments, count, left, scale, found):
+        gk.masked_adam_(
+            [weight], [grad], moments[:1], moments[1:], [count], lr=0.01, grad_scale=scale, found_inf=found,
+            seeds=[5 if how == "stochastic" else None], compensations=[left if how == "compensated" else None],
+        )  # fmt: skip
+
+    def inputs():
+        torch.manual_seed(1)
+        weight, grad = (torch.randn(300, device=fast).bfloat16() for _ in range(2))
+        moments = [torch.zeros(300, dtype=torch.bfloat16, device=fast) for _ in range(2)]
+        left = torch.zeros_like(weight)
+        return weight, grad, moments, torch.zeros((), device=fast), left, torch.full((), 2.0, device=fast)
+
+    *expected, scale = inputs()
+    step(*expected, scale, torch.zeros_like(scale))
+    *compiled, scale = inputs()
+    torch.compile(step, fullgraph=True, backend="aot_eager")(*compiled, scale, torch.zeros_like(scale))
+    assert float(compiled[3]) == 1
+    for got, wanted in zip(
+        (compiled[0], *compiled[2], compiled[4]), (expected[0], *expected[2], expected[4]), strict=True
+    ):
+        assert torch.equal(got, wanted)
 
 
 def test_use_backend_sets_and_restores():

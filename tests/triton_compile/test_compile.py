@@ -104,23 +104,32 @@ def adam_case(
     amsgrad: bool = False,
     decay: tl.constexpr = adam._NO_DECAY,
     anchor: tl.constexpr = adam._NO_ANCHOR,
+    rounding: tl.constexpr = adam._TO_NEAREST,
+    moment: str | None = None,
+    scaler: bool = False,
     targets=(HOPPER,),
 ) -> Case:
     scalars = dict.fromkeys(("lerp_weight", "beta2", "square_weight", "eps", "decay", "pull"), "fp64")
     types = {"table": "*i64", "tiles": "*i32", "corrections": "*fp64", **scalars}
+    optional = {"keys": ("*i64", rounding is adam._STOCHASTIC)}
+    optional |= dict.fromkeys(("grad_scale", "found_inf"), ("*fp32", scaler))
+    types |= {name: pointer for name, (pointer, passed) in optional.items() if passed}
     constants = {
+        **{name: None for name, (_, passed) in optional.items() if not passed},
         "WEIGHT": TYPES[weight],
         "GRAD": TYPES[weight],
         "STATE": TYPES[state],
+        "MOMENT": TYPES[moment or state],
         "COMPACT": compact,
         "HAS_VALUES": values,
+        "ROUNDING": rounding.value,
         "ALIGNED": True,
         "AMSGRAD": amsgrad,
         "DECAY": decay.value,
         "MAXIMIZE": False,
         "ANCHOR": anchor.value,
     }
-    divisible = ("table", "tiles", "corrections")
+    divisible = tuple(name for name in types if types[name][0] == "*")
     if layout == Layout.BITS:
         kernel = adam._step_bits
         types["starts"] = "*i64"
@@ -130,7 +139,9 @@ def adam_case(
         kernel = adam._step
         constants |= {"INDEX": tl.int32, "LAYOUT": int(layout), "LINEAR": linear, "HAS_WEIGHT": True}
         constants["ENTRIES"] = adam.ENTRIES
-    name = f"{layout.name}-{weight}-{state}" + "-compact" * compact + "-values" * values + "-amsgrad" * amsgrad
+    name = f"{layout.name}-{weight}-{moment or state}"
+    name += "-compact" * compact + "-values" * values + "-amsgrad" * amsgrad + "-scaler" * scaler
+    name += f"-rounding{rounding.value}" * (rounding.value > 0)
     return Case(
         kernel,
         name + f"-anchor{anchor.value}" * (anchor.value > 0),
@@ -138,10 +149,30 @@ def adam_case(
         constants,
         divisible,
         adam._OPTIONS,
-        vectors=layout != Layout.BITS,  # the entries of a batch start anywhere
+        # The entries of a batch start anywhere, and four of 16 bits are 8 bytes.
+        vectors=layout != Layout.BITS and not (moment == "bf16" and layout == Layout.ALL and weight != "fp32"),
         threads=512,
         targets=targets,
         forbidden=("ftz", "approx", "div.full"),
+    )
+
+
+def advance_case(*, stochastic: bool, scaler: bool) -> Case:
+    types = {"table": "*i64", "corrections": "*fp64", "count": "i32", "lr": "fp64", "beta1": "fp64", "beta2": "fp64"}
+    constants: dict[str, object] = {"STEP": tl.float32, "TENSORS": adam.STEPS}
+    for name, pointer, passed in (("keys", "*i64", stochastic), ("found_inf", "*fp32", scaler)):
+        if passed:
+            types[name] = pointer
+        else:
+            constants[name] = None
+    return Case(
+        adam._advance,
+        "float32-steps" + "-stochastic" * stochastic + "-scaler" * scaler,
+        types,
+        constants,
+        tuple(name for name in types if types[name][0] == "*"),
+        {"num_warps": 1, "enable_fp_fusion": False},
+        forbidden=("approx", "div.full"),
     )
 
 
@@ -271,6 +302,25 @@ CASES = [
         anchor=adam._DECOUPLED_L2_ANCHOR,
         targets=EVERYWHERE,
     ),
+    adam_case(Layout.ALL, "fp32", compact=True, linear=True, scaler=True, moment="bf16"),
+    adam_case(Layout.COLS, "bf16", compact=True, rounding=adam._STOCHASTIC, scaler=True, targets=EVERYWHERE),
+    adam_case(Layout.ALL, "fp16", compact=True, linear=True, amsgrad=True, rounding=adam._STOCHASTIC, moment="bf16"),
+    adam_case(
+        Layout.FLAT, "fp16", compact=False, linear=True, rounding=adam._COMPENSATED, anchor=adam._L2_ANCHOR, scaler=True
+    ),
+    adam_case(
+        Layout.BITS,
+        "fp16",
+        compact=False,
+        amsgrad=True,
+        decay=adam._L2_DECAY,
+        anchor=adam._DECOUPLED_L1_ANCHOR,
+        rounding=adam._STOCHASTIC,
+        moment="bf16",
+        scaler=True,
+        targets=EVERYWHERE,
+    ),
+    adam_case(Layout.BITS, "bf16", compact=True, amsgrad=True, rounding=adam._COMPENSATED, moment="bf16"),
     *(sums_case(weight_grad._gather, dtype, k) for dtype in ("fp32", "bf16", "fp16") for k in (1, 3)),
     sums_case(weight_grad._gather, "bf16", 1, bias=True, targets=EVERYWHERE),
     sums_case(weight_grad._gather, "fp32", 8, bias=True, offsets=True),
@@ -284,15 +334,8 @@ CASES = [
     sums_case(weight_grad._tile, "fp64", 8, targets=(HOPPER, BLACKWELL)),
     *(take_case(dtype) for dtype in ("fp32", "bf16", "fp16")),
     take_case("bf16", input_tokens=True),
-    Case(
-        adam._advance,
-        "float32-steps",
-        {"table": "*i64", "corrections": "*fp64", "count": "i32", "lr": "fp64", "beta1": "fp64", "beta2": "fp64"},
-        {"STEP": tl.float32, "TENSORS": adam.STEPS},
-        ("table", "corrections"),
-        {"num_warps": 1, "enable_fp_fusion": False},
-        forbidden=("approx", "div.full"),
-    ),
+    advance_case(stochastic=False, scaler=False),
+    advance_case(stochastic=True, scaler=True),
     Case(
         adam._count_bits,
         "words",
@@ -445,12 +488,14 @@ def test_a_new_step_compiles_nothing(compilations):
             return [torch.zeros(rows, 8) for _ in range(count)]
 
         adam.masked_adam_(
-            [torch.zeros(rows, 48) for _ in range(count)], [], zeros(), zeros(), zeros(), [], zeros(),
+            [torch.zeros(rows, 48).half() for _ in range(count)], [], zeros(), zeros(), zeros(), [], zeros(),
             [torch.zeros(()) for _ in range(count)],
             [torch.zeros(rows, 8, dtype=torch.int32) for _ in range(count)],
             [Layout.COLS] * count,
             lr=lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, decoupled_weight_decay=False, maximize=False,
             anchor=lr + 1, anchor_l1=False, anchor_decoupled=False,
+            grad_scale=torch.full((), lr), found_inf=torch.full((), lr),
+            seeds=[int(2.0**40 * lr)] * count, stochastic=[True] * count,
         )  # fmt: skip
 
     step(1e-3, 3, 32)
