@@ -16,10 +16,20 @@ from torch.optim.optimizer import _get_capturable_supported_devices
 
 import gradsel_kernels as gk
 from gradsel.links import owner_of, trained_dtype
-from gradsel.masks import Mask
-from gradsel.optim_call import Call, Plan, Route, State, calls_by_device, refuse_sparse, route_of
-from gradsel.optim_groups import bind, check_masks, check_options, check_sizes, check_tensors, complete_options
-from gradsel.optim_state import FINGERPRINT, MOMENTS, dense, fingerprint, fitted, migrated
+from gradsel.masks import Mask, Whole
+from gradsel.optim_call import Call, Plan, Route, State, calls_by_device, refuse_sparse, route_of, version_of
+from gradsel.optim_groups import (
+    bind,
+    check_anchor,
+    check_masks,
+    check_options,
+    check_sizes,
+    check_tensors,
+    complete_options,
+    plain_name,
+    warn_of_rounded_moments,
+)  # fmt: skip
+from gradsel.optim_state import FINGERPRINT, MOMENTS, dense, fingerprint, fitted, is_dense, migrated
 from gradsel.selection import Selection
 
 #: Options of a group that decide which tensors its kernel calls take.
@@ -35,8 +45,8 @@ class MaskedAdam(Optimizer):
     float16.
     An anchor, of a group's own if it says so, holds the selected entries near their pre-trained values as GRFT does; it
     keeps these in the state, one more float32 (float64) for each entry.
-    Weights written by others between steps are taken over, except through ``.data``, which nobody can see, and except
-    in attached models, where the values count.
+    Weights written by others between steps are taken over, except in place through ``.data``, which nobody can see, and
+    except in attached models, where the values count.
     The whole parameter group is updated by one kernel call; on a model prepared by :func:`gradsel.attach`, for which no
     ``masks`` are passed, that call writes values, moments and the weights themselves.
 
@@ -53,8 +63,7 @@ class MaskedAdam(Optimizer):
         foreach: recorded in the groups as torch does. There is one implementation, the fused one, whatever it says.
         fused: likewise; but True, as in torch, lets a :class:`torch.amp.GradScaler` leave unscaling and skipping to the
             kernel, which spares the host a synchronisation.
-        capturable: allowed on devices that torch allows it on. A captured graph repeats the hyper-parameters of its
-            capture, and a tensor ``lr`` cannot be captured, because its value is read.
+        capturable: accepted on devices that torch allows it on; capturing a step in a CUDA graph is refused so far.
         differentiable: must be False: the kernels write in place.
         maximize: ascend.
         decoupled_weight_decay: decay as in AdamW.
@@ -131,7 +140,10 @@ class MaskedAdam(Optimizer):
         check_masks(masks)
         self._selection = masks
         self._masks: dict[Tensor, Mask] = {}
-        self._versions: dict[Tensor, int] = {}  # of low-precision parameters, as of our last step
+        self._own_masks: dict[Tensor, Mask] = {}  # those that a group brought along
+        self._versions: dict[
+            Tensor, tuple[int, int]
+        ] = {}  # and addresses, of low-precision parameters, as of our last step
         self._plans: dict[int, Plan] = {}  # by number of the group
         defaults = {
             "lr": lr,
@@ -171,12 +183,17 @@ class MaskedAdam(Optimizer):
             param_group = {key: value for key, value in param_group.items() if key != "masks"}
             check_masks(masks)
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
         try:
-            check_options(self.param_groups[-1])
-            self._masks.update(bind(self.param_groups[-1], masks))
+            check_options(group)
+            bound = bind(group, masks)
         except Exception:
             self.param_groups.pop()
             raise
+        self._masks.update(bound)
+        if masks is not self._selection:
+            self._own_masks.update(bound)
+        warn_of_rounded_moments(group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -206,9 +223,10 @@ class MaskedAdam(Optimizer):
             grads = [parameter.grad for parameter in group["params"]]
             options = (bool(group["anchor"]), *map(group.__getitem__, _OF_PLANS))
             plan = self._plans.get(number)
-            if plan is None or not plan.holds(group["params"], grads, options):
+            if plan is None or not plan.holds(group["params"], grads, options, self.state):
                 plan = Plan(group["params"], grads, options, self._calls(number, grads), self.state)
                 self._plans[number] = plan
+            check_anchor(group)
             for call in plan.calls:
                 self._run(call, group, grads)
 
@@ -260,7 +278,15 @@ class MaskedAdam(Optimizer):
         return calls_by_device(routes, lambda route: self._state(route, group), self._versions, seed)
 
     def _routes(self, group: dict[str, Any]) -> Iterator[Route]:
-        return (route_of(parameter, self._masks) for parameter in group["params"])
+        for parameter in group["params"]:
+            if parameter not in self._masks:
+                if self._selection is not None:
+                    raise KeyError(
+                        f"a parameter of shape {list(parameter.shape)} was put into a group by hand, so it has no "
+                        "mask; use add_param_group() or a new optimizer"
+                    )
+                self._masks[parameter] = Whole(parameter.shape)
+            yield route_of(parameter, self._masks)
 
     def _state(self, route: Route, group: dict[str, Any]) -> State:
         """The state of a parameter, completed: all of it at first, a master after loading that of a float32 run.
@@ -282,27 +308,37 @@ class MaskedAdam(Optimizer):
             state[FINGERPRINT] = fingerprint(mask)
         if group["anchor"] and "original" not in state:
             state["original"] = (mask.gather(parameter) if kept is None else kept).to(dtype)
+        if "original" in state and state["original"].dtype != dtype:  # the model was cast
+            state["original"] = state["original"].to(dtype)
         if parameter.dtype != dtype:
             self._keep_digits(state, parameter, mask, group["low_precision"])
+        else:
+            for name in ("master", "compensation"):
+                state.pop(name, None)
         return state
 
     def _keep_digits(self, state: State, parameter: Tensor, mask: Mask, how: str) -> None:
         """Completes what stands by a weight in low precision, and drops what another ``how`` has left."""
-        left = state.pop("compensation", None) if how != "kahan" else None
+        digits = trained_dtype(parameter)
+        left = state.get("compensation")
+        if how != "kahan":
+            state.pop("compensation", None)
         if how != "master":
-            state.pop("master", None)
-            if how == "kahan" and "compensation" not in state:
-                state["compensation"] = torch.zeros(mask.compact_shape, dtype=parameter.dtype, device=parameter.device)
+            master = state.pop("master", None)
+            if how == "kahan" and (left is None or left.dtype != parameter.dtype):
+                weight = mask.gather(parameter)
+                trained = weight.to(digits) if master is None else master
+                state["compensation"] = (trained - weight.to(digits)).nan_to_num(0.0, 0.0, 0.0).to(parameter.dtype)
         elif "master" not in state:
-            state["master"] = mask.gather(parameter).to(trained_dtype(parameter))
+            state["master"] = mask.gather(parameter).to(digits)
             if left is not None:
                 state["master"] += left
-        elif self._versions.get(parameter) != parameter._version:
+        elif self._versions.get(parameter) != version_of(parameter):
             # Somebody else may have written the weight, a loaded checkpoint for example: what they wrote counts.
             written = mask.gather(parameter)
             ours = state["master"].to(parameter.dtype)
             theirs = (written != ours) & ~(written.isnan() & ours.isnan())
-            state["master"] = torch.where(theirs, written.to(state["master"].dtype), state["master"])
+            state["master"] = torch.where(theirs, written.to(digits), state["master"])
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
@@ -335,7 +371,7 @@ class MaskedAdam(Optimizer):
 
     @torch.no_grad()
     def reselect(self, selection: Selection | Mapping[str, Mask]) -> None:
-        """Goes on with other masks, for all groups.
+        """Goes on with other masks, for all groups but those that brought masks of their own.
 
         Entries that stay selected keep their state bit for bit, and the step count of their parameter; entries that
         come in have moments of zero, and are anchored to their values of now; those that leave are frozen as they are.
@@ -349,23 +385,37 @@ class MaskedAdam(Optimizer):
             KeyError, TypeError: as from the constructor.
         """
         check_masks(selection)
+        groups = [group for group in self.param_groups if not any(p in self._own_masks for p in group["params"])]
+        if any(owner_of(parameter) is not None for group in groups for parameter in group["params"]):
+            raise ValueError(
+                "the model is attached; detach it, attach it with the new selection, and load dense_state_dict() into "
+                "a new optimizer"
+            )
         masks: dict[Tensor, Mask] = {}
-        for group in self.param_groups:
+        for group in groups:
             masks.update(bind(group, selection))
-        for parameter, mask in masks.items():
-            if parameter in self.state:
-                state = migrated(self.state.pop(parameter), self._masks[parameter], mask, parameter)
-                if state:
-                    self.state[parameter] = state
-        self._selection, self._masks = selection, masks
+        states = {
+            parameter: migrated(self.state[parameter], self._masks[parameter].to(parameter.device), mask, parameter)
+            for parameter, mask in masks.items()
+            if parameter in self.state
+        }
+        for parameter, state in states.items():
+            if state:
+                self.state[parameter] = state
+            else:
+                del self.state[parameter]
+        self._selection = selection
+        self._masks.update(masks)
         self._plans.clear()
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what :meth:`state_dict` returned, in the dtypes it was saved in, onto the parameters' devices.
+        """Loads what :meth:`state_dict` returned, without rounding, onto the parameters' devices.
 
         A state of ``torch.optim.Adam`` or ``AdamW`` for the same parameters is taken too: a dense run goes on as a
-        masked one, with the moments of the selected entries.
+        masked one, with the moments of the selected entries, and with the options of ours that it lacks. Where both
+        optimizers have names of parameters, these say what belongs together, else the order; a dense state for an
+        attached model needs them.
 
         Args:
             state_dict: nothing of it is shared.
@@ -380,21 +430,42 @@ class MaskedAdam(Optimizer):
         # From here on as Optimizer.load_state_dict, which would round moments to the dtype of the parameter.
         saved_groups = deepcopy(state_dict["param_groups"])
         check_sizes(self.param_groups, saved_groups)
-        saved_ids = chain.from_iterable(group["params"] for group in saved_groups)
-        routes = dict(zip(saved_ids, chain.from_iterable(map(self._named_routes, self.param_groups)), strict=True))
+        routes: dict[Any, tuple[Route, str]] = {}
+        for group, saved in zip(self.param_groups, saved_groups, strict=True):
+            routes.update(zip(saved["params"], self._in_order_of(saved, group, state_dict["state"]), strict=True))
         state: defaultdict[Any, Any] = defaultdict(dict)
         for key, saved in state_dict["state"].items():
             if key not in routes:
-                state[key] = saved
+                state[key] = deepcopy(saved)
             elif found := fitted(saved, *routes[key]):
                 state[routes[key][0].parameter] = found
         for group, saved in zip(self.param_groups, saved_groups, strict=True):
-            saved["params"] = group["params"]
-            if "param_names" in group:
+            if _by_name(saved, group):
+                saved["param_names"] = group["param_names"]
+            elif "param_names" in group:
                 saved.setdefault("param_names", group["param_names"])
+            saved["params"] = group["params"]
+            complete_options(saved, group)
         self.__setstate__({"state": state, "param_groups": saved_groups})
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
+
+    def _in_order_of(
+        self, saved: dict[str, Any], group: dict[str, Any], states: Mapping[Any, Any]
+    ) -> list[tuple[Route, str]]:
+        """The named routes of a group in the order of a saved one: by name where both have names, else by place."""
+        routes = list(self._named_routes(group))
+        if names := _by_name(saved, group):
+            by_name = dict(zip(map(plain_name, group["param_names"]), routes, strict=True))
+            return [by_name[name] for name in names]
+        for key, (route, name) in zip(saved["params"], routes, strict=True):
+            if route.is_compact and is_dense(states.get(key), route.mask):
+                raise ValueError(
+                    f"{name} belongs to an attached model, which takes a dense state by name only, because attach() "
+                    "orders parameters anew: give names to both optimizers, as in "
+                    "[(name, p) for name, p in model.named_parameters() if p.requires_grad]"
+                )
+        return routes
 
     def _named_routes(self, group: dict[str, Any]) -> Iterator[tuple[Route, str]]:
         """With the names of parameters; without names their numbers in the group."""
@@ -415,6 +486,9 @@ class MaskedAdam(Optimizer):
         routes = (route_of(parameter, self._masks) for parameter in parameters if parameter in self.state)
         state = {numbers[route.parameter]: dense(self.state[route.parameter], route.mask) for route in routes}
         groups = [{**group, "params": [numbers[p] for p in group["params"]]} for group in self.param_groups]
+        for group in groups:
+            if "param_names" in group:
+                group["param_names"] = [plain_name(name) for name in group["param_names"]]
         return {"state": state, "param_groups": deepcopy(groups)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -428,7 +502,16 @@ class MaskedAdam(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # Optimizer takes three attributes through pickle and deepcopy; a copy without its masks would train everything.
-        return {**super().__getstate__(), "_selection": self._selection, "_masks": self._masks}
+        own = {"_selection": self._selection, "_masks": self._masks, "_own_masks": self._own_masks}
+        return {**super().__getstate__(), **own}
+
+
+def _by_name(saved: dict[str, Any], group: dict[str, Any]) -> list[str] | None:
+    """The plain names of a saved group, if they are those of the group in any order."""
+    if "param_names" not in saved or "param_names" not in group:
+        return None
+    names, own = ([plain_name(name) for name in each["param_names"]] for each in (saved, group))
+    return names if len(set(own)) == len(own) and set(names) == set(own) else None
 
 
 class MaskedAdamW(MaskedAdam):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import repeat
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from gradsel.links import links_of, owner_of, trained_dtype
 from gradsel.masks import Mask, Place
 
 State = dict[str, Any]
+_DTYPE = attrgetter("dtype")
 #: A place in the memory of a tensor: its address, shape and strides.
 Memory = tuple[int, torch.Size, tuple[int, ...]]
 
@@ -70,7 +71,7 @@ class Call:
         routes: Sequence[Route],
         states: Sequence[State],
         complete: Callable[[Route], State],
-        versions: dict[Tensor, int],
+        versions: dict[Tensor, tuple[int, int]],
         seed: int | None,
     ) -> None:
         self.numbers = numbers
@@ -93,6 +94,8 @@ class Call:
         self.seeds = None if seed is None else list(map(self._seeds, numbers, routes, states, repeat(seed)))
         #: Whether any keeps what rounding left behind.
         self.compensated = any("compensation" in state for state in states)
+        #: Entries whose gradients lie in mask order.
+        self.compact = [j for j, route in enumerate(routes) if route.is_compact]
         #: Entries that train a master copy.
         self.rounded = [(j, route) for j, route in enumerate(routes) if "master" in states[j]]
 
@@ -110,9 +113,11 @@ class Call:
         """
         mine: list[Any] = [grads[number] for number in self.numbers]
         self._follow(mine)
+        for j in self.compact:
+            mine[j] = mine[j].contiguous()
         states = self.states
         for j, route in self.rounded:
-            if self._versions.get(route.parameter) != route.parameter._version:
+            if self._versions.get(route.parameter) != version_of(route.parameter):
                 self._complete(route)
             self.values[j] = states[j]["master"]
         return {
@@ -133,7 +138,7 @@ class Call:
     def done(self) -> None:
         """After the kernel has run."""
         for _, route in self.rounded:
-            self._versions[route.parameter] = route.parameter._version
+            self._versions[route.parameter] = version_of(route.parameter)
 
     def _follow(self, grads: list[Tensor]) -> None:
         """Brings aliases up to date, and ``grads`` into the form that goes with them."""
@@ -170,6 +175,9 @@ class Plan:
         self._parameters = list(parameters)
         self._absent = [grad is None for grad in grads]
         self._options = options
+        self._states = states
+        self._dtypes = list(map(_DTYPE, parameters))
+        self._found_states = [state for call in calls for state in call.states]
         links: list[tuple[dict, Any, Any]] = []
         for call in calls:
             for route, state in zip(call.routes, call.states, strict=True):
@@ -177,10 +185,19 @@ class Plan:
                 links += links_of(route.parameter)
         self._dicts, self._keys, self._found = ([link[i] for link in links] for i in range(3))
 
-    def holds(self, parameters: Sequence[Tensor], grads: Sequence[Tensor | None], options: tuple) -> bool:
+    def holds(
+        self,
+        parameters: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        options: tuple,
+        states: dict[Tensor, State],
+    ) -> bool:
         """Whether nothing but gradients, and the memory and contents of tensors, is new."""
         return (
             options == self._options
+            and states is self._states
+            and list(map(_DTYPE, parameters)) == self._dtypes
+            and all(map(len, self._found_states))
             and len(parameters) == len(self._parameters)
             and all(map(is_, parameters, self._parameters))
             and [grad is None for grad in grads] == self._absent
@@ -192,7 +209,7 @@ class Plan:
 def calls_by_device(
     routes: Iterable[tuple[int, Route]],
     complete: Callable[[Route], State],
-    versions: dict[Tensor, int],
+    versions: dict[Tensor, tuple[int, int]],
     seed: int | None,
 ) -> list[Call]:
     """One call for each device that numbered routes are on; see :class:`Call`."""
@@ -209,6 +226,11 @@ def refuse_sparse(grads: Iterable[Tensor]) -> None:
     """Raises torch's RuntimeError if a gradient is sparse."""
     if any(grad.is_sparse for grad in grads):
         raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
+
+
+def version_of(parameter: Tensor) -> tuple[int, int]:
+    """What changes when anybody writes a parameter, except in place through ``.data``."""
+    return parameter._version, parameter.data_ptr()
 
 
 def _memory(tensor: Tensor) -> Memory:

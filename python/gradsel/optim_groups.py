@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradsel.links import owner_of
+from gradsel.links import SUFFIX, owner_of
 from gradsel.masks import Mask, Whole
+from gradsel.rules import strip_wrappers
 from gradsel.selection import lookup
 
-#: What a parameter group of an older version, or of a torch.optim optimizer, may lack.
-_LATER_OPTIONS = {
+#: What a parameter group of an older version of torch's Adam, or of ours, may lack,
+_LATER_OPTIONS: dict[str, Any] = {
     "amsgrad": False,
     "maximize": False,
     "foreach": None,
@@ -22,6 +25,9 @@ _LATER_OPTIONS = {
     "differentiable": False,
     "fused": None,
     "decoupled_weight_decay": False,
+}
+#: and what torch's does not have at all.
+_OWN_OPTIONS: dict[str, Any] = {
     "anchor": 0.0,
     "anchor_decoupled": False,
     "anchor_norm": 2,
@@ -31,10 +37,17 @@ _LATER_OPTIONS = {
 }
 
 
-def complete_options(options: dict[str, Any]) -> None:
-    """Gives a group, or the defaults, what it lacks."""
+def complete_options(options: dict[str, Any], group: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Gives a group, or the defaults, what it lacks; of our own options what ``group`` says, if it does."""
     for name, value in _LATER_OPTIONS.items():
         options.setdefault(name, value)
+    for name, value in _OWN_OPTIONS.items():
+        options.setdefault(name, group.get(name, value))
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without the prefixes of wrappers; for values of an attached weight, that of the weight."""
+    return strip_wrappers(name).removesuffix(SUFFIX)
 
 
 def bind(group: dict[str, Any], masks: Mapping[str, Mask] | None) -> dict[Tensor, Mask]:
@@ -90,10 +103,7 @@ def check_options(options: dict[str, Any]) -> None:
             "MaskedAdam does not support differentiable=True, its kernels write in place; to differentiate through "
             "steps use torch.optim.Adam(differentiable=True) on masked gradients"
         )
-    if not 0.0 <= options["anchor"] < math.inf:
-        raise ValueError(f"Invalid anchor value: {options['anchor']}")
-    if options["anchor_norm"] not in (1, 2):
-        raise ValueError(f"Invalid anchor_norm value: {options['anchor_norm']}; norms are 1 and 2")
+    check_anchor(options)
     if options["low_precision"] not in ("master", "kahan", "stochastic"):
         raise ValueError(
             f"Invalid low_precision value: {options['low_precision']!r}; it is 'master', 'kahan' or 'stochastic'"
@@ -101,7 +111,26 @@ def check_options(options: dict[str, Any]) -> None:
     if not isinstance(options["seed"], int) or not 0 <= options["seed"] < 2**31:
         raise ValueError(f"Invalid seed value: {options['seed']!r}; it is an integer from 0 to 2**31 - 1")
     if options["state_dtype"] not in (None, torch.float32, torch.bfloat16):
-        raise ValueError(f"Invalid state_dtype value: {options['state_dtype']}; it is None or torch.bfloat16")
+        raise ValueError(
+            f"Invalid state_dtype value: {options['state_dtype']}; it is None, torch.float32 or torch.bfloat16"
+        )
+
+
+def check_anchor(options: dict[str, Any]) -> None:
+    """At every step, too: schedules change it."""
+    if not 0.0 <= options["anchor"] < math.inf:
+        raise ValueError(f"Invalid anchor value: {options['anchor']}")
+    if options["anchor_norm"] not in (1, 2):
+        raise ValueError(f"Invalid anchor_norm value: {options['anchor_norm']}; norms are 1 and 2")
+
+
+def warn_of_rounded_moments(options: dict[str, Any]) -> None:
+    if options["state_dtype"] is torch.bfloat16 and options["betas"][1] > 0.99:
+        warnings.warn(
+            f"with state_dtype=torch.bfloat16 and beta2 = {float(options['betas'][1])} second moments never fall, "
+            "because rounding gives back what one step takes; use betas up to 0.99",
+            stacklevel=5,
+        )
 
 
 def check_sizes(groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]]) -> None:

@@ -91,10 +91,17 @@ def _selected(
     )
 
 
+def is_dense(state: Mapping[str, Any] | None, mask: Mask) -> bool:
+    """Whether a saved state has moments, and not for the entries of a mask."""
+    if not state or FINGERPRINT in state or "exp_avg" not in state:
+        return False
+    return tuple(torch.as_tensor(state["exp_avg"]).shape) != mask.compact_shape
+
+
 def dense(state: State, mask: Mask) -> State:
     """The state as torch's Adam has it: step and moments, zero where nothing is selected. A copy."""
     return {
-        key: value.clone() if key == "step" else scattered(mask, value)
+        key: value.clone() if key == "step" else scattered(mask, value.to(trained_dtype(value)))
         for key, value in state.items()
         if key == "step" or key in MOMENTS
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import io
 import pickle
@@ -511,7 +512,7 @@ def test_loaded_state_does_not_alias_its_source():
             assert torch.equal(torch.as_tensor(state["state"][key][name]), torch.as_tensor(value))
 
 
-def test_state_of_a_run_that_knew_no_anchor_has_none():
+def test_state_of_a_run_that_knew_no_anchor_leaves_it_as_it_is():
     model = Toy()
     dense = torch.optim.Adam(model.parameters())
     train(model, dense, 1)
@@ -519,9 +520,9 @@ def test_state_of_a_run_that_knew_no_anchor_has_none():
     assert "anchor" not in dense.param_groups[0]
     optimizer.load_state_dict(dense.state_dict())
     options = optimizer.param_groups[0]
-    assert (options["anchor"], options["anchor_decoupled"], options["anchor_norm"]) == (0.0, False, 2)
+    assert (options["anchor"], options["anchor_decoupled"], options["anchor_norm"]) == (0.1, True, 1)
     train(model, optimizer, 1)
-    assert all("original" not in state for state in optimizer.state.values())
+    assert all("original" in state for state in optimizer.state.values())
 
 
 def test_an_optimizer_of_an_older_version_can_be_copied_and_extended():
@@ -644,7 +645,7 @@ def test_a_dense_run_goes_on_as_a_masked_one(cls, attached):
     """Bit for bit on the selected entries: torch's run with masked gradients from there, and ours."""
     torch.manual_seed(1)
     twin, data = Toy().eval(), batches(8)
-    theirs = cls(twin.parameters(), foreach=False, fused=False, amsgrad=True)
+    theirs = cls(twin.named_parameters(), foreach=False, fused=False, amsgrad=True)
     for batch in data[:4]:
         wide_grads(twin, batch)
         theirs.step()
@@ -656,15 +657,17 @@ def test_a_dense_run_goes_on_as_a_masked_one(cls, attached):
     if attached:
         gradsel.attach(model, selection)
         own = {name.removesuffix("_values"): p for name, p in model.named_parameters() if p.requires_grad}
-        order = [own.get(name, dict(model.named_parameters())[name]) for name, _ in twin.named_parameters()]
-        ours = kind(order)
+        named = dict(model.named_parameters())
+        order = [(name, own.get(name, named[name])) for name, _ in twin.named_parameters()]
+        ours = kind(order[::-1])  # names say what belongs together
     else:
         ours = kind(model.named_parameters(), masks=selection)
     ours.load_state_dict(theirs.state_dict())
     with gk.use_backend("reference"):
         for batch in data[4:]:
             wide_grads(twin, batch, selection)
-            for p, q in zip(ours.param_groups[0]["params"], twin.named_parameters(), strict=True):
+            parameters = ours.param_groups[0]["params"]
+            for p, q in zip(parameters[::-1] if attached else parameters, twin.named_parameters(), strict=True):
                 owner = gradsel.links.owner_of(p)
                 grad = q[1].grad
                 if grad is not None and p.requires_grad:
@@ -784,21 +787,174 @@ def test_attached_models_are_reselected_through_the_dense_state():
     model = nn.Sequential(nn.Linear(9, 6), nn.ReLU(), nn.Linear(6, 3))
     first, second = random_masks(model, 0, 3), random_masks(model, 1, 3)
     gradsel.attach(model, first)
-    optimizer = gradsel.MaskedAdam(gradsel.trainable_parameters(model))
+    optimizer = gradsel.MaskedAdam(trained(model))
     model(torch.ones(2, 9)).square().sum().backward()
     optimizer.step()
     state = optimizer.dense_state_dict()
     gradsel.detach(model)
     gradsel.attach(model, second)
-    optimizer = gradsel.MaskedAdam(gradsel.trainable_parameters(model))
+    optimizer = gradsel.MaskedAdam(trained(model))
     optimizer.load_state_dict(state)
-    for number, p in enumerate(optimizer.param_groups[0]["params"]):
+    numbers = {name: number for number, name in enumerate(state["param_groups"][0]["param_names"])}
+    for name, p in trained(model):
         owner = gradsel.links.owner_of(p)
-        moments = state["state"][number]["exp_avg"]
+        moments = state["state"][numbers[name.removesuffix("_values")]]["exp_avg"]
         assert torch.equal(optimizer.state[p]["exp_avg"], moments if owner is None else owner[1].mask.gather(moments))
         assert optimizer.state[p]["step"] == 1
     both = first["0.weight"].to_dense() & second["0.weight"].to_dense()
-    assert (state["state"][1]["exp_avg"] != 0)[both].any()
+    assert (state["state"][numbers["0.weight"]]["exp_avg"] != 0)[both].any()
+
+
+def trained(model):
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def test_states_find_their_parameters_by_name():
+    """attach() puts values behind biases, and all shapes here are the same."""
+    model = nn.LayerNorm(6)
+    whole = gradsel.Selection({"weight": Whole((6,)), "bias": Whole((6,))})
+    part = gradsel.Selection({"weight": Flat(torch.tensor([0, 2, 5], dtype=torch.int32), (6,)), "bias": Whole((6,))})
+    gradsel.attach(model, whole)
+    optimizer = gradsel.MaskedAdam(trained(model))
+    model.weight.grad, model.bias.grad = torch.full((6,), 2.0), torch.full((6,), 3.0)
+    optimizer.step()
+    state = optimizer.dense_state_dict()
+    moments = {name: optimizer.state[p]["exp_avg"].clone() for name, p in trained(model)}
+    gradsel.detach(model)
+    gradsel.attach(model, part)
+    assert [name for name, _ in trained(model)] == ["bias", "weight_values"]
+    second = gradsel.MaskedAdam(trained(model))
+    second.load_state_dict(state)
+    assert torch.equal(second.state[model.bias]["exp_avg"], moments["bias"])
+    assert torch.equal(second.state[model.weight_values]["exp_avg"], moments["weight"][[0, 2, 5]])
+    assert second.param_groups[0]["param_names"] == ["bias", "weight_values"]
+    with pytest.raises(ValueError, match="takes a dense state by name only"):
+        gradsel.MaskedAdam(gradsel.trainable_parameters(model)).load_state_dict(state)
+
+
+@pytest.mark.parametrize("how", ["master", "kahan", "stochastic"])
+@pytest.mark.parametrize("dtypes", [(0, 1), (1, 0), (1, 2), (0, 3), (3, 0)], ids=str)
+def test_a_model_cast_between_steps(dtypes, how):
+    """The plan and the state follow, in both routes."""
+    first, then = ([torch.float32, torch.bfloat16, torch.float16, torch.float64][i] for i in dtypes)
+    model = nn.Linear(8, 6).to(first)
+    selection = gradsel.select(model, None, None, criterion="random")
+    optimizer = gradsel.MaskedAdam(model.named_parameters(), 1e-4, masks=selection, low_precision=how, anchor=0.1)
+
+    def step(count=1):
+        for _ in range(count):
+            for p in model.parameters():
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+
+    step(2)
+    model.to(then)
+    step()
+    for p in model.parameters():
+        state = optimizer.state[p]
+        wide = torch.float64 if then is torch.float64 else torch.float32
+        assert state["exp_avg"].dtype is state["original"].dtype is wide
+        low = then in (torch.bfloat16, torch.float16)
+        assert ("master" in state) == (low and how == "master")
+        assert ("compensation" in state) == (low and how == "kahan")
+        assert "compensation" not in state or state["compensation"].dtype is then
+    with torch.no_grad():
+        model.weight.fill_(5.0)
+    before = model.weight.detach().clone()
+    step()
+    assert (model.weight.detach() - before).abs().max() < 0.05  # nothing old is written back
+
+
+def test_data_that_is_swapped_is_taken_over():
+    weight = nn.Parameter(torch.zeros(6, dtype=torch.bfloat16))
+    optimizer = gradsel.MaskedAdam([weight], 1e-3)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    weight.data = torch.full_like(weight, 5.0)
+    optimizer.step()
+    assert weight.detach().float().min() > 4.9
+
+
+def test_a_state_that_is_reset_begins_anew():
+    weight = nn.Parameter(torch.zeros(6))
+    optimizer = gradsel.MaskedAdam([weight], 1e-3)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    optimizer.state = collections.defaultdict(dict)
+    optimizer.step()
+    assert optimizer.state[weight]["step"] == 1
+    optimizer.state[weight].clear()
+    optimizer.step()
+    assert optimizer.state[weight]["step"] == 1
+
+
+def test_options_of_ours_survive_a_state_of_torch_s_adam():
+    model = Toy()
+    dense = torch.optim.Adam(model.parameters())
+    train(model, dense, 1)
+    options = {"anchor": 0.3, "anchor_norm": 1, "anchor_decoupled": True, "low_precision": "kahan", "seed": 7}
+    optimizer = gradsel.MaskedAdam(model.parameters(), **options)
+    optimizer.load_state_dict(dense.state_dict())
+    assert {name: optimizer.param_groups[0][name] for name in options} == options
+
+
+def test_reselecting_leaves_groups_with_masks_of_their_own_and_failures_change_nothing(monkeypatch):
+    model = nn.Sequential(nn.Linear(9, 6), nn.Linear(6, 3))
+    masks = random_masks(model, 0, 3)
+    head = {"params": list(model[1].named_parameters("1")), "masks": None}
+    optimizer = gradsel.MaskedAdam([{"params": list(model[0].named_parameters("0"))}, head], masks=masks)
+    model(torch.ones(2, 9)).square().sum().backward()
+    optimizer.step()
+    before = {p: dict(state) for p, state in optimizer.state.items()}
+    with monkeypatch.context() as patch:
+        patch.setattr("gradsel.optim.migrated", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            optimizer.reselect(random_masks(model, 1, 3))
+    assert {p: dict(state) for p, state in optimizer.state.items()}.keys() == before.keys()
+    assert all(optimizer.state[p][key] is value for p, state in before.items() for key, value in state.items())
+    optimizer.reselect(gradsel.Selection({name: m for name, m in random_masks(model, 1, 3).items() if name[0] == "0"}))
+    assert optimizer.state[model[1].weight]["exp_avg"].shape == model[1].weight.shape
+    attached = nn.Linear(4, 4)
+    gradsel.attach(attached, gradsel.select(attached, None, None, criterion="random"))
+    with pytest.raises(ValueError, match="the model is attached; detach it"):
+        gradsel.MaskedAdam(gradsel.trainable_parameters(attached)).reselect(None)
+
+
+def test_a_bad_anchor_in_the_middle_and_rounded_moments():
+    weight = nn.Parameter(torch.zeros(6))
+    optimizer = gradsel.MaskedAdam([weight], 1e-3, anchor=0.1)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    optimizer.param_groups[0]["anchor"] = -50.0
+    with pytest.raises(ValueError, match=r"Invalid anchor value: -50\.0"):
+        optimizer.step()
+    with pytest.warns(UserWarning, match=r"beta2 = 0\.999 second moments never fall"):
+        rounded = gradsel.MaskedAdam([weight], state_dtype=torch.bfloat16)
+    rounded.step()
+    assert rounded.dense_state_dict()["state"][0]["exp_avg"].dtype is torch.float32
+
+
+def test_a_parameter_put_into_a_group_by_hand():
+    old, new = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
+    new.grad = torch.ones(3)
+    optimizer = gradsel.MaskedAdam([old])
+    optimizer.param_groups[0]["params"][0] = new
+    optimizer.step()
+    assert (new != 0).all()
+    masked = gradsel.MaskedAdam([("old", old)], masks={"old": Whole((3,))})
+    masked.param_groups[0]["params"][0] = new
+    with pytest.raises(KeyError, match="put into a group by hand"):
+        masked.step()
+
+
+def test_a_compact_gradient_in_any_layout():
+    model = nn.Linear(8, 6)
+    gradsel.attach(model, gradsel.select(model, None, None, criterion="random"))
+    optimizer = gradsel.MaskedAdam(gradsel.trainable_parameters(model), 1e-2)
+    before = model.weight_values.detach().clone()
+    model.weight_values.grad = torch.ones(()).expand(model.weight_values.shape)
+    optimizer.step()
+    assert (model.weight_values != before).all()
 
 
 # --- Clipping ----------------------------------------------------------------------------------------------------

@@ -32,6 +32,9 @@ OPTIONS = {
     "anchor": [0.0, 0.0, 0.5],
     "anchor_decoupled": [False, True],
     "anchor_norm": [1, 2],
+    "low_precision": ["master", "kahan", "stochastic"],
+    "seed": [0, 7],
+    "state_dtype": [None, None, torch.bfloat16],
 }
 SCHEDULERS = [
     lambda o: None,
