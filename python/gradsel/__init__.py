@@ -9,6 +9,9 @@ from gradsel.anchoring import anchored_groups
 from gradsel.attaching import AttachReport, attach, detach, sync, trainable_parameters
 from gradsel.counting import trainable_count
 from gradsel.criteria import Criterion, random_scores
+from gradsel.delta import Delta, load_delta, save_delta
+from gradsel.delta_bank import TaskBank
+from gradsel.delta_export import export
 from gradsel.losses import SupConLoss, contrastive, cross_entropy
 from gradsel.optim import MaskedAdam, MaskedAdamW, state_bytes
 from gradsel.policies import Columns, Global, PerLayer, PerNeuron, Rows, equal_budget
@@ -22,6 +25,7 @@ __all__ = [
     "AttachReport",
     "Columns",
     "Criterion",
+    "Delta",
     "Global",
     "MaskedAdam",
     "MaskedAdamW",
@@ -30,6 +34,7 @@ __all__ = [
     "Rows",
     "Selection",
     "SupConLoss",
+    "TaskBank",
     "__version__",
     "anchored_groups",
     "attach",
@@ -38,10 +43,13 @@ __all__ = [
     "detach",
     "easiest_subset",
     "equal_budget",
+    "export",
     "freeze",
+    "load_delta",
     "presets",
     "random_scores",
     "ranked_sizes",
+    "save_delta",
     "select",
     "state_bytes",
     "sync",

@@ -1,4 +1,4 @@
-"""The command line: ``gradsel demo``, ``gradsel count`` and ``gradsel config``."""
+"""The command line: ``gradsel demo``, ``gradsel count``, ``gradsel delta`` and ``gradsel config``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import gradsel_kernels
-from gradsel import counting
+from gradsel import counting, delta_cli
 from gradsel.policies import Columns, Global, PerLayer, PerNeuron, Policy, Rows
 from gradsel.tables import table
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        The exit code: 0, or 2 where an optional package is missing.
+        The exit code: 0, 1 where a delta cannot be made or applied, or 2 where an optional package is missing.
     """
     arguments = _parser().parse_args(argv)
     code: int = arguments.command(arguments)
@@ -64,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     count.add_argument("--classes", type=_classes, metavar="C", help="with --policy; default: 1000")
     count.set_defaults(command=_count, refuse=count.error)
 
+    delta_cli.add_to(commands)
+
     config = commands.add_parser("config", help="which kernels are in use on this machine, and why")
     config.set_defaults(command=_config)
     return parser
@@ -83,6 +85,8 @@ def _demo(arguments: argparse.Namespace) -> int:
     )
     results = study.run(arguments.seeds, arguments.quiet)
     print(study.table(results))
+    if results.delta is not None:
+        print(f"\n{demo.saved_line(results.delta)}")
     output: Path = arguments.output or picture
     demo.save(results, output.with_name(record))
     study.draw(results, output)

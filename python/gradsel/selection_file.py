@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,22 +43,49 @@ def write(
         parameters[name] = {"kind": mask.kind, "shape": list(mask.shape), **mask.describe()}
         for part, tensor in mask.packed().items():
             tensors[f"{name}:{part}"] = tensor.cpu().contiguous().clone()  # two names may share one mask
-    metadata = {
-        "format": _FORMAT,
-        "version": _VERSION,
-        "library": gk.__version__,
-        "parameters": json.dumps(parameters),
-        "notes": json.dumps(notes),
-        "base": json.dumps(base),
-    }
+    write_sealed(path, _FORMAT, _VERSION, {"parameters": parameters, "notes": notes, "base": base}, tensors)
+
+
+def write_sealed(
+    path: str | os.PathLike[str],
+    format: str,
+    version: str,
+    sections: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Writes tensors and JSON sections as one safetensors file, atomically, with a checksum over both.
+
+    Args:
+        tensors: contiguous, on the CPU, none sharing memory.
+    """
+    metadata = {"format": format, "version": version, "library": gk.__version__}
+    metadata |= {key: json.dumps(section) for key, section in sections.items()}
     metadata["checksum"] = _checksum(metadata, tensors)
+    with replacing(path) as unfinished:
+        save_file(dict(tensors), unfinished, metadata)
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A path beside ``path`` to write to, which takes its place once it is on the disk. A crash leaves the old file."""
     path = Path(path)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(tensors, unfinished, metadata)
+        yield unfinished
+        _flush(unfinished)
         os.replace(unfinished, path)
+        if os.name == "posix":  # elsewhere a folder is no file
+            _flush(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read(path: str | os.PathLike[str]) -> Content:
@@ -66,27 +94,48 @@ def read(path: str | os.PathLike[str]) -> Content:
     Raises:
         ValueError: the file is not a selection, is damaged, or was written by a later version.
     """
+    with reading_sealed(path, _FORMAT, _VERSION, "a selection") as (metadata, tensors):
+        content = Content(
+            _masks(json_object(metadata, "parameters"), tensors),
+            json_object(metadata, "notes"),
+            json_object(metadata, "base"),
+        )
+        if not all(isinstance(text, str) for text in content.base.values()):
+            raise ValueError("fingerprints are texts")
+    return content
+
+
+@contextmanager
+def reading_sealed(
+    path: str | os.PathLike[str], format: str, version: str, what: str
+) -> Iterator[tuple[dict[str, str], dict[str, Tensor]]]:
+    """The metadata and tensors that :func:`write_sealed` wrote. What is wrong with them is reported with the file's
+    name.
+
+    The checksum is compared last, so that messages say what is wrong where anything else tells.
+
+    Args:
+        what: the file should be, for messages: ``"a selection"``.
+
+    Raises:
+        ValueError: the file is of another format, is damaged, or was written by a later version.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, *_NONSENSE) as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
-    if metadata.get("format") != _FORMAT:
-        raise ValueError(f"{path} is not a selection: its format is {metadata.get('format')!r}, expected {_FORMAT!r}")
-    if metadata.get("version") != _VERSION:
-        raise ValueError(f"{path} is of version {metadata.get('version')}; this library reads {_VERSION}, update it")
+    if metadata.get("format") != format:
+        raise ValueError(f"{path} is not {what}: its format is {metadata.get('format')!r}, expected {format!r}")
+    if metadata.get("version") != version:
+        raise ValueError(f"{path} is of version {metadata.get('version')}; this library reads {version}, update it")
     try:
-        content = Content(
-            _masks(_object(metadata, "parameters"), tensors), _object(metadata, "notes"), _object(metadata, "base")
-        )
-        if not all(isinstance(text, str) for text in content.base.values()):
-            raise ValueError("fingerprints are texts")
+        yield metadata, tensors
         if metadata["checksum"] != _checksum(metadata, tensors):
             raise ValueError("the checksum does not match")
     except _NONSENSE as error:
         raise ValueError(f"{path} is damaged: {error!r}") from None
-    return content
 
 
 def _masks(parameters: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Mask]:
@@ -105,7 +154,8 @@ def _masks(parameters: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict
     return masks
 
 
-def _object(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
+def json_object(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
+    """A section of the metadata, which must be a JSON object."""
     value = json.loads(metadata[key])
     if not isinstance(value, dict):
         raise ValueError(f"{key} must be a JSON object, got a {type(value).__name__}")

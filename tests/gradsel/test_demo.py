@@ -189,6 +189,29 @@ def test_costs_are_counted_as_documented(results):
     }  # fmt: skip
 
 
+def test_one_delta_is_saved_and_its_size_printed_beside_the_checkpoints(results):
+    saved = results.delta
+    assert saved.method == "GPS K=1"
+    payload = results.rows[[row.method for row in results.rows].index("GPS K=1")].outcomes[0]
+    assert payload.delta_bytes < saved.delta_bytes + 2 * payload.trained  # columns of so few inputs are bits
+    assert saved.checkpoint_bytes > 4 * payload.parameters
+    line = demo.saved_line(saved)
+    assert f"{saved.delta_bytes:,} bytes" in line
+    assert f"{saved.checkpoint_bytes:,}" in line
+
+
+def test_a_delta_that_does_not_come_back_is_an_error(monkeypatch):
+    pretrained, _ = demo.pretrain(TINY, quiet=True)
+    data = demo.split(demo.NEW, TINY.shots, demo.REPORTED)
+    gps = next(method for method in demo.METHODS if method.name == demo.SAVED)
+    model, _ = demo.adapt(pretrained, gps, data, 0, epochs=1)
+    demo.saved_bytes(model, demo.fresh(pretrained, 0))
+    with torch.no_grad():
+        model.norm.weight[0] += 1  # which is frozen, so that no delta holds it
+    with pytest.raises(RuntimeError, match="did not come back to the bit"):
+        demo.saved_bytes(model, demo.fresh(pretrained, 0))
+
+
 # --- The ablation ------------------------------------------------------------------------------------------------
 
 
@@ -250,6 +273,7 @@ def test_the_command_prints_a_table_and_writes_its_files(results, monkeypatch, t
     assert cli.main(["demo", "--seeds", "0", "1", "--quiet", "--output", str(picture)]) == 0
     assert asked == [([0, 1], True)]
     printed = capsys.readouterr().out
+    assert demo.saved_line(results.delta) in printed
     for method in demo.METHODS:
         assert method.name in printed
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -173,6 +173,14 @@ class Mask(ABC):
             self._scattered = (weight.stride(), offsets)
         return self._scattered[1]
 
+    def offsets(self, weight: Tensor) -> Tensor:
+        """Where the selected entries lie in the memory of ``weight``: int64 [nnz], in mask order.
+
+        Raises:
+            ValueError: ``weight`` has gaps in memory.
+        """
+        return self._offsets(weight).long()
+
     def to_bits(self) -> Tensor:
         """The packed bitmask, int32 [rows, words], of the parameter flattened behind its first dimension."""
         return gk.pack_bits(self.to_dense().reshape(matrix_shape(self.shape)))

@@ -58,6 +58,9 @@ class Flat(Mask):
     def entries(self) -> Tensor:
         return self.indices.long()
 
+    def offsets(self, weight: Tensor) -> Tensor:
+        return self.indices.long() if weight.is_contiguous() else super().offsets(weight)
+
     def used_columns(self) -> Tensor:
         return (self.indices.long() % max(matrix_shape(self.shape)[1], 1)).unique()
 

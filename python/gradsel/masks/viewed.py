@@ -60,11 +60,14 @@ class Viewed(Mask):
         memory_of(weight).view(-1)[self._offsets(weight).long()] = values.reshape(-1).to(weight.dtype)
 
     @abstractmethod
-    def _numbers(self) -> Tensor:
+    def numbers(self) -> Tensor:
         """The selected entries by their row-major index in the neuron view: int64 [nnz], ascending."""
 
     def entries(self) -> Tensor:
-        return self._numbers() if self.view.is_leading else super().entries()
+        return self.numbers() if self.view.is_leading else super().entries()
+
+    def offsets(self, weight: Tensor) -> Tensor:
+        return self.numbers() if self.view.is_leading and weight.is_contiguous() else super().offsets(weight)
 
     def describe(self) -> dict[str, Any]:
         return {"row_dims": list(self.view.row_dims), "groups": self.view.groups}
@@ -203,7 +206,7 @@ class PerRow(Viewed):
             return cls(_cols_of(unpack(tensor, view.shape(shape))), shape, view)
         return cls(widen(part, tensor, (torch.uint16, torch.int32)), shape, view)
 
-    def _numbers(self) -> Tensor:
+    def numbers(self) -> Tensor:
         rows, n = self.rows_and_columns
         return (torch.arange(rows, device=self.device).unsqueeze(1) * n + self.cols).view(-1)
 
@@ -231,10 +234,10 @@ class WholeRows(Lines):
 
     @cached_property
     def indices(self) -> Tensor:
-        numbers = self._numbers()
+        numbers = self.numbers()
         return numbers if self.numel > 2**31 else numbers.to(torch.int32)
 
-    def _numbers(self) -> Tensor:
+    def numbers(self) -> Tensor:
         n = self.rows_and_columns[1]
         return (self.rows.long().unsqueeze(1) * n + torch.arange(n, device=self.device)).view(-1)
 
@@ -303,7 +306,7 @@ class WholeColumns(Lines):
     def indices(self) -> Tensor:
         return self.cols.expand(self.compact_shape).contiguous()
 
-    def _numbers(self) -> Tensor:
+    def numbers(self) -> Tensor:
         rows, n = self.rows_and_columns
         return (torch.arange(rows, device=self.device).unsqueeze(1) * n + self.cols).view(-1)
 
