@@ -153,7 +153,7 @@ class Layer:
         self._tensors: frozenset[int] = frozenset()
 
     def _put_on(self, sites: Sequence[Site]) -> None:
-        self._tensors = frozenset(id(site.tensor) for site in sites)
+        self._tensors = _memory_of(sites)
         _layers[:] = [layer for layer in _layers if layer() not in (None, self)]
         _layers.append(weakref.ref(self))
 
@@ -166,9 +166,21 @@ class Layer:
             if layer is not None and layer._tensors & self._tensors:
                 raise RuntimeError(f"{layer} has been applied on top of {self}, to the same tensors; revert that first")
 
+    def _require_alone(self, sites: Sequence[Site]) -> None:
+        """Refuses where anything else has replaced entries of these tensors."""
+        for reference in _layers:
+            layer = reference()
+            if layer is not None and layer is not self and layer._tensors & _memory_of(sites):
+                raise RuntimeError(f"{layer} has been applied to the same tensors; revert that first")
+
     def _take_off(self) -> None:
         _layers[:] = [layer for layer in _layers if layer() not in (None, self)]
         self._tensors = frozenset()
+
+
+def _memory_of(sites: Sequence[Site]) -> frozenset[int]:
+    """Which memory the tensors lie in: that of tied ones, and of views, is the same."""
+    return frozenset(site.tensor.untyped_storage().data_ptr() for site in sites if site.tensor.numel())
 
 
 # Oldest first. Whoever forgets a layer can no longer revert it, so that it is in nobody's way.
@@ -184,10 +196,18 @@ class Applied(Layer):
 
     def __init__(self, parts: Mapping[str, Part], model: nn.Module, force: bool) -> None:
         super().__init__()
+        self._model = model
         self._sites = sites_of(parts, model, force)
         self._originals = originals_in(self._sites, force)
-        for site in self._sites:
-            write_(site.tensor, site.part, site.values)
+        written = 0
+        try:
+            for site in self._sites:
+                write_(site.tensor, site.part, site.values)
+                written += 1
+        except BaseException:
+            for site, entries in zip(self._sites[:written], self._originals, strict=False):
+                write_(site.tensor, site.part, entries)
+            raise
         self._put_on(self._sites)
         self.active = True
 
@@ -209,7 +229,7 @@ class Applied(Layer):
         if not self.active:
             raise RuntimeError("this delta was reverted already")
         self._require_top()
-        require_in_place(self._sites)
+        require_in_place(self._sites, self._model)
         if not force:
             changed = [s.name for s in self._sites if not same_bits(entries_of(s.tensor, s.part), s.values)]
             if changed:
@@ -227,13 +247,16 @@ class Applied(Layer):
         return f"Applied({count:,} entries of {len(self._sites)} tensors)"
 
 
-def require_in_place(sites: Sequence[Site]) -> None:
-    """Refuses tensors that have other memory than when they were found.
+def require_in_place(sites: Sequence[Site], model: nn.Module) -> None:
+    """Refuses tensors that have other memory than when they were found, or that the model no longer has.
 
     Raises:
-        RuntimeError: there are some.
+        RuntimeError: there are some, or the model has been attached.
     """
-    moved = [site.name for site in sites if site.has_moved()]
+    if attached_root(model) is not None:
+        raise RuntimeError("the model was attached since the delta was applied; call gradsel.detach(model) first")
+    now = tensors_of(model)
+    moved = [site.name for site in sites if site.has_moved() or now.get(site.name) is not site.tensor]
     if moved:
         raise RuntimeError(f"{moved[0]} was moved, cast or replaced since the delta was applied; undo that first")
 

@@ -33,6 +33,13 @@ class _Task:
         return self.overwritten[name]
 
 
+def _restore(task: _Task, but: frozenset[str] = frozenset()) -> None:
+    """Writes back the entries of the base that a task replaces, but for those of some tensors."""
+    for site, entries in zip(task.sites, task.originals, strict=True):
+        if site.name not in but:
+            write_(site.tensor, site.part, entries)
+
+
 class TaskBank(Layer):
     """Deltas of one base model, one of which, or none, is in the model.
 
@@ -77,8 +84,8 @@ class TaskBank(Layer):
 
         Raises:
             KeyError: no such task.
-            RuntimeError: a delta was applied on top, to the same tensors; the model was moved or cast since the task
-                was added. Nothing has been written.
+            RuntimeError: something else was applied to the same tensors; the model was attached, moved or cast, or has
+                other tensors, since the task was added. Nothing has been written.
         """
         if name is not None and name not in self._tasks:
             raise KeyError(f"the bank has no task {name!r}; it has {', '.join(self._tasks) or 'none'}")
@@ -86,17 +93,22 @@ class TaskBank(Layer):
             return
         new = None if name is None else self._tasks[name]
         old = None if self._active is None else self._tasks[self._active]
-        for task in (old, new):
-            require_in_place(task.sites if task else ())
-        self._require_top()
-        if old:
-            rewritten = old.overwritten_by(name, new) if new and name is not None else frozenset()
-            for site, entries in zip(old.sites, old.originals, strict=True):
-                if site.name not in rewritten:
-                    write_(site.tensor, site.part, entries)
-        if new:
-            for site in new.sites:
-                write_(site.tensor, site.part, site.values)
+        sites = [*(old.sites if old else ()), *(new.sites if new else ())]
+        require_in_place(sites, self._model)
+        self._require_alone(sites)
+        try:
+            if old:
+                rewritten = old.overwritten_by(name, new) if new and name is not None else frozenset()
+                _restore(old, rewritten)
+            if new:
+                for site in new.sites:
+                    write_(site.tensor, site.part, site.values)
+        except BaseException:  # the base, rather than parts of two tasks
+            for task in filter(None, (new, old)):
+                _restore(task)
+            self._active = None
+            self._take_off()
+            raise
         self._active = name
         if new:
             self._put_on(new.sites)

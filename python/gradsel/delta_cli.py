@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -84,6 +84,8 @@ def _info(arguments: argparse.Namespace) -> None:
 
 
 def _apply(arguments: argparse.Namespace) -> None:
+    _require_other(arguments.out, [arguments.delta])
+
     def change(name: str, part: Part, tensor: Tensor) -> Tensor:
         site = _site(name, part, tensor, arguments.force)
         originals_in([site], arguments.force)
@@ -94,6 +96,7 @@ def _apply(arguments: argparse.Namespace) -> None:
 
 
 def _revert(arguments: argparse.Namespace) -> None:
+    _require_other(arguments.out, [arguments.delta])
     delta = Delta.load(arguments.delta, force=True)
     if lost := [name for name, part in delta.items() if part.originals is None]:
         raise ValueError(
@@ -117,6 +120,13 @@ def _site(name: str, part: Part, tensor: Tensor, force: bool) -> Site:
     return sites_of({name: part}, {name: tensor}, force)[0]
 
 
+def _require_other(out: Path, inputs: Iterable[Path]) -> None:
+    """Refuses to write over what is being read."""
+    for path in inputs:
+        if out.exists() and path.exists() and out.samefile(path):
+            raise ValueError(f"{out} would replace {path}, which it is made from; name another file")
+
+
 def _change(delta: Delta, source: Checkpoint, out: Path, change: Callable[[str, Part, Tensor], Tensor]) -> None:
     """Rewrites what the delta touches, once all of it is known to fit."""
     for name, part in delta.items():
@@ -137,6 +147,7 @@ def _diff(arguments: argparse.Namespace) -> None:
 
 def _make(arguments: argparse.Namespace) -> None:
     base, tuned = Checkpoint(arguments.base), Checkpoint(arguments.tuned)
+    _require_other(arguments.out, [file for each in (base, tuned) for file in (each.path, *each.shards)])
     for these, those, which in ((base, tuned, "tuned"), (tuned, base, "base")):
         if missing := [name for name in these if name not in those]:
             raise ValueError(f"the {which} checkpoint lacks {len(missing)} tensors, first {missing[0]}")

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gradsel.links import SUFFIX, selected_in
-from gradsel.rules import strip_wrappers, unwrapped
+from gradsel.rules import WRAPPERS, unwrapped
 from gradsel.selection_file import replacing
 
 
@@ -28,9 +28,16 @@ def export(model: nn.Module, path: str | os.PathLike[str]) -> None:
     }
     # Clones: tied tensors are written once for each name, so that load_state_dict finds all of them.
     copies = {
-        strip_wrappers(key): tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        ".".join(part for part in key.split(".") if part not in WRAPPERS): tensor.detach()
+        .cpu()
+        .clone(memory_format=torch.contiguous_format)
         for key, tensor in plain.state_dict().items()
         if key not in hidden and isinstance(tensor, Tensor)
     }
     with replacing(path) as unfinished:
         save_file(copies, unfinished, {"format": "pt"})
+
+
+def _plain(key: str) -> str:
+    """Without what torch.compile and checkpoint_wrapper put into it; a module called "module" is the model's own."""
+    return ".".join(part for part in key.split(".") if part not in WRAPPERS)

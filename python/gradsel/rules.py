@@ -37,6 +37,8 @@ KINDS = {
     "other": "freeze",
 }
 _ACTIONS = ("rank", "whole", "freeze")
+#: What torch.compile and checkpoint_wrapper put into the names of parameters.
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
 
 _NAMED_LIKE = {
     "token": re.compile(r"(cls|class|dist|distillation|mask|iou|query|reg|register)_?(token|embed)\w*$"),
@@ -360,7 +362,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def _unwrapped(parts: list[str]) -> Iterator[str]:
     leading = True
     for part in parts:
-        if part in ("_orig_mod", "_checkpoint_wrapped_module") or (leading and part == "module"):
+        if part in WRAPPERS or (leading and part == "module"):
             continue
         leading = False
         yield part

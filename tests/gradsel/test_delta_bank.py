@@ -164,7 +164,7 @@ def test_a_delta_on_top_must_go_first():
         deltas["columns"].apply_(base)
     handle = deltas["columns"].apply_(base, force=True)
     state = frozen_copy(base)
-    with pytest.raises(RuntimeError, match=r"Applied\(.*\) has been applied on top of TaskBank\(rows; active: rows\)"):
+    with pytest.raises(RuntimeError, match=r"Applied\(.*\) has been applied to the same tensors; revert that first"):
         bank.activate(None)
     assert_same(base, state)
     handle.revert_()
@@ -197,3 +197,67 @@ def test_overlap():
     assert found["per-row", "columns"] == found["columns", "per-row"] == expected
     assert 0 < expected.shared < bank.overlap(whole=True)["per-row", "columns"].shared
     assert f"{expected.shared:,}" in str(found)
+
+
+def test_nothing_is_written_over_another_bank_or_under_a_delta():
+    base, deltas, states = tasks()
+    first, second = TaskBank(base), TaskBank(base)
+    first.add("rows", deltas["rows"])
+    second.add("per-row", deltas["per-row"])
+    first.activate("rows")
+    with pytest.raises(RuntimeError, match="has been applied to the same tensors"):
+        second.activate("per-row")
+    assert_same(base, states["rows"])
+    first.activate(None)
+    handle = deltas["rows"].apply_(base)
+    with pytest.raises(RuntimeError, match="has been applied to the same tensors"):
+        second.activate("per-row")
+    handle.revert_()
+    second.activate("per-row")
+    assert_same(base, states["per-row"])
+
+
+@pytest.mark.parametrize("change", ["assign", "module", "attach"])
+def test_a_model_with_other_tensors_is_refused(change):
+    base, deltas, _ = tasks()
+    bank = TaskBank(base)
+    bank.add("rows", deltas["rows"])
+    handle = deltas["rows"].apply_(base)
+    if change == "assign":
+        base.load_state_dict({key: tensor.clone() for key, tensor in base.state_dict().items()}, assign=True)
+    elif change == "module":
+        base.head = nn.Linear(12, 4)
+    else:
+        gradsel.attach(base, random_selection(base, "rows", k=1))
+    before = frozen_copy(base)
+    for write in (handle.revert_, lambda: bank.activate("rows")):
+        with pytest.raises(RuntimeError, match=r"was moved, cast or replaced|the model was attached"):
+            write()
+    assert handle.active
+    assert bank.active is None
+    assert_same(base, before)
+
+
+def test_a_write_that_fails_leaves_the_base(monkeypatch):
+    base, deltas, states = tasks()
+    bank = TaskBank(base)
+    for name in ("rows", "per-row"):
+        bank.add(name, deltas[name])
+    bank.activate("rows")
+    for module in ("delta_bank", "delta_applying"):
+        real, calls = getattr(gradsel, module).write_, []
+
+        def failing(*args, real=real, calls=calls):
+            calls.append(args)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            real(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(f"gradsel.{module}.write_", failing)
+            with pytest.raises(KeyboardInterrupt):
+                bank.activate("per-row") if module == "delta_bank" else deltas["rows"].apply_(base)
+        assert_same(base, states[None])
+        assert bank.active is None
+    bank.activate("per-row")
+    assert_same(base, states["per-row"])

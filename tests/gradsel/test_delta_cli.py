@@ -218,3 +218,16 @@ def test_a_checkpoint_of_another_model(files, capsys):
     save_file({"other": torch.zeros(2)}, files / "other")
     assert run("apply", files / "d.delta", files / "other", files / "out") == 1
     assert "has no 'patch_embed.weight', which the delta sets" in capsys.readouterr().err
+
+
+def test_inputs_are_not_written_over(files, capsys):
+    delta, base, tuned = files / "d.delta", files / "base", files / "tuned"
+    before = delta.read_bytes(), contents(base), contents(tuned)
+    single = base.is_file()
+    attempts = [("apply", delta, base, delta), ("revert", delta, tuned, delta)]
+    attempts += [("make", base, tuned, tuned), ("make", base, tuned, base)] if single else []
+    attempts += [] if single else [("make", base, tuned, next(tuned.glob("*.safetensors")))]
+    for arguments in attempts:
+        assert run(*arguments) == 1
+        assert "which it is made from; name another file" in capsys.readouterr().err
+    assert (delta.read_bytes(), contents(base), contents(tuned)) == before
