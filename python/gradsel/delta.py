@@ -230,7 +230,7 @@ class Delta(Mapping[str, Part]):
     # --- Models
 
     def check(self, model: nn.Module) -> None:
-        """Compares all touched tensors of a plain model with those that the delta was made on, in full: every entry.
+        """Compares all touched tensors of a plain model with those that the delta was made on, by fingerprint.
 
         What :meth:`apply_` looks at is less: the entries that it replaces, and up to 32 more of each tensor.
 

@@ -75,6 +75,8 @@ def parts_of(
     if isinstance(base, nn.Module) and attached_root(base) is not None:
         raise ValueError("the base is attached, so that its weights may be trained; pass a plain one")
     if root is not None:
+        if before is not None:
+            _require_base_of(root, before)
         parts = _of_attached(root, selection, dtype)
     elif selection is not None:
         parts = _of_selection(model, selection, before, dtype)
@@ -122,11 +124,32 @@ def _of_attached(root: nn.Module, selection: Selection | None, dtype: torch.dtyp
     return parts
 
 
-def fingerprint_before(trained: Trained) -> str:
-    """Of a whole parameter as it was at attach()."""
+def _require_base_of(root: nn.Module, before: Mapping[str, Tensor]) -> None:
+    """Refuses a base that the attached model does not come from, or frozen entries that are no longer those of it."""
+    trained = trained_in(root)
+    hidden = {own.values.data_ptr() for own in trained.values() if own.values is not own.tensor}
+    for name, parameter in named_parameters(root).items():
+        if parameter.data_ptr() in hidden or name not in before:
+            continue
+        ours = before_training(trained[name]) if name in trained else parameter.detach()
+        theirs = before[name].detach().to(ours.device)
+        if ours.shape != theirs.shape or ours.dtype is not theirs.dtype or not same_bits(ours, theirs):
+            raise ValueError(
+                f"{name} was not this at attach(), or was changed outside the selection since; pass the base that the "
+                "model was attached with"
+            )
+
+
+def before_training(trained: Trained) -> Tensor:
+    """A whole parameter as it was at attach()."""
     original = trained.tensor.detach().clone()
     trained.mask.scatter_(original, trained.originals)
-    return fingerprint(original)
+    return original
+
+
+def fingerprint_before(trained: Trained) -> str:
+    """Of a whole parameter as it was at attach()."""
+    return fingerprint(before_training(trained))
 
 
 def _of_selection(

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gradsel.delta_making import Base, differing
-from gradsel.delta_parts import Part, ascending, tensors_of
+from gradsel.delta_parts import Part, ascending, read, tensors_of
 from gradsel.selection_file import replacing
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -26,7 +26,11 @@ def write_shira(parts: Mapping[str, Part], folder: Path, base: Base | None, drop
     layers = {name: part for name, part in parts.items() if name.endswith(".weight") and not part.mask.is_whole}
     layers = {name: part for name, part in layers.items() if len(part.mask.shape) == 2}
     saved = _saved_modules(parts, layers)
-    lost = [name for name in parts if name not in layers and name.rpartition(".")[0] not in saved]
+    lost = [
+        name
+        for name, part in parts.items()
+        if name not in layers and not (name.rpartition(".")[0] in saved and part.mask.is_whole)
+    ]
     if lost and not drop:
         raise ValueError(
             f"SHiRA has no place for {len(lost)} parameters, first {lost[0]}: it adapts weights of Linear layers "
@@ -70,7 +74,10 @@ def _replaced(name: str, part: Part, before: Mapping[str, Tensor]) -> Tensor:
         return part.originals
     if name not in before or tuple(before[name].shape) != part.mask.shape:
         raise ValueError(f"the original entries of {name} are not known, and SHiRA needs them; pass base=")
-    return part.mask.gather(before[name].detach().cpu())
+    entries, digest = read(before[name].detach().cpu(), part)
+    if part.digest and digest != part.digest:
+        raise ValueError(f"{name} of the base is not what the delta was made on; pass the model as it was before")
+    return entries.reshape(part.values.shape)
 
 
 def _padded(name: str, part: Part, r: int, originals: Tensor) -> tuple[Tensor, Tensor]:

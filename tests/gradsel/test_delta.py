@@ -631,3 +631,19 @@ def test_tied_weights_are_exported_under_each_name(tmp_path):
     gradsel.attach(model, random_selection(model))
     export(torch.compile(model, backend="eager"), tmp_path / "f")
     assert load_file(tmp_path / "f").keys() == {"0.weight", "1.weight"}
+
+
+def test_a_base_given_for_an_attached_model_is_compared():
+    model = nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 4))
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    gradsel.attach(model, gradsel.select(model, None, None, criterion="random", freeze=["1.bias"]))
+    with torch.no_grad():
+        model[0].weight_values.add_(1)
+    gradsel.sync(model)
+    assert set(Delta.of(model, base=base)) == {"0.weight", "0.bias", "1.weight"}
+    with pytest.raises(ValueError, match=r"0\.weight was not this at attach\(\)"):
+        Delta.of(model, base={name: tensor + 1 for name, tensor in base.items()})
+    with torch.no_grad():
+        model[1].bias.add_(1)
+    with pytest.raises(ValueError, match=r"1\.bias was not this at attach\(\), or was changed outside the selection"):
+        Delta.of(model, base=base)

@@ -163,3 +163,32 @@ def test_other_folders_are_no_adapters(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     with pytest.raises(ValueError, match="is no SHiRA adapter"):
         Delta.from_shira(tmp_path, base)
+
+
+def test_a_base_with_the_delta_in_it_has_no_differences_to_write(tmp_path):
+    model = nn.Sequential(nn.Linear(12, 10))
+    gradsel.attach(
+        model, gradsel.select(model, None, None, criterion="random", policy=gradsel.PerNeuron(6), freeze=["0.bias"])
+    )
+    with torch.no_grad():
+        model[0].weight_values.add_(1)
+    gradsel.sync(model)
+    delta = Delta.of(model)
+    base = gradsel.detach(model, restore=True)
+    delta.save(tmp_path / "d")
+    delta = Delta.load(tmp_path / "d")  # without originals
+    delta.to_shira(tmp_path / "right", base=base)
+    with delta.applied(base), pytest.raises(ValueError, match=r"0\.weight of the base is not what the delta was made on"):
+        delta.to_shira(tmp_path / "wrong", base=base)
+
+
+def test_a_bias_that_is_set_in_part_is_not_saved_whole(tmp_path):
+    base = nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 4))
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        tuned[0].weight[:, 0] += 1
+        tuned[1].weight += 1
+        tuned[1].bias[1:] += 1
+    delta = Delta.of(tuned, base=base)
+    with pytest.raises(ValueError, match=r"SHiRA has no place for 1 parameters, first 1\.bias"):
+        delta.to_shira(tmp_path / "all", base=base)
