@@ -178,7 +178,7 @@ def test_a_base_with_the_delta_in_it_has_no_differences_to_write(tmp_path):
     delta.save(tmp_path / "d")
     delta = Delta.load(tmp_path / "d")  # without originals
     delta.to_shira(tmp_path / "right", base=base)
-    with delta.applied(base), pytest.raises(ValueError, match=r"0\.weight of the base is not what the delta was made on"):
+    with delta.applied(base), pytest.raises(ValueError, match=r"0\.weight of the base is not what"):
         delta.to_shira(tmp_path / "wrong", base=base)
 
 
