@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from gradsel.blocks import block_names, is_inside
-from gradsel.rules import HEAD, has_part, strip_wrappers
+from gradsel.rules import HEAD, has_part, strings, strip_wrappers
 
 _PATCH_EMBEDDING = re.compile(r"patch_?embed\w*|conv_proj")  # the latter in torchvision
 
@@ -37,7 +37,7 @@ def anchored_groups(
     if last_blocks != "all" and (type(last_blocks) is not int or not 0 <= last_blocks <= len(names)):
         raise ValueError(f"last_blocks must be 'all' or 0 to {len(names)}, the blocks there are, got {last_blocks!r}")
     last = names if last_blocks == "all" else names[len(names) - int(last_blocks) :]
-    heads = (head,) if isinstance(head, str) else tuple(head)
+    heads = strings(head)
 
     def is_regular(name: str) -> bool:
         name = strip_wrappers(name)

@@ -18,7 +18,7 @@ from typing_extensions import Unpack
 from gradsel.models import vit_base_patch16_224
 from gradsel.policies import PerNeuron, Policy
 from gradsel.presets import GPS, GRFT, Preset
-from gradsel.rules import RuleOptions, named_parameters, parameter_rules, ranked_sizes
+from gradsel.rules import RuleOptions, named_parameters, parameter_rules, sizes_of
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,14 @@ def count(model: nn.Module, policy: Policy, **rules: Unpack[RuleOptions]) -> Cou
     Raises:
         ValueError: as :func:`gradsel.rules.parameter_rules`.
     """
-    sizes = ranked_sizes(model, **rules).values()
-    numbers = {name: parameter.numel() for name, parameter in named_parameters(model).items()}
+    rule_of, parameters = parameter_rules(model, **rules), named_parameters(model)
+    sizes = sizes_of(rule_of, parameters).values()
     whole: dict[str, int] = {}
-    for name, rule in parameter_rules(model, **rules).items():
+    for name, rule in rule_of.items():
         if rule.action == "whole":
-            whole[rule.reason] = whole.get(rule.reason, 0) + numbers[name]
+            whole[rule.reason] = whole.get(rule.reason, 0) + parameters[name].numel()
     rankable = sum(rows * cols for rows, cols in sizes)
-    return Count(policy.budget(sizes), rankable, MappingProxyType(whole), sum(numbers.values()))
+    return Count(policy.budget(sizes), rankable, MappingProxyType(whole), sum(p.numel() for p in parameters.values()))
 
 
 def trainable_count(model: nn.Module, policy: Policy, **rules: Unpack[RuleOptions]) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradsel.delta_coding import packed, unpacked
 from gradsel.delta_parts import Part
-from gradsel.selection_file import json_object, reading_sealed, write_sealed
+from gradsel.selection_file import by_parameter, json_object, reading_sealed, write_sealed
 
 FORMAT = "gradsel.delta"
 VERSION = "1"
@@ -60,10 +60,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Part], dict[str, Any]]
         ValueError: the file is no delta, is damaged, or was written by a later version.
     """
     with reading_sealed(path, FORMAT, VERSION, "a delta") as (metadata, tensors):
-        owned: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in tensors.items():
-            name, _, what = key.rpartition(":")
-            owned.setdefault(name, {})[what] = tensor
+        owned = by_parameter(tensors)
         parameters = json_object(metadata, "parameters")
         if unknown := [name for name in owned if name not in parameters]:
             raise ValueError(f"tensors of unknown parameters: {', '.join(unknown)}")

@@ -133,7 +133,7 @@ def _require_base_of(root: nn.Module, before: Mapping[str, Tensor]) -> None:
             continue
         ours = before_training(trained[name]) if name in trained else parameter.detach()
         theirs = before[name].detach().to(ours.device)
-        if ours.shape != theirs.shape or ours.dtype is not theirs.dtype or not same_bits(ours, theirs):
+        if not same_bits(ours, theirs):
             raise ValueError(
                 f"{name} was not this at attach(), or was changed outside the selection since; pass the base that the "
                 "model was attached with"

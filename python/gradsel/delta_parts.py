@@ -9,13 +9,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from gradsel.fingerprints import INTEGERS
 from gradsel.masks import Mask
 from gradsel.masks.parts import ascends
 from gradsel.rules import strip_wrappers
 
 #: Entries of a tensor that a part leaves alone and that are looked at all the same before it is applied.
 PROBES = 32
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +107,7 @@ def tensors_of(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def bits_of(tensor: Tensor) -> Tensor:
     """The bits of a tensor as integers of the same size, an alias."""
-    return tensor.detach().view(_INTEGERS[tensor.element_size()])
+    return tensor.detach().view(INTEGERS[tensor.element_size()])
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -12,7 +12,8 @@ from gradsel.tables import shape_text
 
 #: Entries of a parameter that go into its fingerprint one by one.
 _SAMPLE = 256
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
+#: What the bits of an entry are seen as, by its size in bytes.
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def fingerprint(parameter: Tensor) -> str:
@@ -29,7 +30,7 @@ def fingerprint(parameter: Tensor) -> str:
     places = torch.arange(count, device=parameter.device) * numel // max(count, 1)
     sample = parameter.detach()[torch.unravel_index(places, parameter.shape)].reshape(-1).cpu()
     content = hashlib.blake2b(sample.view(torch.uint8).numpy().tobytes(), digest_size=8)
-    if (integers := _INTEGERS.get(parameter.element_size())) is not None:
+    if (integers := INTEGERS.get(parameter.element_size())) is not None:
         content.update(str(int(parameter.detach().view(integers).sum(dtype=torch.int64))).encode())
     return f"{kind_of(parameter)} {content.hexdigest()}"
 

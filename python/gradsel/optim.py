@@ -141,9 +141,8 @@ class MaskedAdam(Optimizer):
         self._selection = masks
         self._masks: dict[Tensor, Mask] = {}
         self._own_masks: dict[Tensor, Mask] = {}  # those that a group brought along
-        self._versions: dict[
-            Tensor, tuple[int, int]
-        ] = {}  # and addresses, of low-precision parameters, as of our last step
+        # Versions and addresses of low-precision parameters, as of our last step.
+        self._versions: dict[Tensor, tuple[int, int]] = {}
         self._plans: dict[int, Plan] = {}  # by number of the group
         defaults = {
             "lr": lr,

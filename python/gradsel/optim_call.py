@@ -149,7 +149,7 @@ class Call:
                 self.moving[number] = (j, route, now)
             if not route.is_compact:
                 place = Place(self.weights[j], self.indices[j], self.layouts[j])  # type: ignore[arg-type]
-                grads[j] = route.mask._grad_at(place, route.weight, grads[j])
+                grads[j] = route.mask.grad_at(place, route.weight, grads[j])
 
 
 class Plan:

@@ -173,6 +173,9 @@ class _Shared(Policy):
         elif self.fraction is not None and not 0 < self.fraction <= 1:
             raise ValueError(f"{name}(fraction) needs 0 < fraction <= 1, got {self.fraction}")
 
+    def entries(self, rows: int, cols: int) -> int:
+        return self._of(rows * cols)
+
     def _of(self, total: int) -> int:
         return min(self.count, total) if self.count is not None else round((self.fraction or 0) * total)
 
@@ -190,9 +193,6 @@ class PerLayer(_Shared):
         count: entries of each parameter; one with fewer is kept whole.
     """
 
-    def entries(self, rows: int, cols: int) -> int:
-        return self._of(rows * cols)
-
     def choose(self, score: Tensor, shape: tuple[int, ...], view: NeuronView, squared: bool) -> Mask:
         return _mask_of(largest(score.reshape(-1), self._of(score.numel())), shape, view)
 
@@ -207,9 +207,6 @@ class Global(_Shared):
         fraction: share of the entries of all ranked parameters, rounded to the nearest number.
         count: entries in all.
     """
-
-    def entries(self, rows: int, cols: int) -> int:
-        return self._of(rows * cols)
 
     def budget(self, sizes: Iterable[tuple[int, int]]) -> int:
         return self._of(sum(rows * cols for rows, cols in sizes))
@@ -329,7 +326,7 @@ def covering_columns(score: Tensor, k: int, count: int) -> Tensor:
         int64 [count], ascending.
     """
     columns = score.abs().t().contiguous()  # [cols, rows]: one column is read at a time
-    columns = columns.float() if columns.dtype in (torch.bfloat16, torch.float16) else columns
+    columns = columns.to(trained_dtype(columns))
     kept = columns.new_zeros(k, columns.shape[1])  # the best of every row among the chosen columns, ascending
     gains = columns.sum(1, dtype=torch.float64).cpu().numpy()
     seen_with = numpy.zeros(len(columns), dtype=int)  # how many columns had been chosen when a gain was worked out

@@ -130,10 +130,10 @@ def parameter_rules(
     if any(selected_in(module) for module in model.modules()):
         raise ValueError("the model is attached to a selection; call gradsel.detach(model) before selecting anew")
     owners = parameter_uses(model)
-    overrides = {"rank": _strings(rank), "whole": _strings(whole), "freeze": _strings(freeze)}
+    overrides = {"rank": strings(rank), "whole": strings(whole), "freeze": strings(freeze)}
     all_names = [name for uses in owners.values() for name, _, _ in uses]
     _check_patterns(model, overrides, all_names)
-    heads = _strings(head)
+    heads = strings(head)
     if heads != HEAD:
         _check_head(model, heads, all_names)
     actions = {**KINDS, **_checked_kinds(kinds or {})}
@@ -158,9 +158,12 @@ def parameter_rules(
 
 def ranked_sizes(model: nn.Module, **options: Unpack[RuleOptions]) -> dict[str, tuple[int, int]]:
     """Rows and columns of the neuron view of every ranked parameter; arguments as in :func:`parameter_rules`."""
-    rules = parameter_rules(model, **options)
-    shapes = {name: parameter.shape for name, parameter in named_parameters(model).items()}
-    return {name: rule.view.shape(shapes[name]) for name, rule in rules.items() if rule.action == "rank"}
+    return sizes_of(parameter_rules(model, **options), named_parameters(model))
+
+
+def sizes_of(rules: Mapping[str, Rule], parameters: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
+    """Rows and columns of the neuron view of every parameter that is ranked by these rules."""
+    return {name: rule.view.shape(parameters[name].shape) for name, rule in rules.items() if rule.action == "rank"}
 
 
 def _check_patterns(model: nn.Module, overrides: Mapping[str, tuple[str, ...]], names: list[str]) -> None:
@@ -172,7 +175,7 @@ def _check_patterns(model: nn.Module, overrides: Mapping[str, tuple[str, ...]], 
                 raise ValueError(f"{action}={pattern!r} matches no parameter of {type(model).__name__}{hint}")
 
 
-def _strings(names: Iterable[str]) -> tuple[str, ...]:
+def strings(names: Iterable[str]) -> tuple[str, ...]:
     """The names; a lone string is one, not its letters."""
     return (names,) if isinstance(names, str) else tuple(names)
 

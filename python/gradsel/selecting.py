@@ -22,7 +22,7 @@ from gradsel.masks import Frozen, Mask, Whole
 from gradsel.planning import make_plan
 from gradsel.policies import PerNeuron, Policy, Ranking
 from gradsel.ranks import process_group_of
-from gradsel.rules import Rule, RuleOptions, named_parameters, parameter_rules
+from gradsel.rules import Rule, RuleOptions, named_parameters, parameter_rules, sizes_of
 from gradsel.selection import Selection
 
 
@@ -142,8 +142,7 @@ class Ranker:
         self._rules = rules
         self._parameters = ranked
         self._loss_scale = loss_scale
-        sizes = {name: rules[name].view.shape(parameter.shape) for name, parameter in ranked.items()}
-        self._ranking: Ranking = policy.start(sizes)
+        self._ranking: Ranking = policy.start(sizes_of(rules, ranked))
         self._silent: dict[str, int] = {}  # neurons that score zero
         self._zeros = self._entries = 0
 

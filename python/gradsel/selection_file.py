@@ -139,10 +139,7 @@ def reading_sealed(
 
 
 def _masks(parameters: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Mask]:
-    parts: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        name, _, part = key.rpartition(":")
-        parts.setdefault(name, {})[part] = tensor
+    parts = by_parameter(tensors)
     masks = {}
     for name, described in parameters.items():
         try:
@@ -152,6 +149,15 @@ def _masks(parameters: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict
     if parts:
         raise ValueError(f"tensors of unknown parameters: {', '.join(parts)}")
     return masks
+
+
+def by_parameter(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a file, whose keys are ``name:part``, by name and part."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, part = key.rpartition(":")
+        found.setdefault(name, {})[part] = tensor
+    return found
 
 
 def json_object(metadata: Mapping[str, str], key: str) -> dict[str, Any]:

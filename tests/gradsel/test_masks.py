@@ -118,7 +118,7 @@ def test_gather_and_scatter_agree_with_the_dense_mask(shape, view, dtype):
 
 
 @pytest.mark.parametrize(("shape", "view"), VIEWS, ids=str)
-def test_operands_lead_the_kernel_to_the_selected_entries(shape, view):
+def test_places_lead_the_kernel_to_the_selected_entries(shape, view):
     """A step of plain gradient ascent through the kernel moves what the dense mask says, each by its own gradient."""
     for mask in masks_for(shape, view):
         if mask.nnz == 0:
@@ -126,10 +126,10 @@ def test_operands_lead_the_kernel_to_the_selected_entries(shape, view):
         for weight in layouts(torch.randn(shape)):
             for grad in layouts(torch.randn(shape)):
                 before = weight.clone()
-                where = mask.operands(weight, grad)
+                where = mask.place(weight)
                 exp_avg, exp_avg_sq = torch.zeros(mask.compact_shape), torch.zeros(mask.compact_shape)
                 gk.masked_adam_(
-                    [where.weight], [where.grad], [exp_avg], [exp_avg_sq], [torch.zeros(())],
+                    [where.weight], [mask.grad_at(where, weight, grad)], [exp_avg], [exp_avg_sq], [torch.zeros(())],
                     indices=[where.indices], layouts=[where.layout], lr=0.1, beta1=0.0,
                 )  # fmt: skip
                 assert torch.equal((weight != before).view(shape), mask.to_dense())

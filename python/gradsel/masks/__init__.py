@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from gradsel.masks.base import Mask, Operands, Place
+from gradsel.masks.base import Mask, Place
 from gradsel.masks.combining import difference, intersection, same, shared_entries, union
 from gradsel.masks.exchange import from_bits, from_coo, from_dense, to_coo
 from gradsel.masks.flat import Flat, Frozen, Whole
 from gradsel.masks.viewed import PerRow, WholeColumns, WholeRows
 
 __all__ = [
-    "Flat", "Frozen", "Mask", "Operands", "PerRow", "Place", "Whole", "WholeColumns", "WholeRows", "difference",
+    "Flat", "Frozen", "Mask", "PerRow", "Place", "Whole", "WholeColumns", "WholeRows", "difference",
     "from_bits", "from_coo", "from_dense", "from_parts", "intersection", "same", "shared_entries", "to_coo", "union",
 ]  # fmt: skip
 

@@ -25,15 +25,6 @@ class Place(NamedTuple):
     layout: gk.Layout
 
 
-class Operands(NamedTuple):
-    """A :class:`Place`, and a gradient that is dense or in mask order."""
-
-    weight: Tensor
-    grad: Tensor
-    indices: Tensor | None
-    layout: gk.Layout
-
-
 class Mask(ABC):
     """The selected entries of a parameter, in a fixed order, the mask order.
 
@@ -85,12 +76,7 @@ class Mask(ABC):
     def place(self, weight: Tensor) -> Place:
         """Weight and indices for a gradient in mask order, as aliases."""
 
-    def operands(self, weight: Tensor, grad: Tensor) -> Operands:
-        """Weight, dense gradient and indices in the form that the kernels take, aliases wherever strides allow it."""
-        place = self.place(weight)
-        return Operands(place.weight, self._grad_at(place, weight, grad), place.indices, place.layout)
-
-    def _grad_at(self, place: Place, weight: Tensor, grad: Tensor) -> Tensor:
+    def grad_at(self, place: Place, weight: Tensor, grad: Tensor) -> Tensor:
         """A dense gradient in the form that goes with a place: as it is, or its selected entries."""
         if place.weight is weight and (weight.ndim <= 2 or grad.is_contiguous()):
             return grad

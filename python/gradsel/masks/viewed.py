@@ -51,10 +51,10 @@ class Viewed(Mask):
             return Place(matrix, self.indices, self.layout)
         return Place(memory_of(weight), self._offsets(weight), gk.Layout.FLAT)
 
-    def _grad_at(self, place: Place, weight: Tensor, grad: Tensor) -> Tensor:
+    def grad_at(self, place: Place, weight: Tensor, grad: Tensor) -> Tensor:
         if place.weight is not weight and place.weight.ndim == 2:
             return self.view.of(grad)
-        return super()._grad_at(place, weight, grad)
+        return super().grad_at(place, weight, grad)
 
     def _scatter_to_memory_(self, weight: Tensor, values: Tensor) -> None:
         memory_of(weight).view(-1)[self._offsets(weight).long()] = values.reshape(-1).to(weight.dtype)
