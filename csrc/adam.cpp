@@ -15,8 +15,6 @@
 namespace gradsel {
 namespace {
 
-enum Layout : int64_t { kAll = 0, kCols = 1, kBits = 2, kFlat = 3 };  // those of _checks.py
-
 constexpr int kBlock = 512;                 // entries
 constexpr int64_t kUnit = 4 * kBlock;       // entries, or bitmask words, a thread takes at once
 constexpr int64_t kSerialEntries = 4096;    // fewer run on one thread: an entry costs far more than a byte read
@@ -140,24 +138,6 @@ void scatter(int64_t dtype, void* to, const T* from, const int64_t* offsets, int
     default: return scatter_loop<T, float>(to, from, offsets, count);
   }
 }
-
-// A neuron view in memory: element (r, c) is at r * row_stride + c * col_stride.
-struct View {
-  int64_t cols, row_stride, col_stride;
-  bool collapses;   // entry i in row-major order is at i * col_stride
-  bool contiguous;  // ... and col_stride is 1
-
-  View(int64_t rows, int64_t cols_, int64_t row_stride_, int64_t col_stride_)
-      : cols(cols_), row_stride(row_stride_), col_stride(cols_ == 1 ? row_stride_ : col_stride_) {
-    collapses = rows == 1 || cols == 1 || row_stride == cols * col_stride;
-    if (rows == 1) col_stride = col_stride_;
-    contiguous = collapses && (col_stride == 1 || rows * cols == 1);
-  }
-
-  GRADSEL_INLINE int64_t offset(int64_t flat) const {
-    return collapses ? flat * col_stride : flat / cols * row_stride + flat % cols * col_stride;
-  }
-};
 
 // An item, and what is worked out once about it.
 struct Task {
@@ -478,30 +458,6 @@ bool rank_bits(const std::vector<Task>& tasks, std::vector<Unit>& units, AdamFau
     }
   }
   return fault.kind == AdamFault::kNone;
-}
-
-template <class T>
-AdamScalars<T> scalars(const AdamHyperparameters& h, double correction1, double correction2) {
-  const bool decays = h.weight_decay != 0;
-  const double pull = h.anchor_l1 ? h.anchor : 2 * h.anchor;
-  AdamScalars<T> s;
-  s.sign = h.maximize ? T(-1) : T(1);
-  s.decay = decays && !h.decoupled_weight_decay ? static_cast<T>(h.weight_decay) : T(0);
-  s.shrink = decays && h.decoupled_weight_decay ? static_cast<T>(1 - h.lr * h.weight_decay) : T(1);
-  const T lerp = static_cast<T>(1 - h.beta1);
-  s.lerp_small = std::abs(lerp) < T(0.5);
-  s.lerp = s.lerp_small ? lerp : lerp - 1;
-  s.beta2 = static_cast<T>(h.beta2);
-  s.one_minus_beta2 = static_cast<T>(1 - h.beta2);
-  s.root_of_correction = static_cast<T>(std::sqrt(correction2));
-  s.eps = static_cast<T>(h.eps);
-  s.minus_step_size = static_cast<T>(-(h.lr / correction1));
-  s.pulls = h.anchor != 0;
-  s.pull_l1 = h.anchor_l1;
-  s.pull_decoupled = h.anchor_decoupled;
-  s.pull = static_cast<T>(h.anchor_decoupled ? h.lr * pull : pull);
-  s.grad_scale = static_cast<T>(h.grad_scale);
-  return s;
 }
 
 // One after the other: tensors may share a step, which then counts twice, as in the specification.

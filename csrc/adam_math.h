@@ -7,8 +7,9 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 
-#include "common.h"
+#include "adam_item.h"
 
 namespace gradsel {
 
@@ -26,6 +27,31 @@ struct AdamScalars {
   T pull;  // what the gap, or for L1 its sign, is multiplied with in the gradient (coupled) or the step (decoupled)
   T grad_scale;  // gradients are divided by it ahead of everything, 1 without a scaler
 };
+
+// The corrections are 1 - beta1^t and 1 - beta2^t.
+template <class T>
+GRADSEL_INLINE AdamScalars<T> scalars(const AdamHyperparameters& h, double correction1, double correction2) {
+  const bool decays = h.weight_decay != 0;
+  const double pull = h.anchor_l1 ? h.anchor : 2 * h.anchor;
+  AdamScalars<T> s;
+  s.sign = h.maximize ? T(-1) : T(1);
+  s.decay = decays && !h.decoupled_weight_decay ? static_cast<T>(h.weight_decay) : T(0);
+  s.shrink = decays && h.decoupled_weight_decay ? static_cast<T>(1 - h.lr * h.weight_decay) : T(1);
+  const T lerp = static_cast<T>(1 - h.beta1);
+  s.lerp_small = std::abs(lerp) < T(0.5);
+  s.lerp = s.lerp_small ? lerp : lerp - 1;
+  s.beta2 = static_cast<T>(h.beta2);
+  s.one_minus_beta2 = static_cast<T>(1 - h.beta2);
+  s.root_of_correction = static_cast<T>(std::sqrt(correction2));
+  s.eps = static_cast<T>(h.eps);
+  s.minus_step_size = static_cast<T>(-(h.lr / correction1));
+  s.pulls = h.anchor != 0;
+  s.pull_l1 = h.anchor_l1;
+  s.pull_decoupled = h.anchor_decoupled;
+  s.pull = static_cast<T>(h.anchor_decoupled ? h.lr * pull : pull);
+  s.grad_scale = static_cast<T>(h.grad_scale);
+  return s;
+}
 
 GRADSEL_INLINE float fused(float a, float b, float c) { return std::fma(a, b, c); }
 GRADSEL_INLINE double fused(double a, double b, double c) { return std::fma(a, b, c); }
@@ -143,7 +169,7 @@ struct RandomKeys {
   uint32_t first = 0, second = 0;
 
   RandomKeys() = default;
-  RandomKeys(int64_t seed, uint32_t t) {
+  GRADSEL_INLINE RandomKeys(int64_t seed, uint32_t t) {
     const uint32_t low = mix(static_cast<uint32_t>(seed));
     const uint32_t high = mix(static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32) ^ low);
     first = mix(t ^ low);

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "adam_item.h"
 #include "common.h"
 
 namespace gradsel {
@@ -52,30 +53,6 @@ struct WeightGrad {
 
 // Columns and offsets are trusted.
 void selected_weight_grad(const WeightGrad& problem, int threads);
-
-// One tensor of a masked Adam step: a row of the int64 table that native_adam.py builds, field by field.
-struct AdamItem {
-  int64_t layout, nnz, rows, cols;
-  int64_t weight, weight_dtype, weight_row_stride, weight_col_stride;  // weight 0: there is none
-  int64_t values;                                                      // 0: the weight is the parameter
-  int64_t grad, grad_dtype, grad_is_dense, grad_row_stride, grad_col_stride;
-  int64_t exp_avg, exp_avg_sq;
-  int64_t max_exp_avg_sq;  // 0: no AMSGrad
-  int64_t original;        // 0: no anchor
-  int64_t state_dtype;
-  int64_t step, step_dtype;
-  int64_t index, index_is_64, index_width;  // width of a row of the index: columns (COLS) or words (BITS)
-  int64_t stochastic, seed;                 // stochastic 0: the weight is rounded to nearest
-  int64_t compensation;                     // 0: what rounding the weight loses is lost
-};
-
-struct AdamHyperparameters {
-  double lr, beta1, beta2, eps, weight_decay;
-  bool decoupled_weight_decay, maximize;
-  double anchor;
-  bool anchor_l1, anchor_decoupled;
-  double grad_scale;  // gradients are divided by it
-};
 
 struct AdamFault {
   enum Kind : int { kNone = 0, kOutOfRange = 1, kBitsPastEnd = 2, kWrongCount = 3 } kind = kNone;
