@@ -1,11 +1,15 @@
-"""Builds the native extension ``gradsel_kernels._C``; all metadata is in pyproject.toml.
+"""Builds the native extension ``gradsel_kernels._C``, and the CUDA kernels where there is an nvcc to do it.
 
-Nothing here imports torch or looks for a GPU: the extension takes raw pointers, so one build serves every
-torch version. A failing compiler leaves a working package without the extension.
+All metadata is in pyproject.toml. Nothing here imports torch or looks for a GPU: the extension takes raw pointers and
+finds the NVIDIA driver at run time, so one build serves every torch version and every machine. A failing compiler
+leaves a working package without what it was to compile.
 """
 
 import os
+import shutil
+import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
@@ -14,10 +18,53 @@ from setuptools.command.build_ext import build_ext
 
 FLAGS_GNU = ["-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra"]
 FLAGS_MSVC = ["/O2", "/std:c++17", "/fp:strict", "/openmp"]
+# No fused multiply-adds but those written out, as on the CPU. PTX serves what is newer than all of these.
+FLAGS_NVCC = ["-std=c++17", "-O3", "-fmad=false", "--expt-relaxed-constexpr", "--threads", "0"]
+CUDA_TARGETS = ["arch=compute_80,code=[sm_80,compute_80]", "arch=compute_90,code=sm_90", "arch=compute_100,code=sm_100"]
+KERNELS = Path("csrc/cuda/kernels.cu")
+FATBIN = "kernels.fatbin"  # beside gradsel_kernels/__init__.py
+
+
+def find_nvcc():
+    """The compiler that CUDA_HOME names, that is on the PATH, or that pip has installed; None if there is none."""
+    places = [Path(os.environ[name]) / "bin" for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
+    places += [Path(place) for place in os.environ.get("PATH", "").split(os.pathsep)]
+    places += sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/cu*/bin"), reverse=True)
+    found = (shutil.which("nvcc", path=str(place)) for place in [*places, "/usr/local/cuda/bin"])
+    return next(filter(None, found), None)
 
 
 class BuildExtension(build_ext):
-    """Adds OpenMP where the compiler has it, and says what a failed build means."""
+    """Adds OpenMP where the compiler has it, compiles the CUDA kernels, and says what a failed build means."""
+
+    def run(self):
+        super().run()
+        in_source = self.inplace or self.editable_mode
+        self.build_fatbin(Path("gradsel_kernels" if in_source else f"{self.build_lib}/gradsel_kernels") / FATBIN)
+
+    def build_fatbin(self, fatbin):
+        nvcc = find_nvcc()
+        required = os.environ.get("GRADSEL_REQUIRE_CUDA") == "1"
+        if nvcc is None:
+            if required:
+                raise FileNotFoundError("GRADSEL_REQUIRE_CUDA=1, but no nvcc is found; set CUDA_HOME")
+            return
+        sources = [*KERNELS.parent.glob("*"), *Path("csrc").glob("*.h"), Path("setup.py")]
+        if fatbin.exists() and fatbin.stat().st_mtime > max(path.stat().st_mtime for path in sources):
+            return
+        targets = [f"-gencode={target}" for target in CUDA_TARGETS]
+        try:
+            fatbin.parent.mkdir(parents=True, exist_ok=True)
+            subprocess.run([nvcc, "-fatbin", *FLAGS_NVCC, *targets, "-o", str(fatbin), str(KERNELS)], check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            fatbin.unlink(missing_ok=True)  # kernels of another version
+            if required:
+                raise
+            print(
+                f"gradsel-kernels: the CUDA kernels were not built ({error}). The package works without them, on "
+                "Triton's. Set GRADSEL_REQUIRE_CUDA=1 to make this an error.",
+                file=sys.stderr,
+            )
 
     def build_extension(self, ext):
         if self.compiler.compiler_type == "msvc":
@@ -51,8 +98,8 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "gradsel_kernels._C",
-            sorted(str(path) for path in Path("csrc").glob("*.cpp")),
-            depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
+            sorted(str(path) for path in Path("csrc").rglob("*.cpp")),
+            depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
         )
     ],
     cmdclass={"build_ext": BuildExtension},

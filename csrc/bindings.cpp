@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda/bindings.h"
+#include "cuda_driver.h"
 #include "kernels.h"
 
 namespace py = pybind11;
@@ -13,7 +15,7 @@ namespace py = pybind11;
 namespace {
 
 // Raised whenever a signature or the Adam table changes; native.py refuses a module with another number.
-constexpr int kAbi = 4;
+constexpr int kAbi = 5;
 
 template <class T>
 T* pointer(int64_t address) {
@@ -156,7 +158,7 @@ std::string compiler() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "CPU kernels of gradsel_kernels on raw addresses. Use gradsel_kernels, which checks what is passed here.";
+  m.doc() = "C++ kernels of gradsel_kernels on raw addresses. Use gradsel_kernels, which checks what is passed here.";
   m.attr("ABI") = kAbi;
 #ifdef _OPENMP
   m.attr("OPENMP") = true;
@@ -178,4 +180,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("take_columns", &take_columns);
   m.def("selected_weight_grad", &selected_weight_grad);
   m.def("masked_adam", &masked_adam);
+  m.def("cuda_load", [](const py::bytes& fatbin) { gradsel::cuda_load(fatbin); });
+  m.def("cuda_why_off", &gradsel::cuda_why_off);
+  bind_cuda(m);
 }

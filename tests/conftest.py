@@ -1,8 +1,8 @@
 """Which backends this process tests, and poisoned output buffers.
 
-A plain run tests the native backend on CPU tensors, and Triton on CUDA tensors where there is a GPU. With
-TRITON_INTERPRET=1 in the environment it tests Triton's interpreter on CPU tensors instead; tests/interpreter starts
-such a run.
+A plain run tests the native backend on CPU tensors, and Triton and CUDA C++ on CUDA tensors where there is a GPU. With
+TRITON_INTERPRET=1 in the environment it tests Triton's interpreter on CPU tensors instead, with GRADSEL_EMULATE_CUDA=1
+the CUDA C++ kernels on an emulated GPU; tests/interpreter and tests/cuda start such runs.
 """
 
 from __future__ import annotations
@@ -14,21 +14,38 @@ import torch
 
 import gradsel_kernels as gk
 from gradsel_kernels.backends import backend as backend_module
+from tests.cuda.build import build_product
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+EMULATED = os.environ.get("GRADSEL_EMULATE_CUDA") == "1"
 CUDA = torch.cuda.is_available()
-CANDIDATES = [("triton", "cpu")] if INTERPRETED else [("native", "cpu")] + [("triton", "cuda")] * CUDA
+ON_CUDA = [("triton", "cuda"), ("cuda", "cuda")] if CUDA else []
+CANDIDATES = [("native", "cpu"), *ON_CUDA]
+if INTERPRETED or EMULATED:
+    CANDIDATES = [("triton" if INTERPRETED else "cuda", "cpu")]
 
 
 def pytest_report_header() -> str:
     tested = " and ".join(f"{backend} on {device} tensors" for backend, device in CANDIDATES)
-    return f"kernels under test: {tested}" + ("" if CUDA or INTERPRETED else "; there is no CUDA device for Triton")
+    return f"kernels under test: {tested}" + "; there is no CUDA device for the others" * (not CUDA)
+
+
+@pytest.fixture(scope="session")
+def emulated():
+    """Replaces the GPU of the cuda backend by an emulated one; its value is the module with the emulator's settings."""
+    module = build_product()
+    cuda = backend_module("cuda")
+    cuda._C, cuda.why_off = module, lambda device: None
+    module.set_schedule(2, 1)  # at random
+    return module
 
 
 @pytest.fixture(params=CANDIDATES, ids=lambda c: f"{c[0]}-{c[1]}")
 def fast(request):
     """Puts one fast backend in use; its value is the device to make tensors on."""
     name, device = request.param
+    if EMULATED:
+        request.getfixturevalue("emulated")
     reason = backend_module(name).why_off(torch.device(device))
     if reason:
         pytest.fail(f"the {name} backend is off: {reason}")

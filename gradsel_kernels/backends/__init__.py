@@ -24,8 +24,9 @@ from gradsel_kernels import _checks
 from gradsel_kernels._ops import NAMESPACE, SCHEMAS, library
 from gradsel_kernels._version import __version__
 
-#: Fast backends, and the device type that each one serves unasked; the reference serves the rest.
-PREFERRED = {"native": "cpu", "triton": "cuda"}
+#: Fast backends, and the device type that each one serves unasked; of several the first that can run, and the reference
+#: where none can. CUDA C++ comes after Triton until a measurement on a GPU says otherwise.
+PREFERRED = {"native": "cpu", "triton": "cuda", "cuda": "cuda"}
 NAMES = (*PREFERRED, "reference")
 
 _resolved: dict[torch.device, ModuleType] = {}
@@ -54,12 +55,15 @@ def _choose(device: torch.device) -> ModuleType:
         if reason:
             raise RuntimeError(f"the {_forced} backend was asked for with use_backend, but it cannot run: {reason}")
         return module
+    reasons = {}
     for name, device_type in PREFERRED.items():
         if device.type == device_type:
             reason = backend(name).why_off(device)
             if not reason:
                 return backend(name)
-            _tell_once(name, reason)
+            reasons[name] = reason
+    for name, reason in reasons.items():
+        _tell_once(name, reason)
     return backend("reference")
 
 
@@ -95,7 +99,8 @@ def use_backend(name: str | None) -> _Forced:
     """Runs every operation on one backend, for tests and benchmarks.
 
     Args:
-        name: ``"reference"``, ``"native"`` or ``"triton"``; None (or ``"auto"``) gives the choice back to the device.
+        name: ``"reference"``, ``"native"``, ``"triton"`` or ``"cuda"``; None (or ``"auto"``) gives the choice back to
+            the device.
 
     The setting holds at once and for the whole process, threads of the autograd engine included. Used as a context
     manager, it ends with the block. A backend that cannot run says why when an operation is called.

@@ -18,23 +18,24 @@ from gradsel_kernels.backends import panels
 from gradsel_kernels.backends.native_adam import CODES, WIDTH, known_table, new_table
 
 #: Must equal the number compiled into the extension (csrc/bindings.cpp).
-ABI = 4
+ABI = 5
 
 _REBUILD = (
     "Install a C++17 compiler and the Python headers, then install again from the checkout: "
     "pip install --force-reinstall --no-deps ."
 )
-_off: str | None = None
+#: Why the extension cannot be used; None if it can.
+broken: str | None = None
 try:
     _C = importlib.import_module("gradsel_kernels._C")
 except ModuleNotFoundError:
-    _off = f"the C++ extension gradsel_kernels._C was not built. {_REBUILD}"
+    broken = f"the C++ extension gradsel_kernels._C was not built. {_REBUILD}"
 except (ImportError, OSError) as error:
-    _off = f"the C++ extension gradsel_kernels._C cannot be loaded ({error}). {_REBUILD}"
+    broken = f"the C++ extension gradsel_kernels._C cannot be loaded ({error}). {_REBUILD}"
 else:
     if getattr(_C, "ABI", None) != ABI or _C.ADAM_FIELDS != WIDTH:
         found = getattr(_C, "ABI", "none")
-        _off = f"the C++ extension gradsel_kernels._C is from another version (ABI {found}, not {ABI}). {_REBUILD}"
+        broken = f"the C++ extension gradsel_kernels._C is from another version (ABI {found}, not {ABI}). {_REBUILD}"
 
 #: masked_adam_ runs the operator's checks itself, and only where a call is not a repetition of an earlier one.
 CHECKS_ADAM = True
@@ -49,7 +50,7 @@ _OUT_OF_RANGE, _BITS_PAST_END, _WRONG_COUNT = 1, 2, 3
 def why_off(device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"native kernels run on CPU tensors, and these are on {device}."
-    return _off
+    return broken
 
 
 def about() -> str:

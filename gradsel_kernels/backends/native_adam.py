@@ -1,4 +1,4 @@
-"""What C++ is told about one call of ``masked_adam_``: a table of integers, kept for the next call.
+"""What C++ and CUDA are told about one call of ``masked_adam_``: a table of integers, kept for the next call.
 
 A training loop repeats the call with the same tensors and new gradients. Checking 50 tensors and collecting their
 addresses, sizes and strides takes longer than updating them, so the table of the last call is kept for as long as its
@@ -16,16 +16,16 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from gradsel_kernels._checks import Layout, grad_is_dense
 
-# The dtype codes of csrc/common.h.
+# The dtype codes of csrc/numbers.h.
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 # Plain integers: comparing enum members is slow enough to show.
 _COLS, _BITS = int(Layout.COLS), int(Layout.BITS)
 _DTYPE, _SHAPE, _DEVICE = attrgetter("dtype"), attrgetter("shape"), attrgetter("device")
-GRAD, WIDTH = 9, 27  # of AdamItem in csrc/kernels.h: the place of the gradient's address, and fields in all
+GRAD, WIDTH = 9, 27  # of AdamItem in csrc/adam_item.h: the place of the gradient's address, and fields in all
 
 
 class AdamTable:
-    """One AdamItem of csrc/kernels.h for each tensor of a call; arguments as in the operator's schema."""
+    """One AdamItem of csrc/adam_item.h for each tensor of a call; arguments as in the operator's schema."""
 
     def __init__(
         self,
@@ -45,6 +45,8 @@ class AdamTable:
     ) -> None:
         self.items = array("q")
         self.count = len(weights)
+        #: Copies in device memory: the content, the stream that wrote it, the memory. Kept by the cuda backend.
+        self.on_device: list[tuple[bytes, int, Tensor]] = []
         for i, weight in enumerate(weights):
             grad, state, step, index, layout = grads[i], exp_avgs[i], steps[i], indices[i], layouts[i]
             address = weight.data_ptr()  # 0 without a weight: an empty tensor has no address

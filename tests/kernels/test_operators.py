@@ -155,7 +155,7 @@ def test_use_backend_sets_and_restores():
 
 
 def test_use_backend_refuses_an_unknown_name():
-    with pytest.raises(ValueError, match="unknown backend 'cudnn'; choose one of native, triton, reference"):
+    with pytest.raises(ValueError, match="unknown backend 'cudnn'; choose one of native, triton, cuda, reference"):
         gk.use_backend("cudnn")
 
 

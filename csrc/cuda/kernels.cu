@@ -1,0 +1,3 @@
+// All device code, in one file for one fatbin.
+#include "adam.cuh"
+#include "topk.cuh"

@@ -1,0 +1,479 @@
+// Row-wise top-K of |grad|, in three kernels that all read a gradient once from memory.
+//
+// topk_one: K = 1. topk_few: K up to kMostFew. In both a warp goes through a row in chunks that it holds in registers,
+// and several warps can share a row. topk_few keeps a list of candidates in shared memory. A bound lets few in: of the
+// first chunk, every lane delegates the largest magnitudes of the halves of its part, and K of these 64 reach the bound,
+// so K columns of the chunk do, and few more (9 on average for K = 8 and 768 normal numbers). When the list has grown,
+// exactly the K best stay, and their smallest is the bound of what follows. topk_many: any K, by radix selection, a
+// block to a row; only it reads the row several times, from the cache if that holds it.
+//
+// Keys are magnitudes as integers, all NaNs one key just above infinity's. Keys are compared before that is seen to:
+// no bound is above the key of NaN. Columns past the end of a row have the key 0, and lose ties by their number.
+#pragma once
+
+#include "device.cuh"
+#include "topk.h"
+
+namespace gradsel {
+
+template <class Raw>
+struct KeyOf {
+  using Type = uint32_t;
+};
+template <>
+struct KeyOf<uint64_t> {
+  using Type = uint64_t;
+};
+
+template <class Raw>
+__device__ __forceinline__ typename KeyOf<Raw>::Type magnitude(Raw raw) {
+  constexpr Raw kSign = static_cast<Raw>(Raw{1} << (8 * sizeof(Raw) - 1));
+  return static_cast<typename KeyOf<Raw>::Type>(raw & static_cast<Raw>(~kSign));
+}
+
+template <class Raw>
+__device__ __forceinline__ const Raw* row_of(const TopK& p, int64_t row) {
+  return static_cast<const Raw*>(p.grad) + row * p.row_stride;
+}
+
+// A warp's share of a row in registers: vectors of 16 bytes, lane after lane.
+template <class Raw>
+struct Chunk {
+  using Key = typename KeyOf<Raw>::Type;
+  static constexpr int kPerVector = 16 / sizeof(Raw);
+  static constexpr int kPerLane = sizeof(Raw) == 8 ? 16 : 32;
+  static constexpr int kVectors = kPerLane / kPerVector;
+  static constexpr int kColumns = kPerLane * kWarp;
+
+  uint4 vectors[kVectors];
+
+  // Columns first .. first + kColumns - 1.
+  __device__ __forceinline__ void load(const TopK& p, const Raw* row, int64_t first) {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t col = first + column(v * kPerVector);
+      vectors[v] = make_uint4(0, 0, 0, 0);
+      if (p.vectors && col + kPerVector <= p.cols) {
+        vectors[v] = *reinterpret_cast<const uint4*>(row + col);
+      } else if (col < p.cols) {
+#pragma unroll
+        for (int e = 0; e < kPerVector; ++e)
+          if (col + e < p.cols) put(vectors[v], e, row[(col + e) * p.col_stride]);
+      }
+    }
+  }
+
+  // The j-th of this lane, in ascending order of columns; its column counts from the chunk's first.
+  __device__ __forceinline__ Key key(int j) const { return magnitude(get(vectors[j / kPerVector], j % kPerVector)); }
+  static __device__ __forceinline__ unsigned column(int j) {
+    return (j / kPerVector * kWarp + lane_number()) * kPerVector + j % kPerVector;
+  }
+
+ private:
+  static __device__ __forceinline__ unsigned word(const uint4& x, int i) {
+    return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w;
+  }
+  static __device__ __forceinline__ void or_word(uint4& x, int i, unsigned bits) {
+    (i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w) |= bits;
+  }
+  static __device__ __forceinline__ Raw get(const uint4& x, int e) {
+    if (sizeof(Raw) == 2) return static_cast<Raw>(word(x, e / 2) >> (16 * (e % 2)));
+    if (sizeof(Raw) == 4) return static_cast<Raw>(word(x, e));
+    return static_cast<Raw>(word(x, 2 * e) | (static_cast<uint64_t>(word(x, 2 * e + 1)) << 32));
+  }
+  static __device__ __forceinline__ void put(uint4& x, int e, Raw raw) {  // over zero
+    if (sizeof(Raw) == 2) {
+      or_word(x, e / 2, static_cast<unsigned>(raw) << (16 * (e % 2)));
+    } else if (sizeof(Raw) == 4) {
+      or_word(x, e, static_cast<unsigned>(raw));
+    } else {
+      or_word(x, 2 * e, static_cast<unsigned>(raw));
+      or_word(x, 2 * e + 1, static_cast<unsigned>(static_cast<uint64_t>(raw) >> 32));
+    }
+  }
+};
+
+// Where a warp works: p.warps of them share a row, each with chunks begin .. end - 1 of it.
+template <class Raw>
+struct Place {
+  int64_t row, begin, end;
+  int warp, part;
+  bool inside;
+
+  __device__ __forceinline__ explicit Place(const TopK& p) {
+    warp = static_cast<int>(threadIdx.x / kWarp);
+    part = warp % p.warps;
+    row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarp / p.warps) + warp / p.warps;
+    inside = row < p.rows;
+    const int64_t chunks = (p.cols + Chunk<Raw>::kColumns - 1) / Chunk<Raw>::kColumns;
+    begin = chunks * part / p.warps;
+    end = inside ? chunks * (part + 1) / p.warps : begin;
+  }
+};
+
+// The packed mask of a row from its k columns; every lane makes the words that it stores.
+__device__ __forceinline__ void store_bits(const TopK& p, int64_t row, const uint32_t* cols) {
+  const int64_t words = (p.cols + 31) / 32;
+  for (int64_t w = lane_number(); w < words; w += kWarp) {
+    uint32_t word = 0;
+    for (int i = 0; i < p.k; ++i)
+      if (cols[i] / 32 == w) word |= 1u << (cols[i] % 32);
+    p.bits[row * words + w] = word;
+  }
+}
+
+template <class Key>
+__device__ __forceinline__ void reduce_to_best(Key& key, uint32_t& col) {
+  const Key best = warp_max(key);
+  col = warp_min(key == best ? col : ~0u);
+  key = best;
+}
+
+template <class Raw>
+__device__ __forceinline__ void topk_one(const TopK& p) {
+  using Key = typename KeyOf<Raw>::Type;
+  const Place<Raw> place(p);
+  const Raw* row = row_of<Raw>(p, place.row);
+  const Key nan = static_cast<Key>(p.nan);
+  Key best = 0;
+  uint32_t best_col = static_cast<uint32_t>(place.begin * Chunk<Raw>::kColumns) + Chunk<Raw>::column(0);
+  for (int64_t c = place.begin; c < place.end; ++c) {
+    const int64_t first = c * Chunk<Raw>::kColumns;
+    Chunk<Raw> chunk;
+    chunk.load(p, row, first);
+#pragma unroll
+    for (int j = 0; j < Chunk<Raw>::kPerLane; ++j) {
+      const Key key = smaller(chunk.key(j), nan);
+      if (key > best) {
+        best = key;
+        best_col = static_cast<uint32_t>(first) + Chunk<Raw>::column(j);
+      }
+    }
+  }
+  if (place.begin == place.end) best_col = ~0u;
+  reduce_to_best(best, best_col);
+
+  if (p.warps > 1) {
+    Key* keys = reinterpret_cast<Key*>(shared_memory());
+    uint32_t* cols = reinterpret_cast<uint32_t*>(keys + blockDim.x / kWarp);
+    if (lane_number() == 0) {
+      keys[place.warp] = best;
+      cols[place.warp] = best_col;
+    }
+    __syncthreads();
+    const bool has = lane_number() < static_cast<unsigned>(p.warps);
+    best = has ? keys[place.warp - place.part + lane_number()] : 0;
+    best_col = has ? cols[place.warp - place.part + lane_number()] : ~0u;
+    reduce_to_best(best, best_col);
+  }
+  if (!place.inside || place.part != 0) return;
+  if (lane_number() == 0) p.out[place.row] = static_cast<int32_t>(best_col);
+  if (p.bits) store_bits(p, place.row, &best_col);
+}
+
+// The middle between two keys, rounded up.
+template <class Key>
+__device__ __forceinline__ Key middle_of(Key low, Key high) {
+  return low + (high - low) / 2 + (high - low) % 2;
+}
+
+// Candidates of a warp, in shared memory.
+template <class Key>
+struct Candidates {
+  static constexpr int kPerLane = kCandidates / kWarp;
+
+  Key* keys;
+  uint32_t* cols;
+  int count = 0;
+  Key bound = 0;  // no smaller key can be one of the K largest
+
+  __device__ __forceinline__ explicit Candidates(int warp) {
+    unsigned char* mine = shared_memory() + static_cast<unsigned>(warp) * kCandidates * (sizeof(Key) + 4);
+    keys = reinterpret_cast<Key*>(mine);
+    cols = reinterpret_cast<uint32_t*>(mine + kCandidates * sizeof(Key));
+  }
+
+  // Called by all lanes; adds one candidate for each lane that has one. There must be room.
+  __device__ __forceinline__ void add(bool has, Key key, uint32_t col) {
+    const unsigned lanes = __ballot_sync(kAllLanes, has);
+    if (has) {
+      const int slot = count + __popc(lanes & lanes_before());
+      keys[slot] = key;
+      cols[slot] = col;
+    }
+    count += __popc(lanes);
+  }
+
+  // Drops all but the k best, of which there must be as many. Afterwards the bound is above their smallest key: what
+  // comes later has higher columns. Returns false when nothing can come in any more.
+  __device__ __forceinline__ bool keep_best(int k, Key nan) {
+    __syncwarp();
+    Key key[kPerLane];
+    uint32_t col[kPerLane];
+    bool valid[kPerLane];
+    Key low = ~Key{0}, high = 0;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const int slot = i * static_cast<int>(kWarp) + static_cast<int>(lane_number());
+      valid[i] = slot < count;
+      key[i] = valid[i] ? keys[slot] : 0;
+      col[i] = valid[i] ? cols[slot] : ~0u;
+      if (valid[i]) low = smaller(low, key[i]), high = larger(high, key[i]);
+    }
+    low = warp_min(low);
+    high = warp_max(high);
+    __syncwarp();
+    // The k-th largest key is the largest that k keys reach. Fewer steps do where exactly k reach one on the way.
+    int reach = count;
+#pragma unroll 1
+    while (low < high && reach != k) {
+      const Key middle = middle_of(low, high);
+      int found = 0;
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i)
+        if (i * static_cast<int>(kWarp) < count) found += __popc(__ballot_sync(kAllLanes, valid[i] && key[i] >= middle));
+      if (found >= k) {
+        low = middle;
+        reach = found;
+      } else {
+        high = middle - 1;
+      }
+    }
+    uint32_t last_col = ~0u;  // of those with the key `low`
+    if (reach != k) {         // ties: the lowest columns win
+      uint32_t first = 0;
+#pragma unroll 1
+      while (first < last_col) {
+        const uint32_t middle = first + (last_col - first) / 2;
+        int found = 0;
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i)
+          found += __popc(
+              __ballot_sync(kAllLanes, valid[i] && (key[i] > low || (key[i] == low && col[i] <= middle))));
+        if (found >= k)
+          last_col = middle;
+        else
+          first = middle + 1;
+      }
+    }
+    Key smallest = ~Key{0};
+    count = 0;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const bool stays = valid[i] && (key[i] > low || (key[i] == low && col[i] <= last_col));
+      if (stays) smallest = smaller(smallest, key[i]);
+      add(stays, key[i], col[i]);
+    }
+    __syncwarp();
+    smallest = warp_min(smallest);
+    bound = smallest + (smallest < nan);
+    return smallest < nan;
+  }
+};
+
+// A bound that at least k columns of a chunk reach.
+template <class Raw>
+__device__ __forceinline__ typename KeyOf<Raw>::Type bound_of(const Chunk<Raw>& chunk, int k,
+                                                              typename KeyOf<Raw>::Type nan) {
+  using Key = typename KeyOf<Raw>::Type;
+  Key one = 0, other = 0;
+#pragma unroll
+  for (int j = 0; j < Chunk<Raw>::kPerLane; j += 2) {
+    one = larger(one, chunk.key(j));
+    other = larger(other, chunk.key(j + 1));
+  }
+  one = smaller(one, nan);
+  other = smaller(other, nan);
+  Key low = warp_min(smaller(one, other)), high = warp_max(larger(one, other));
+  constexpr int kSteps = 10;  // a few candidates too many cost less than further steps
+#pragma unroll 1
+  for (int step = 0; step < kSteps && low < high; ++step) {
+    const Key middle = middle_of(low, high);
+    const int reach = __popc(__ballot_sync(kAllLanes, one >= middle)) + __popc(__ballot_sync(kAllLanes, other >= middle));
+    if (reach >= k)
+      low = middle;
+    else
+      high = middle - 1;
+    if (reach == k) break;
+  }
+  return low;
+}
+
+// Adds a chunk's candidates. Returns false when the row needs no further chunk.
+template <class Raw>
+__device__ __forceinline__ bool add_chunk(const TopK& p, const Raw* row, int64_t first, const Chunk<Raw>& chunk,
+                                          Candidates<typename KeyOf<Raw>::Type>& list) {
+  using Key = typename KeyOf<Raw>::Type;
+  const Key nan = static_cast<Key>(p.nan);
+  unsigned reaching = 0;
+#pragma unroll
+  for (int j = 0; j < Chunk<Raw>::kPerLane; ++j) reaching |= static_cast<unsigned>(chunk.key(j) >= list.bound) << j;
+  unsigned found;
+  const int slot = list.count + static_cast<int>(warp_sum_before(__popc(reaching), &found));
+  if (found == 0) return true;
+  if (list.count + static_cast<int>(found) <= kCandidates) {
+    for (int i = slot; reaching; ++i, reaching &= reaching - 1) {
+      // Which register it is in is known at run time only, so it is read again, from the cache.
+      const int64_t col = first + Chunk<Raw>::column(__ffs(static_cast<int>(reaching)) - 1);
+      list.keys[i] = smaller(col < p.cols ? magnitude(row[col * p.col_stride]) : Key{0}, nan);
+      list.cols[i] = static_cast<uint32_t>(col);
+    }
+    list.count += static_cast<int>(found);
+    return list.count <= p.k + kSlack || list.keep_best(p.k, nan);
+  }
+  // Many ties, or an ascending row: column by column, so that later ones are known to lose ties.
+#pragma unroll 1
+  for (int i = 0; i < Chunk<Raw>::kPerLane; ++i) {
+    const int64_t col = first + i * kWarp + lane_number();
+    const Key key = col < p.cols ? smaller(magnitude(row[col * p.col_stride]), nan) : Key{0};
+    list.add(key >= list.bound, key, static_cast<uint32_t>(col));
+    if (list.count > kCandidates - static_cast<int>(kWarp) && !list.keep_best(p.k, nan)) return false;
+  }
+  return true;
+}
+
+template <class Raw>
+__device__ __forceinline__ void topk_few(const TopK& p) {
+  using Key = typename KeyOf<Raw>::Type;
+  const Place<Raw> place(p);
+  const Raw* row = row_of<Raw>(p, place.row);
+  const Key nan = static_cast<Key>(p.nan);
+  Candidates<Key> list(place.warp);
+  for (int64_t c = place.begin; c < place.end; ++c) {
+    const int64_t first = c * Chunk<Raw>::kColumns;
+    Chunk<Raw> chunk;
+    chunk.load(p, row, first);
+    if (c == place.begin) list.bound = bound_of(chunk, p.k, nan);
+    if (!add_chunk(p, row, first, chunk, list)) break;
+  }
+  if (list.count > p.k) list.keep_best(p.k, nan);
+
+  if (p.warps > 1) {  // lists of higher columns are added to the first part's one by one
+    int* counts = reinterpret_cast<int*>(shared_memory() + blockDim.x / kWarp * kCandidates * (sizeof(Key) + 4));
+    if (lane_number() == 0) counts[place.warp] = list.count;
+    __syncthreads();
+    for (int w = 1; place.inside && place.part == 0 && w < p.warps; ++w) {
+      const Candidates<Key> other(place.warp + w);
+      const int count = counts[place.warp + w];
+      for (int i = 0; i < count; i += static_cast<int>(kWarp)) {
+        const int slot = i + static_cast<int>(lane_number());
+        const bool has = slot < count && other.keys[slot] >= list.bound;
+        list.add(has, has ? other.keys[slot] : 0, has ? other.cols[slot] : 0);
+        if (list.count > kCandidates - static_cast<int>(kWarp)) list.keep_best(p.k, nan);
+      }
+    }
+    if (list.count > p.k) list.keep_best(p.k, nan);
+  }
+  if (!place.inside || place.part != 0) return;
+  __syncwarp();
+  for (int i = static_cast<int>(lane_number()); i < p.k; i += static_cast<int>(kWarp)) {
+    const uint32_t col = list.cols[i];
+    int position = 0;
+    for (int j = 0; j < p.k; ++j) position += list.cols[j] < col;
+    p.out[place.row * p.k + position] = static_cast<int32_t>(col);
+  }
+  if (p.bits) store_bits(p, place.row, list.cols);
+}
+
+// Sums over the threads of a block before this one, and over all; `sums` has room for one number a warp.
+__device__ __forceinline__ unsigned block_sum_before(unsigned x, unsigned* sums, unsigned* total) {
+  const unsigned warp = threadIdx.x / kWarp;
+  unsigned own;
+  unsigned before = warp_sum_before(x, &own);
+  __syncthreads();  // sums may still be read from an earlier call
+  if (lane_number() == 0) sums[warp] = own;
+  __syncthreads();
+  *total = 0;
+  for (unsigned w = 0; w < blockDim.x / kWarp; ++w) {
+    if (w < warp) before += sums[w];
+    *total += sums[w];
+  }
+  return before;
+}
+
+// The K-th key by 8 bits at a time, from the top: count the digits of the keys that begin as it does.
+template <class Raw>
+__device__ __forceinline__ void topk_many(const TopK& p) {
+  using Key = typename KeyOf<Raw>::Type;
+  constexpr unsigned kDigits = 256;
+  unsigned* histogram = reinterpret_cast<unsigned*>(shared_memory());
+  unsigned* sums = histogram + kDigits;  // one a warp
+  Key* shared_key = reinterpret_cast<Key*>(sums + kWarp);
+  unsigned* shared_wanted = reinterpret_cast<unsigned*>(shared_key + 1);
+  const int64_t number = blockIdx.x;
+  const Raw* row = row_of<Raw>(p, number);
+  const Key nan = static_cast<Key>(p.nan);
+
+  Key kth = 0;
+  unsigned wanted = static_cast<unsigned>(p.k);  // of the keys that begin as the K-th does
+  for (int shift = 8 * static_cast<int>(sizeof(Raw)) - 8; shift >= 0; shift -= 8) {
+    for (unsigned i = threadIdx.x; i < kDigits; i += blockDim.x) histogram[i] = 0;
+    __syncthreads();
+    for (int64_t col = threadIdx.x; col < p.cols; col += blockDim.x) {
+      const Key key = smaller(magnitude(row[col * p.col_stride]), nan);
+      if (shift + 8 == 8 * static_cast<int>(sizeof(Raw)) || key >> (shift + 8) == kth >> (shift + 8))
+        atomicAdd(histogram + (static_cast<unsigned>(key >> shift) & (kDigits - 1)), 1u);
+    }
+    __syncthreads();
+    // Threads hold the digits in descending order.
+    const unsigned digit = kDigits - 1 - threadIdx.x;
+    unsigned total;
+    const unsigned above = block_sum_before(histogram[digit], sums, &total);
+    if (above < wanted && wanted <= above + histogram[digit]) {
+      *shared_key = kth | (static_cast<Key>(digit) << shift);
+      *shared_wanted = wanted - above;
+    }
+    __syncthreads();
+    kth = *shared_key;
+    wanted = *shared_wanted;
+  }
+
+  const int64_t words = (p.cols + 31) / 32;
+  unsigned equal_before = 0, chosen_before = 0;
+  for (int64_t first = 0; first < p.cols; first += blockDim.x) {
+    const int64_t col = first + threadIdx.x;
+    const Key key = col < p.cols ? smaller(magnitude(row[col * p.col_stride]), nan) : Key{0};
+    const bool equal = col < p.cols && key == kth;
+    unsigned equals, chosens;
+    const unsigned rank = equal_before + block_sum_before(equal, sums, &equals);
+    const bool chosen = col < p.cols && (key > kth || (equal && rank < wanted));
+    const unsigned slot = chosen_before + block_sum_before(chosen, sums, &chosens);
+    if (chosen) p.out[number * p.k + slot] = static_cast<int32_t>(col);
+    const unsigned word = __ballot_sync(kAllLanes, chosen);
+    if (p.bits && lane_number() == 0 && col < p.cols) p.bits[number * words + col / 32] = word;
+    equal_before += equals;
+    chosen_before += chosens;
+  }
+}
+
+}  // namespace gradsel
+
+extern "C" {
+__global__ void __launch_bounds__(gradsel::kTopKThreads) gradsel_topk_one_16(const gradsel::TopK p) {
+  gradsel::topk_one<uint16_t>(p);
+}
+__global__ void __launch_bounds__(gradsel::kTopKThreads) gradsel_topk_one_32(const gradsel::TopK p) {
+  gradsel::topk_one<uint32_t>(p);
+}
+__global__ void __launch_bounds__(gradsel::kTopKThreads) gradsel_topk_one_64(const gradsel::TopK p) {
+  gradsel::topk_one<uint64_t>(p);
+}
+__global__ void __launch_bounds__(gradsel::kTopKThreads) gradsel_topk_few_16(const gradsel::TopK p) {
+  gradsel::topk_few<uint16_t>(p);
+}
+__global__ void __launch_bounds__(gradsel::kTopKThreads) gradsel_topk_few_32(const gradsel::TopK p) {
+  gradsel::topk_few<uint32_t>(p);
+}
+__global__ void __launch_bounds__(gradsel::kTopKThreads, 4) gradsel_topk_few_64(const gradsel::TopK p) {
+  gradsel::topk_few<uint64_t>(p);
+}
+__global__ void __launch_bounds__(gradsel::kTopKManyThreads, 4) gradsel_topk_many_16(const gradsel::TopK p) {
+  gradsel::topk_many<uint16_t>(p);
+}
+__global__ void __launch_bounds__(gradsel::kTopKManyThreads, 4) gradsel_topk_many_32(const gradsel::TopK p) {
+  gradsel::topk_many<uint32_t>(p);
+}
+__global__ void __launch_bounds__(gradsel::kTopKManyThreads, 4) gradsel_topk_many_64(const gradsel::TopK p) {
+  gradsel::topk_many<uint64_t>(p);
+}
+}

@@ -1,0 +1,25 @@
+// What the top-K kernels for GPUs are told.
+#pragma once
+
+#include <cstdint>
+
+namespace gradsel {
+
+constexpr int kMostFew = 64;       // the largest K of topk_few: as many as a chunk's delegates
+constexpr int kCandidates = 192;   // room in a warp's list: two chunks' candidates at K = 64
+constexpr int kSlack = 32;         // candidates over K after which the list is cut
+constexpr int kTopKThreads = 128;
+constexpr int kTopKManyThreads = 256;  // one for each digit
+
+struct TopK {
+  const void* grad;
+  int64_t rows, cols, row_stride, col_stride;
+  int32_t* out;    // [rows, k]
+  uint32_t* bits;  // [rows, ceil(cols / 32)], or null
+  uint64_t nan;    // the key of NaN
+  int k;           // at most cols
+  int warps;       // that share a row
+  bool vectors;    // rows are contiguous, and all begin at an address divisible by 16
+};
+
+}  // namespace gradsel

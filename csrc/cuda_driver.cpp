@@ -1,0 +1,192 @@
+// The kernels of csrc/cuda on a GPU: finds the driver at run time, so that one build serves machines with and without
+// one, loads the fatbin that setup.py has made, and launches.
+#include "cuda_driver.h"
+
+#include <array>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cuda/kernel_names.h"
+#include "cuda/launch.h"
+
+#if defined(__linux__)
+#include <dlfcn.h>
+#endif
+
+namespace gradsel {
+namespace {
+
+// The driver's interface, as far as it is used here: cuda.h is not needed to build this.
+using Result = int;
+using Device = int;
+using Handle = void*;  // contexts, libraries, kernels, functions and streams
+
+constexpr int kMultiprocessors = 16, kMajor = 75;  // attributes of a device
+constexpr int kOldestDriver = 12000;               // the first with libraries, which belong to no context
+constexpr int kOldestArchitecture = 8;
+
+#define GRADSEL_DRIVER(X)                                                                                             \
+  X(cuInit, (unsigned))                                                                                               \
+  X(cuDriverGetVersion, (int*))                                                                                       \
+  X(cuDeviceGet, (Device*, int))                                                                                      \
+  X(cuDeviceGetAttribute, (int*, int, Device))                                                                        \
+  X(cuDevicePrimaryCtxRetain, (Handle*, Device))                                                                      \
+  X(cuCtxGetCurrent, (Handle*))                                                                                       \
+  X(cuCtxPushCurrent_v2, (Handle))                                                                                    \
+  X(cuCtxPopCurrent_v2, (Handle*))                                                                                    \
+  X(cuLibraryLoadData, (Handle*, const void*, void*, void*, unsigned, void*, void*, unsigned))                        \
+  X(cuLibraryGetKernel, (Handle*, Handle, const char*))                                                               \
+  X(cuKernelGetFunction, (Handle*, Handle))                                                                           \
+  X(cuLaunchKernel,                                                                                                   \
+    (Handle, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Handle, void**, void**))           \
+  X(cuGetErrorString, (Result, const char**))
+
+struct Driver {
+#define GRADSEL_DECLARE(name, arguments) Result(*name) arguments = nullptr;
+  GRADSEL_DRIVER(GRADSEL_DECLARE)
+#undef GRADSEL_DECLARE
+  std::string missing;  // why it cannot be used; empty: it can
+
+  Driver() { missing = open(); }
+
+ private:
+  std::string open() {
+#if defined(__linux__)
+    void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+    if (!library) return "there is no NVIDIA driver (libcuda.so.1 cannot be loaded).";
+#define GRADSEL_FIND(name, arguments)                                                \
+  name = reinterpret_cast<Result(*) arguments>(dlsym(library, #name));               \
+  if (!name) return "the NVIDIA driver has no " #name "; CUDA 12.0 or later has it.";
+    GRADSEL_DRIVER(GRADSEL_FIND)
+#undef GRADSEL_FIND
+    int version = 0;
+    if (cuInit(0) != 0 || cuDriverGetVersion(&version) != 0) return "the NVIDIA driver finds no device.";
+    if (version < kOldestDriver)
+      return "the NVIDIA driver is for CUDA " + std::to_string(version / 1000) + "." +
+             std::to_string(version % 1000 / 10) + "; these kernels need 12.0 or later.";
+    return "";
+#else
+    return "CUDA C++ kernels are loaded on Linux only.";
+#endif
+  }
+};
+
+const Driver& driver() {
+  static const Driver found;
+  return found;
+}
+
+void check(Result result, const std::string& what) {
+  if (result == 0) return;
+  const char* text = nullptr;
+  driver().cuGetErrorString(result, &text);
+  throw std::runtime_error(what + ": " + (text ? text : "unknown error") + " (CUDA error " + std::to_string(result) +
+                           ")");
+}
+
+constexpr const char* kNames[] = {
+#define GRADSEL_NAME(name) #name,
+    GRADSEL_CUDA_KERNELS(GRADSEL_NAME)
+#undef GRADSEL_NAME
+};
+constexpr size_t kKernels = sizeof(kNames) / sizeof(kNames[0]);
+
+// What is loaded. The primary context of a device is the one that torch uses.
+struct Loaded {
+  Handle context = nullptr;
+  int multiprocessors = 0;
+  std::array<Handle, kKernels> functions{};
+};
+
+std::mutex mutex;
+std::string image;  // the fatbin
+Handle library = nullptr;
+std::vector<Loaded> devices;
+
+// Makes a context current for as long as it lives; leaves the one that is alone.
+class Current {
+ public:
+  explicit Current(Handle context) {
+    Handle now = nullptr;
+    check(driver().cuCtxGetCurrent(&now), "finding the CUDA context");
+    if (now == context) return;
+    check(driver().cuCtxPushCurrent_v2(context), "entering the CUDA context");
+    pushed_ = true;
+  }
+  ~Current() {
+    Handle popped;
+    if (pushed_) driver().cuCtxPopCurrent_v2(&popped);
+  }
+  Current(const Current&) = delete;
+  Current& operator=(const Current&) = delete;
+
+ private:
+  bool pushed_ = false;
+};
+
+// All kernels are loaded when the first one is asked for: loading can be forbidden later, while a graph is captured.
+const Loaded& loaded(int device) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (device < 0) throw std::runtime_error("there is no CUDA device " + std::to_string(device));
+  if (devices.size() <= static_cast<size_t>(device)) devices.resize(64 > device ? 64 : device + 1);
+  Loaded& found = devices[static_cast<size_t>(device)];
+  if (found.context) return found;
+  if (const std::string reason = driver().missing; !reason.empty()) throw std::runtime_error(reason);
+  if (image.empty()) throw std::runtime_error("the CUDA kernels have not been loaded");
+  Device handle = 0;
+  Handle context = nullptr;
+  check(driver().cuDeviceGet(&handle, device), "finding CUDA device " + std::to_string(device));
+  check(driver().cuDeviceGetAttribute(&found.multiprocessors, kMultiprocessors, handle), "reading the device");
+  check(driver().cuDevicePrimaryCtxRetain(&context, handle), "entering the device");
+  const Current current(context);
+  if (!library)
+    check(driver().cuLibraryLoadData(&library, image.data(), nullptr, nullptr, 0, nullptr, nullptr, 0),
+          "loading the CUDA kernels");
+  for (size_t i = 0; i < kKernels; ++i) {
+    Handle kernel = nullptr;
+    check(driver().cuLibraryGetKernel(&kernel, library, kNames[i]), std::string("finding ") + kNames[i]);
+    check(driver().cuKernelGetFunction(&found.functions[i], kernel), std::string("loading ") + kNames[i]);
+  }
+  found.context = context;
+  return found;
+}
+
+Handle function_of(const Loaded& device, const char* name) {
+  for (size_t i = 0; i < kKernels; ++i)
+    if (std::string(name) == kNames[i]) return device.functions[i];
+  throw std::runtime_error(std::string("there is no kernel ") + name);
+}
+
+}  // namespace
+
+void cuda_load(const std::string& fatbin) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (image.empty()) image = fatbin;
+}
+
+std::string cuda_why_off(int device) {
+  const Driver& found = driver();
+  if (!found.missing.empty()) return found.missing;
+  Device handle = 0;
+  int major = 0;
+  if (found.cuDeviceGet(&handle, device) != 0 || found.cuDeviceGetAttribute(&major, kMajor, handle) != 0)
+    return "the NVIDIA driver finds no device " + std::to_string(device) + ".";
+  if (major < kOldestArchitecture)
+    return "the device has compute capability " + std::to_string(major) + ".x; these kernels need 8.0 or later.";
+  return "";
+}
+
+int cuda_multiprocessors(int device) { return loaded(device).multiprocessors; }
+
+void cuda_launch(const Launch& launch, void** params) {
+  const Loaded& device = loaded(launch.device);
+  const Current current(device.context);
+  check(driver().cuLaunchKernel(function_of(device, launch.kernel), launch.grid, 1, 1, launch.block, 1, 1,
+                                launch.shared_bytes, reinterpret_cast<Handle>(static_cast<intptr_t>(launch.stream)),
+                                params, nullptr),
+        std::string("launching ") + launch.kernel);
+}
+
+}  // namespace gradsel

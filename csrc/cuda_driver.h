@@ -1,0 +1,14 @@
+// Loading the CUDA kernels; cuda/launch.h launches them.
+#pragma once
+
+#include <string>
+
+namespace gradsel {
+
+// Remembers the contents of the fatbin. They are loaded to a device when its first kernel is launched.
+void cuda_load(const std::string& fatbin);
+
+// Why no kernel can run on a device, in words for the user; empty if it can.
+std::string cuda_why_off(int device);
+
+}  // namespace gradsel
