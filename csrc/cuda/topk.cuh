@@ -2,8 +2,8 @@
 //
 // topk_one: K = 1. topk_few: K up to kMostFew. In both a warp goes through a row in chunks that it holds in registers,
 // and several warps can share a row. topk_few keeps a list of candidates in shared memory. A bound lets few in: of the
-// first chunk, every lane delegates the largest magnitudes of the halves of its part, and K of these 64 reach the bound,
-// so K columns of the chunk do, and few more (9 on average for K = 8 and 768 normal numbers). When the list has grown,
+// first chunk, every lane delegates the largest magnitudes of two or four parts of its own, and K of the delegates reach the
+// bound, so K columns of the chunk do, and few more (8.5 on average for K = 8 and 768 normal numbers, 84 for K = 64). When the list has grown,
 // exactly the K best stay, and their smallest is the bound of what follows. topk_many: any K, by radix selection, a
 // block to a row; only it reads the row several times, from the cache if that holds it.
 //
@@ -271,25 +271,30 @@ struct Candidates {
   }
 };
 
-// A bound that at least k columns of a chunk reach.
-template <class Raw>
+// A bound that at least k columns of a chunk reach: every lane has `count` delegates.
+template <int count, class Raw>
 __device__ __forceinline__ typename KeyOf<Raw>::Type bound_of(const Chunk<Raw>& chunk, int k,
                                                               typename KeyOf<Raw>::Type nan) {
   using Key = typename KeyOf<Raw>::Type;
-  Key one = 0, other = 0;
+  Key delegates[count] = {};
 #pragma unroll
-  for (int j = 0; j < Chunk<Raw>::kPerLane; j += 2) {
-    one = larger(one, chunk.key(j));
-    other = larger(other, chunk.key(j + 1));
+  for (int j = 0; j < Chunk<Raw>::kPerLane; ++j) delegates[j % count] = larger(delegates[j % count], chunk.key(j));
+  Key low = nan, high = 0;
+#pragma unroll
+  for (int i = 0; i < count; ++i) {
+    delegates[i] = smaller(delegates[i], nan);
+    low = smaller(low, delegates[i]);
+    high = larger(high, delegates[i]);
   }
-  one = smaller(one, nan);
-  other = smaller(other, nan);
-  Key low = warp_min(smaller(one, other)), high = warp_max(larger(one, other));
+  low = warp_min(low);
+  high = warp_max(high);
   constexpr int kSteps = 10;  // a few candidates too many cost less than further steps
 #pragma unroll 1
   for (int step = 0; step < kSteps && low < high; ++step) {
     const Key middle = middle_of(low, high);
-    const int reach = __popc(__ballot_sync(kAllLanes, one >= middle)) + __popc(__ballot_sync(kAllLanes, other >= middle));
+    int reach = 0;
+#pragma unroll
+    for (int i = 0; i < count; ++i) reach += __popc(__ballot_sync(kAllLanes, delegates[i] >= middle));
     if (reach >= k)
       low = middle;
     else
@@ -343,7 +348,7 @@ __device__ __forceinline__ void topk_few(const TopK& p) {
     const int64_t first = c * Chunk<Raw>::kColumns;
     Chunk<Raw> chunk;
     chunk.load(p, row, first);
-    if (c == place.begin) list.bound = bound_of(chunk, p.k, nan);
+    if (c == place.begin) list.bound = p.k <= kFewDelegates ? bound_of<2>(chunk, p.k, nan) : bound_of<4>(chunk, p.k, nan);
     if (!add_chunk(p, row, first, chunk, list)) break;
   }
   if (list.count > p.k) list.keep_best(p.k, nan);
@@ -458,10 +463,10 @@ __global__ void __launch_bounds__(gradsel::kTopKThreads) gradsel_topk_one_32(con
 __global__ void __launch_bounds__(gradsel::kTopKThreads) gradsel_topk_one_64(const gradsel::TopK p) {
   gradsel::topk_one<uint64_t>(p);
 }
-__global__ void __launch_bounds__(gradsel::kTopKThreads) gradsel_topk_few_16(const gradsel::TopK p) {
+__global__ void __launch_bounds__(gradsel::kTopKThreads, 6) gradsel_topk_few_16(const gradsel::TopK p) {
   gradsel::topk_few<uint16_t>(p);
 }
-__global__ void __launch_bounds__(gradsel::kTopKThreads) gradsel_topk_few_32(const gradsel::TopK p) {
+__global__ void __launch_bounds__(gradsel::kTopKThreads, 6) gradsel_topk_few_32(const gradsel::TopK p) {
   gradsel::topk_few<uint32_t>(p);
 }
 __global__ void __launch_bounds__(gradsel::kTopKThreads, 4) gradsel_topk_few_64(const gradsel::TopK p) {

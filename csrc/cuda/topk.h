@@ -5,8 +5,9 @@
 
 namespace gradsel {
 
-constexpr int kMostFew = 64;       // the largest K of topk_few: as many as a chunk's delegates
-constexpr int kCandidates = 192;   // room in a warp's list: two chunks' candidates at K = 64
+constexpr int kMostFew = 64;       // the largest K of topk_few
+constexpr int kFewDelegates = 16;  // up to this K a lane has two delegates, above four
+constexpr int kCandidates = 192;   // room in a warp's list: the first chunk's candidates at K = 64, and slack
 constexpr int kSlack = 32;         // candidates over K after which the list is cut
 constexpr int kTopKThreads = 128;
 constexpr int kTopKManyThreads = 256;  // one for each digit

@@ -51,6 +51,8 @@ def why_off(device: torch.device) -> str | None:
         return f"CUDA kernels run on CUDA tensors, and these are on {device}."
     if _off is not None:
         return _off
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device."
     return _C.cuda_why_off(device.index or 0) or None
 
 

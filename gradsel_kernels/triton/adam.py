@@ -545,8 +545,9 @@ def _upload(lines: list[list[int]], counts: list[int], device: torch.device) -> 
         stream = torch.cuda.current_stream(device).cuda_stream
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                "masked_adam_ cannot be captured in a CUDA graph: the addresses of its tensors are copied from the "
-                "host, and a replay would not see new ones. Capture forward and backward, and step outside the graph."
+                "Triton's masked_adam_ cannot be captured in a CUDA graph: the addresses of its tensors are copied "
+                "from the host. Capture forward and backward and step outside the graph, or use the kernel in CUDA "
+                "C++, which can be captured: gradsel_kernels.use_backend('cuda')"
             )
     starts = itertools.accumulate(counts, initial=0)
     numbers = tuple(itertools.chain.from_iterable((*line, start) for line, start in zip(lines, starts, strict=False)))

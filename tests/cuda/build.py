@@ -91,6 +91,8 @@ def build(kernels: Path, names: Path, sources: Sequence[Path] = ()) -> ModuleTyp
     assert spec is not None
     loaded = importlib.util.module_from_spec(spec)
     loader.exec_module(loaded)
+    if loaded.__file__ != str(module):  # Python finds extension modules by their name alone
+        raise RuntimeError(f"a process can load one emulated module, and has {loaded.__file__}")
     return loaded
 
 

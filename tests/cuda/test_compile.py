@@ -16,7 +16,7 @@ TARGETS = ("sm_80", "sm_90", "sm_100")
 #: A multiprocessor has 65,536 registers; what the blocks of a kernel leave of them is what hides latency.
 REGISTERS = {
     r"topk_one_.*": 72,
-    r"topk_few_(16|32)": 72,
+    r"topk_few_(16|32)": 80,
     r"topk_few_64": 96,
     r"topk_many_.*": 64,
     r"adam_step_32": 168,

@@ -1,9 +1,9 @@
 """Tests on a GPU, and what they share. Where there is none they are skipped.
 
 GRADSEL_GPU_TESTS_ON=cpu in the environment runs them on CPU tensors and the native backend instead, so that whoever has
-no GPU can at least test the tests; with TRITON_INTERPRET=1, too, on Triton's interpreter. What exists on CUDA only
-(streams, graphs, the allocator's statistics) then becomes its nearest relative on the CPU, and large tensors become
-small.
+no GPU can at least test the tests; with TRITON_INTERPRET=1, too, on Triton's interpreter, with GRADSEL_EMULATE_CUDA=1
+on the emulated GPU. What exists on CUDA only (streams, graphs, the allocator's statistics) then becomes its nearest
+relative on the CPU, and large tensors become small.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 import gradsel_kernels as gk
 from gradsel_kernels import Layout
 from gradsel_kernels._checks import sum_dtype
+from tests.conftest import EMULATED
 from tests.gradsel.memory import peak_bytes
 from tests.kernels import cases
 from tests.kernels.test_adam import Problem, masks
@@ -26,7 +27,7 @@ from tests.kernels.test_adam import Problem, masks
 ON_CPU = os.environ.get("GRADSEL_GPU_TESTS_ON") == "cpu"
 BACKENDS = ["triton", "cuda"]
 if ON_CPU:
-    BACKENDS = ["triton"] if cases.INTERPRETED else ["native"]
+    BACKENDS = ["triton"] if cases.INTERPRETED else ["cuda"] if EMULATED else ["native"]
 
 #: What a call may take beyond its outputs: tables, counts of tiles, the allocator's rounding.
 WORKSPACE = 2**20

@@ -7,6 +7,7 @@ import torch
 
 import gradsel_kernels as gk
 from gradsel_kernels.backends import backend as backend_module
+from tests.conftest import EMULATED
 from tests.gpu import BACKENDS, ON_CPU
 
 
@@ -20,10 +21,7 @@ def device() -> str:
 
 
 def _in_use(name: str, device: str):
-    try:
-        reason = backend_module(name).why_off(torch.device(device))
-    except ImportError as error:
-        reason = str(error)
+    reason = backend_module(name).why_off(torch.device(device))
     if reason:
         pytest.fail(f"the {name} backend is off: {reason}")
     return gk.use_backend(name)
@@ -32,6 +30,8 @@ def _in_use(name: str, device: str):
 @pytest.fixture(params=BACKENDS)
 def kernels(request, device):
     """Puts a backend in use; its value is the name."""
+    if EMULATED:
+        request.getfixturevalue("emulated")
     with _in_use(request.param, device):
         yield request.param
 
