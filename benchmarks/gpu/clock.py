@@ -1,0 +1,153 @@
+"""What it takes to measure on a device: events, a wait, caches that are flushed, graphs; on the CPU a wall clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import cached_property
+
+import torch
+
+Function = Callable[[], object]
+#: Inputs of all copies of a call take this many times the second-level cache, so that none is found there.
+CACHES = 4
+MOST_SETS = 256
+
+
+class DeviceLost(RuntimeError):
+    """The device refuses everything in this process from now on, as after an illegal address."""
+
+
+class Clock:
+    """What is needed to take times on one device.
+
+    Args:
+        device: a CUDA device, or the CPU to try a program.
+        small: as few and as short samples as possible.
+    """
+
+    def __init__(self, device: torch.device, small: bool = False) -> None:
+        self.device, self.small = device, small
+        self.cuda = device.type == "cuda"
+        self.cache = 1 << 14
+        if small and not self.cuda:
+            torch.set_num_threads(1)  # toy sizes are not worth a second one
+        if self.cuda:
+            self.cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 1 << 26
+            self.start = torch.cuda.Event(enable_timing=True)
+            self.end = torch.cuda.Event(enable_timing=True)
+
+    def synchronize(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def check(self) -> None:
+        """
+        Raises:
+            DeviceLost: nothing else can be run in this process.
+        """
+        if self.cuda:
+            try:
+                torch.cuda.synchronize()
+                torch.ones(1, device=self.device).item()
+            except Exception as error:
+                raise DeviceLost(first_line(error)) from None
+
+    def stop(self, recorded: bool = False) -> float:
+        """Seconds on the device from ``start`` to ``end``, which is recorded now unless it is already."""
+        if not recorded:
+            self.end.record()
+        self.end.synchronize()
+        return self.start.elapsed_time(self.end) / 1e3
+
+    def wall(self, function: Function) -> float:
+        self.synchronize()
+        start = time.perf_counter()
+        function()
+        self.synchronize()
+        return time.perf_counter() - start
+
+    def capture(self, function: Function) -> torch.cuda.CUDAGraph:
+        """A graph of what a function does on the device; it has been replayed once. Raises what stands against it."""
+        stream = torch.cuda.current_stream()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                function()
+        finally:
+            torch.cuda.set_stream(stream)  # a capture that fails at its end does not give the stream back
+        graph.replay()
+        self.synchronize()
+        return graph
+
+    def wait(self, seconds: float) -> None:
+        """Keeps the device busy while the host queues what is timed."""
+        if self.cuda and hasattr(torch.cuda, "_sleep"):
+            torch.cuda._sleep(int(seconds * self._cycles))
+
+    def warm_up(self, seconds: float = 0.5) -> None:
+        """An idle device needs a moment until it runs at its full clock rate."""
+        matrix = torch.ones(2048 if self.cuda else 64, 2048 if self.cuda else 64, device=self.device)
+        start = time.perf_counter()
+        while time.perf_counter() - start < (0.01 if self.small else seconds):
+            matrix @ matrix
+            self.synchronize()
+
+    @cached_property
+    def _cycles(self) -> float:
+        """Cycles a second of the waiting kernel."""
+        torch.cuda._sleep(1000)
+        self.start.record()
+        torch.cuda._sleep(10_000_000)
+        return 10_000_000 / max(self.stop(), 1e-6)
+
+    @cached_property
+    def _filler(self) -> torch.Tensor:
+        return torch.zeros(max(CACHES * self.cache, 1 << 12) // 4, device=self.device)
+
+    def flush(self) -> None:
+        """Fills the second-level cache with something else: read, so that nothing is left to be written back."""
+        self._filler.sum()
+
+    def sets(self, nbytes: int) -> int:
+        """How many copies of inputs of this size it takes to find none of them in the cache."""
+        if self.small:
+            return 2
+        return max(1, min(MOST_SETS, -(-CACHES * self.cache // max(nbytes, 1))))
+
+    def peak(self, function: Function) -> int | None:
+        """Bytes that a call allocates at its peak, beyond what was there before; None on the CPU."""
+        if not self.cuda:
+            return None
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated(self.device) - before
+
+
+def launches(function: Function) -> str:
+    """What a call does on the device, by the profiler."""
+    function()
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        function()
+        torch.cuda.synchronize()
+    events = list(profile.events())
+    of_host = {event.name for event in events if event.device_type == torch.autograd.DeviceType.CPU}
+    names = [
+        event.name
+        for event in events
+        if event.device_type == torch.autograd.DeviceType.CUDA and event.name not in of_host  # no annotations
+    ]
+    copies = sum(name.startswith(("Memcpy", "Memset")) for name in names)
+    return f"{len(names) - copies} kernels, {copies} copies or fills"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, short enough for a table."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return text if len(text) <= 160 else text[:157] + "..."

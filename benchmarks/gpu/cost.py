@@ -1,0 +1,193 @@
+"""The part "cost": training and serving ViT-B/16 with every method, batch 32, in float32 and in bfloat16.
+
+The cost figure of GPS (CVPR 2024) compares time and memory of training and of inference at this batch, without mixed
+precision and on random numbers here. Random weights, though, have gradients that spread over more columns than those
+of trained ones, so the model first learns to fill in blank patches of handwritten digits, for some dozen steps (the
+weights are kept in the temporary directory), and selections are taken from gradients on digits.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+if __name__ == "__main__":  # by itself; as a part, it finds benchmarks/ on the path already
+    sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
+
+from baselines import FULL, LORA, OURS, PUBLISHED, for_vit
+from clock import first_line
+from models import Batch, Row, Selections, Task, inference, training
+from results import ERROR
+from steps import Comparison, alone, release
+
+import gradsel
+from gradsel.models import VisionTransformer
+
+CLASSES = 100
+TOY = {"image_size": 32, "patch": 8, "dim": 64, "depth": 2, "heads": 4}
+SECONDS = 20.0  # for the rounds of one comparison
+CHECKED_RATE, TOLERANCE = 1e-3, 2e-5
+
+# --- Weights and data --------------------------------------------------------------------------------------------
+
+
+def pretrained(case: Any, device: str) -> nn.Module:
+    """What ``case.pretrained()`` gives, trained on the device."""
+    torch.manual_seed(0)
+    model = case.make()
+    described = f"{model} {case.pretrain_loss.__name__} {case.pretrain_samples} {case.pretrain_steps} {device}"
+    name = hashlib.sha256(described.encode()).hexdigest()[:16]
+    path = Path(tempfile.gettempdir()) / "gradsel-gpu" / f"{name}.pt"
+    if path.exists():
+        model.load_state_dict(torch.load(path, map_location="cpu"))
+        return model.to(device)
+    model.to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
+    warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=10)
+    losses = []
+    for batch in case.batches(1, case.pretrain_steps, case.pretrain_samples):
+        optimizer.zero_grad()
+        with torch.device(device):  # the loss draws its blank patches there
+            loss = case.pretrain_loss(model, tuple(part.to(device) for part in batch))
+        loss.backward()
+        optimizer.step()
+        warm_up.step()
+        losses.append(loss.item())
+    print(f"{case.size}: trained for {len(losses)} steps, loss {losses[0]:.2f} to {sum(losses[-5:]) / 5:.2f}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), path)
+    return model
+
+
+def random_batch(samples: int, side: int, device: str, seed: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(samples, 3, side, side, generator=generator)
+    return images.to(device), torch.randint(CLASSES, (samples,), generator=generator).to(device)
+
+
+def model_and_selections(device: str, config: dict[str, int]) -> tuple[nn.Module, Selections, str]:
+    """The model in float32, what selects on it, and a note where it is not as it should be."""
+    loss = gradsel.contrastive("forward_features")
+    try:
+        from train_step_cases import SELECTION_BATCHES, vit
+
+        case = vit("ViT", 32, num_classes=CLASSES, **config)
+        model = pretrained(case, device)
+        drawn = case.batches(2, SELECTION_BATCHES, case.selection_samples)
+        batches = [(images.to(device), labels.to(device)) for images, labels in drawn]
+        note = ""
+    except Exception as error:  # scikit-learn is missing, for example
+        torch.manual_seed(0)
+        model = VisionTransformer(num_classes=CLASSES, **config).to(device)
+        images, _ = random_batch(16, config.get("image_size", 224), device)
+        batches = [(images, torch.arange(16, device=device) % 4)]
+        note = f"random weights ({first_line(error)})"
+    return model, Selections(model, batches, loss), note
+
+
+# --- The comparisons ---------------------------------------------------------------------------------------------
+
+
+def check(task: Task, base: nn.Module, batch: Batch) -> str:
+    """Ours has to train as the published way does, or its speed means nothing: what differs, or nothing."""
+    methods = {(method.name, method.k): method for method in for_vit(task, torch.float32)}
+    losses = {}
+    for name in (OURS, PUBLISHED):
+        contender = methods[name, 1].build(copy.deepcopy(base))
+        for group in contender.optimizer.param_groups:
+            group["lr"] = CHECKED_RATE
+        losses[name] = [contender.step(batch).item() for _ in range(3)]
+        del contender
+        release()
+    one, other = losses[OURS], losses[PUBLISHED]
+    told = f"losses of ours {one}, as published {other}"
+    if not all(abs(a - b) <= TOLERANCE * abs(b) for a, b in zip(one, other, strict=True)):
+        return f"{told}: they differ"
+    if not abs(other[2] - other[0]) > 10 * TOLERANCE * abs(other[0]):
+        return f"{told}: nothing has been learned, so they prove nothing"
+    print(told)
+    return ""
+
+
+def full_precision() -> Callable[[], None]:
+    """Switches TF32 off; returns what switches it back on."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+    def restore() -> None:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+    return restore
+
+
+def run(context: Any) -> list[Row]:
+    restore = full_precision()
+    try:
+        return measured(context)
+    finally:
+        restore()
+        release()
+
+
+def measured(context: Any) -> list[Row]:
+    prepared = functools.cache(lambda: model_and_selections(context.device, TOY if context.small else {}))
+    planned = comparisons(context, prepared)
+    if time.monotonic() > context.deadline or not any(comparison.missing(context) for comparison in planned):
+        return []
+    try:
+        base, select, _ = prepared()
+        side = base.patch_embed.proj.kernel_size[0] * math.isqrt(base.pos_embed.shape[1])
+        wrong = check(task_of(select), base, random_batch(8, side, context.device))
+    except Exception as error:  # then ours gets a line with its error below
+        print(f"check: {first_line(error)}")
+        wrong = ""
+    if wrong:
+        first = planned[0]
+        row = first.shared | {"k": 1, "method": OURS, "extra": ERROR + wrong}
+        context.emit(row)
+        return [row]
+    return [row for comparison in planned for row in comparison.measure(context)]
+
+
+def task_of(select: Callable[..., gradsel.Selection]) -> Task:
+    return Task(gradsel.cross_entropy, r"blocks\..*\.(qkv|proj|fc1|fc2)", "head", ("patch_embed.proj",), select)
+
+
+def comparisons(context: Any, prepared: Callable[[], tuple[nn.Module, Selections, str]]) -> list[Comparison]:
+    """Training and inference in both dtypes; nothing is prepared before an entry starts."""
+    samples, side = (4, TOY["image_size"]) if context.small else (32, 224)
+    size = f"{'toy ViT' if context.small else 'ViT-B/16'}, batch {samples}"
+    seconds = 0.0 if context.small else SECONDS
+    task = task_of(lambda *args: prepared()[1](*args))
+    found = []
+    for operation in ("training step", "inference"):
+        for dtype in (torch.float32, torch.bfloat16):
+            images, labels = random_batch(samples, side, context.device)
+            batch = images.to(dtype), labels
+            make = functools.partial(lambda dtype: copy.deepcopy(prepared()[0]).to(dtype), dtype)
+            methods = for_vit(task, dtype)
+            shared = {"part": "cost", "operation": operation, "size": size, "dtype": str(dtype).removeprefix("torch.")}
+            if operation == "training step":
+                entries = [training(method, make, batch, lambda: prepared()[2]) for method in methods]
+                baseline, ratios = LORA, {"of_full": FULL, "of_bfloat16_lora": f"{LORA}, bfloat16 adapters"}
+            else:
+                entries = [entry for method in methods for entry in inference(method, make, batch[0])]
+                baseline, ratios = "LoRA, unmerged", {"of_full": FULL}
+            calls = 2 if dtype is torch.float32 else 4  # so that turns of both take more than their synchronisation
+            found.append(Comparison(shared, entries, calls, seconds, baseline, ratios))
+    return found
+
+
+if __name__ == "__main__":
+    alone(run, __doc__.partition("\n")[0])

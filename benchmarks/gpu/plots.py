@@ -1,0 +1,189 @@
+"""Pictures of a results file, next to it as ``gpu-*.png``. Nothing is measured here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import adam
+import topk
+import weight_grad
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from results import Row, failed
+
+from gradsel import plots
+from gradsel.plots import BLUE, GREEN, GREY, ORANGE, PINK, SKY
+
+COLOURS = {"cuda": BLUE, "triton": GREEN, "native": GREEN, "reference": GREEN, topk.READING: GREY}
+MARKS = "osD^vPX<>hd"
+MOST = 4  # axes in a row
+
+
+def colour(provider: str) -> str:
+    return next((found for name, found in COLOURS.items() if provider.startswith(name)), ORANGE)
+
+
+def over_k(axes: Axes, rows: Sequence[Row], column: str, providers: Sequence[str], styles: Sequence[str]) -> None:
+    """A line for each provider."""
+    for provider, style in zip(providers, styles, strict=True):
+        found = sorted(
+            (int(row["k"]), float(row[column])) for row in rows if row["provider"] == provider and row[column]
+        )
+        if found:
+            axes.plot(*zip(*found, strict=True), style, color=colour(provider), label=provider, markersize=4)
+    ks = sorted({int(row["k"]) for row in rows})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ks, list(map(str, ks)))
+    axes.minorticks_off()
+    axes.set_xlabel("K, entries of a row")
+    axes.grid(True, alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def groups(rows: Sequence[Row], *columns: str) -> dict[tuple[str, ...], list[Row]]:
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[column] for column in columns), []).append(row)
+    return found
+
+
+def save(
+    rows: Sequence[Row], path: Path, name: str, panels: Sequence[Callable[[Axes], None]], shared_legend: bool = False
+) -> Path:
+    drawing, all_axes = plots.figure(len(panels), 1 + 4.2 * len(panels), 5.2)
+    entries: dict[str, Artist] = {}
+    for axes, panel in zip(all_axes, panels, strict=True):
+        panel(axes)
+        if shared_legend:
+            handles, names = axes.get_legend_handles_labels()
+            entries |= dict(zip(names, handles, strict=True))
+        else:
+            axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    if shared_legend:
+        columns = 2 * len(panels)
+        drawing.legend(entries.values(), entries, fontsize=7, frameon=False, loc="outside lower center", ncols=columns)
+    drawing.suptitle(f"{rows[0]['device']}, torch {rows[0]['torch']}", fontsize=10)
+    target = path.with_name(f"gpu-{name}.png")
+    plots.save(drawing, target)
+    return target
+
+
+def draw_topk(rows: Sequence[Row], path: Path) -> Path:
+    def panel(key: tuple[str, ...], own: Sequence[Row]) -> Callable[[Axes], None]:
+        def draw(axes: Axes) -> None:
+            names = list(dict.fromkeys(row["provider"] for row in sorted(own, key=lambda row: row["provider"])))
+            styles = [
+                "s--" if name.endswith(topk.BITS) else "^:" if name in (topk.READING, topk.BASELINE) else "o-"
+                for name in names
+            ]
+            over_k(axes, own, "fraction_of_copy", names, styles)
+            axes.axhline(topk.TARGET, color=GREY, linewidth=1)
+            axes.set_ylim(0)
+            axes.set_ylabel("rate, as a fraction of a copy's")
+            axes.set_title(f"top-K of rows, {', '.join(key)}", fontsize=10)
+
+        return draw
+
+    return save(rows, path, "topk", [panel(*group) for group in list(groups(rows, "size", "dtype").items())[:MOST]])
+
+
+def draw_adam(rows: Sequence[Row], path: Path) -> Path | None:
+    rows = [row for row in rows if row["operation"] == adam.STEP and row["p50_ms"]]
+
+    def panel(key: tuple[str, ...], own: Sequence[Row]) -> Callable[[Axes], None]:
+        def draw(axes: Axes) -> None:
+            names = sorted({row["provider"] for row in own} - {adam.BASELINE})
+            styles = ["s--" if "dense" in name else "^:" if "graph" in name else "o-" for name in names]
+            over_k(axes, own, "p50_ms", [n for n in names if "alone" not in n],
+                   [s for n, s in zip(names, styles, strict=True) if "alone" not in n])  # fmt: skip
+            dense = [float(row["p50_ms"]) for row in own if row["provider"] == adam.BASELINE]
+            if dense:
+                axes.axhline(sum(dense) / len(dense), color=ORANGE, label=adam.BASELINE)
+            axes.set_yscale("log")
+            axes.set_ylabel("a step on the device, milliseconds")
+            axes.set_title(", ".join(key), fontsize=10)
+
+        return draw
+
+    cases = list(groups(rows, "size", "dtype").items())[:MOST]
+    return save(rows, path, "adam", [panel(*case) for case in cases]) if cases else None
+
+
+def draw_weight_grad(rows: Sequence[Row], path: Path) -> Path | None:
+    colours = {"gather": BLUE, "tile": GREEN, "union": PINK, "auto": "black"}
+
+    def panel(key: tuple[str, ...], own: Sequence[Row]) -> Callable[[Axes], None]:
+        def draw(axes: Axes) -> None:
+            dense = {row["k"]: float(row["p50_ms"]) for row in own if row["provider"] == weight_grad.DENSE}
+            over_k(axes, own, "speedup", [], [])
+            for name, shade in colours.items():
+                found = sorted(
+                    (int(row["k"]), float(row["p50_ms"]) / dense[row["k"]])
+                    for row in own
+                    if row["provider"].endswith(f", {name}") and row["k"] in dense
+                )
+                if found:
+                    style = ":" if name == "auto" else "o-"
+                    axes.plot(*zip(*found, strict=True), style, color=shade, label=name, markersize=4)
+            axes.axhline(1, color=ORANGE, label=weight_grad.DENSE)
+            axes.set_yscale("log")
+            axes.set_ylabel("time, as a multiple of the dense product's")
+            axes.set_title(", ".join(key), fontsize=9)
+
+        return draw
+
+    cases = list(groups(rows, "size", "dtype").items())[:MOST]
+    return save(rows, path, "weight_grad", [panel(*case) for case in cases]) if cases else None
+
+
+def draw_steps(rows: Sequence[Row], path: Path) -> Path | None:
+    """Time of a training step against peak memory, where both were measured."""
+    rows = [row for row in rows if "step" in row["operation"] and row["p50_ms"] and row["peak_bytes"]]
+    shades = (BLUE, ORANGE, GREEN, PINK, SKY, GREY)
+
+    def label(row: Row) -> str:
+        return row["provider"] + (f", {row['k']}" if row["k"] not in ("", "0") else "")
+
+    # Ours are stars and pentagons, and a method looks the same in all panels.
+    names = sorted(dict.fromkeys(map(label, rows)), key=lambda name: "attached" not in name)
+    ours = sum("attached" in name for name in names)
+    styles = {
+        name: (
+            "*p"[n // len(shades) % 2] if n < ours else MARKS[(n - ours) // len(shades) % len(MARKS)],
+            shades[n % len(shades)],
+        )
+        for n, name in enumerate(names)
+    }
+
+    def panel(key: tuple[str, ...], own: Sequence[Row]) -> Callable[[Axes], None]:
+        def draw(axes: Axes) -> None:
+            for row in own:
+                mark, shade = styles[label(row)]
+                x, y = int(row["peak_bytes"]) / 1e9, float(row["p50_ms"])
+                size = 10 if mark in "*p" else 6
+                axes.plot(x, y, mark, color=shade, label=label(row), markersize=size, alpha=0.9)
+            axes.set_xlim(0)
+            axes.set_ylim(0)
+            axes.set_xlabel("peak memory, GB")
+            axes.set_ylabel("a training step, milliseconds")
+            axes.set_title(", ".join(key), fontsize=9)
+            axes.grid(True, alpha=0.3)
+            axes.spines[["top", "right"]].set_visible(False)
+
+        return draw
+
+    cases = list(groups(rows, "part", "size", "dtype").items())[:MOST]
+    return save(rows, path, "steps", [panel(*case) for case in cases], shared_legend=True) if cases else None
+
+
+def draw(path: Path, rows: Sequence[Row]) -> list[Path]:
+    """Draws what there are lines for; the pictures."""
+    rows = [row for row in rows if not failed(row)]
+    drawn: list[Path | None] = []
+    for part, figure in (("topk", draw_topk), ("adam", draw_adam), ("weight_grad", draw_weight_grad)):
+        own = [row for row in rows if row["part"] == part]
+        drawn.append(figure(own, path) if own else None)
+    own = [row for row in rows if row["part"] in ("cost", "llama")]
+    drawn.append(draw_steps(own, path) if own else None)
+    return [picture for picture in drawn if picture is not None]

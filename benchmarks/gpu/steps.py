@@ -1,0 +1,289 @@
+"""How steps of whole models are compared.
+
+Every entry of a comparison is measured twice. Alone on the device for its peak memory; then with all others resident,
+in turns whose order rotates from round to round, so that whatever changes over time (clocks, other users) meets all
+alike. A turn is several calls without a synchronisation in between, because training has none either: the time of
+launching kernels counts only where the device waits for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import statistics
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from clock import DeviceLost, first_line
+from common import percentiles
+from models import Entry, Row, Running
+from results import ERROR, rounded
+
+WARM_UP = 2
+FEWEST, MOST = 3, 15  # rounds
+
+
+# --- Measuring ---------------------------------------------------------------------------------------------------
+
+
+def release() -> None:
+    """Gives back what nothing refers to any more."""
+    gc.collect()
+    with contextlib.suppress(RuntimeError):  # of a device that is lost, which is reported elsewhere
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def check_device(cuda: bool, error: Exception) -> None:
+    """
+    Raises:
+        DeviceLost: after this error, nothing else can be run in this process.
+    """
+    if cuda:
+        try:
+            torch.cuda.synchronize()
+            torch.ones(1, device="cuda").item()
+        except Exception:
+            raise DeviceLost(first_line(error)) from None
+
+
+def timed(cuda: bool, run: Callable[[], object], calls: int) -> tuple[float, float]:
+    """Milliseconds of a call: on the device's clock from first to last kernel, and on the wall's."""
+    if cuda:
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        first.record()
+        for _ in range(calls):
+            run()
+        last.record()
+        torch.cuda.synchronize()
+        return first.elapsed_time(last) / calls, 1000 * (time.perf_counter() - start) / calls
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    wall = 1000 * (time.perf_counter() - start) / calls
+    return wall, wall
+
+
+def peak_bytes(start: Callable[[], Running]) -> int:
+    """The most that an entry holds on a CUDA device during a call after the first ones, its weights included."""
+    release()
+    before = torch.cuda.memory_allocated()
+    running = start()
+    for _ in range(WARM_UP):
+        running.run()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    running.run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def kernels(run: Callable[[], object]) -> dict[str, Any]:
+    """How long kernels ran in one call, and how many: what is left of the time are gaps, in which the host was late."""
+    try:
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profile:
+            run()
+            torch.cuda.synchronize()
+        events = list(profile.events())
+        of_host = {event.name for event in events if event.device_type == torch.autograd.DeviceType.CPU}
+        ran = [  # annotations have the name of what the host did, and overlap with the kernels they are about
+            event.time_range.elapsed_us()
+            for event in events
+            if event.device_type == torch.autograd.DeviceType.CUDA and event.name not in of_host
+        ]
+        return {"kernels_ms": rounded(sum(ran) / 1000), "kernels": len(ran)} if ran else {}
+    except Exception as error:  # an extra that must not cost the rest
+        return {"kernels": first_line(error)}
+
+
+class _Work:
+    """Entries with what has been found out about them."""
+
+    def __init__(self, context: Any, how: Comparison, entries: Sequence[Entry]) -> None:
+        self.context, self.how, self.entries = context, how, entries
+        self.cuda = torch.device(context.device).type == "cuda"
+        self.peaks: dict[Entry, int] = {}
+        self.running: dict[Entry, Running] = {}
+        self.facts: dict[Entry, dict[str, Any]] = {}
+        self.samples: dict[Entry, list[tuple[float, float]]] = {entry: [] for entry in entries}
+        self.failed: set[Entry] = set()
+        self.rows: list[Row] = []
+
+    @property
+    def left(self) -> float:
+        """Seconds until the deadline."""
+        return self.context.deadline - time.monotonic()
+
+    def emit(self, entry: Entry, row: Row, extra: str) -> None:
+        row = self.how.shared | entry.key | row | {"extra": extra}
+        if entry in self.peaks:
+            row["peak_bytes"] = self.peaks[entry]
+        self.context.emit(row)
+        self.rows.append(row)
+
+    def guarded(self, entry: Entry, action: Callable[[Entry], None]) -> None:
+        """Does something for an entry; an error becomes its line."""
+        if entry in self.failed:
+            return
+        try:
+            action(entry)
+        except Exception as error:
+            self.failed.add(entry)
+            self.running.pop(entry, None)
+            self.emit(entry, {}, ERROR + first_line(error))
+            check_device(self.cuda, error)
+        if entry in self.failed:
+            release()  # the traceback that held what the entry had is gone only now
+
+    def measure_peak(self, entry: Entry) -> None:
+        self.peaks[entry] = peak_bytes(entry.start)
+
+    def start(self, entry: Entry) -> None:
+        if self.left < 0:
+            return
+        running = entry.start()
+        for _ in range(WARM_UP):
+            running.run()
+        self.running[entry], self.facts[entry] = running, running.facts
+
+    def sample(self, entry: Entry) -> None:
+        self.samples[entry].append(timed(self.cuda, self.running[entry].run, self.how.calls))
+
+    def measure(self) -> None:
+        if self.cuda:  # what libraries take once and keep is no method's: cuBLAS's workspaces, for example
+            with contextlib.suppress(Exception):
+                self.entries[0].start().run()
+            for entry in self.entries:
+                if self.left > 2 * self.how.seconds:  # times matter more
+                    self.guarded(entry, self.measure_peak)
+        release()
+        for entry in self.entries:
+            self.guarded(entry, self.start)
+        order, began, rounds = deque(self.running), time.monotonic(), 0
+        while rounds < MOST and self.left > 0 and (rounds < FEWEST or time.monotonic() - began < self.how.seconds):
+            for entry in order:
+                self.guarded(entry, self.sample)
+            order.rotate(-1)
+            rounds += 1
+
+    def report(self) -> None:
+        baseline, ratios, tokens = self.how.baseline, self.how.ratios, self.how.tokens
+        times = {entry: found for entry, found in self.samples.items() if entry not in self.failed and len(found) > 1}
+        medians = {entry.name: statistics.median(ms for ms, _ in found) for entry, found in times.items()}
+        for entry in self.entries:
+            if entry in self.failed:
+                continue
+            if entry not in times:
+                self.emit(entry, {}, f"{ERROR}out of time")
+                continue
+            p20, p50, p80 = percentiles([ms for ms, _ in times[entry]])
+            row = {
+                "repeats": len(times[entry]), "p20_ms": rounded(p20), "p50_ms": rounded(p50), "p80_ms": rounded(p80),
+                "wall_p50_ms": rounded(statistics.median(wall for _, wall in times[entry])),
+            }  # fmt: skip
+            if baseline in medians:
+                row |= {"baseline": baseline, "speedup": rounded(medians[baseline] / p50)}
+            said = self.facts[entry] | {
+                name: f"{p50 / medians[other]:.3f}" for name, other in ratios.items() if other in medians
+            }
+            if tokens:
+                said["tokens_per_s"] = f"{1000 * tokens / p50:.0f}"
+            self.emit(entry, row, told(said))
+
+    def profile(self) -> None:
+        """Emits the lines again with what the profiler says: last, because it is an extra that may fail."""
+        for row in self.rows if self.cuda else ():
+            entry = next((entry for entry in self.running if entry.key.items() <= row.items()), None)
+            if entry is not None and "p50_ms" in row and self.left > self.how.seconds:
+                row["extra"] = "; ".join(filter(None, (row["extra"], told(kernels(self.running[entry].run)))))
+                self.context.emit(row)
+
+
+def told(facts: Mapping[str, Any]) -> str:
+    return "; ".join(f"{name}={value}" for name, value in facts.items() if value != "")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Entries that are measured in turn.
+
+    Attributes:
+        shared: what their lines have in common.
+        calls: of a turn.
+        seconds: for all rounds together, about.
+        baseline: the entry that ``speedup`` is against.
+        ratios: of each name in ``extra``, the entry that it is a share of the time of.
+        tokens: of a call, for ``tokens_per_s``.
+    """
+
+    shared: Row
+    entries: Sequence[Entry]
+    calls: int
+    seconds: float
+    baseline: str
+    ratios: Mapping[str, str] = field(default_factory=dict)
+    tokens: int = 0
+
+    def missing(self, context: Any) -> list[Entry]:
+        """What is not in the results yet."""
+        return [entry for entry in self.entries if not context.done(self.shared | entry.key)]
+
+    def measure(self, context: Any) -> list[Row]:
+        """Measures what is missing, beside what it is compared with, and emits a line for each."""
+        missing = self.missing(context)
+        if not missing or context.deadline < time.monotonic():
+            return []
+        references = {self.baseline, *self.ratios.values()}
+        wanted = [entry for entry in self.entries if entry in missing or entry.name in references]
+        work = _Work(context, self, wanted)
+        try:
+            work.measure()
+            work.report()
+            work.profile()
+        finally:
+            work.running.clear()
+            release()
+        return work.rows
+
+
+# --- Running a part by itself ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Alone:
+    """What a part needs to run without the others."""
+
+    device: str
+    small: bool
+    deadline: float
+    rows: list[Row] = field(default_factory=list)
+
+    def done(self, key: Row) -> bool:
+        return False
+
+    def emit(self, row: Row) -> None:
+        self.rows.append(row)
+        peak = f"{row['peak_bytes'] / 1e9:7.2f} GB" if "peak_bytes" in row else ""
+        times = f"{row['p50_ms']:>8} ms {row['wall_p50_ms']:>8} ms" if "p50_ms" in row else ""
+        name = f"{row['operation']}, {row['size']}, {row['dtype']}: {row['method']} {row['k'] or ''}"
+        print(f"{name:<80}{times} {peak} {row['extra']}", flush=True)
+
+
+def alone(run: Callable[[Any], list[Row]], description: str) -> None:
+    """``python benchmarks/gpu/<part>.py [--device cpu] [--small] [--seconds 600]``."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--small", action="store_true", help="toy sizes, to see that it runs")
+    parser.add_argument("--seconds", type=float, default=600, help="stop after about so long (default: %(default)s)")
+    args = parser.parse_args()
+    rows = run(Alone(args.device, args.small, time.monotonic() + args.seconds))
+    sys.exit(0 if rows and not any(row["extra"].startswith(ERROR) for row in rows) else 1)
