@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
@@ -24,16 +24,25 @@ bench: $(VENV)/built
 	$(BIN)/python benchmarks/plot_train_step.py
 	$(BIN)/python benchmarks/select_memory.py
 
+# On a machine with a GPU, with the Python that is there: builds, tests and measures as much as fits into ten minutes;
+# called again, it goes on. make gpu PARTS="topk adam" does these parts only; PARTS takes options too.
+gpu:
+	$(PYTHON) benchmarks/gpu $(PARTS)
+
 clean:
-	rm -rf $(VENV) build *.egg-info gradsel_kernels/_C*.so
+	rm -rf $(VENV) build *.egg-info gradsel_kernels/_C*.so gradsel_kernels/*.fatbin
 
 # The dependencies, then the package itself (editable) with its extension. Build tools come first, because the
-# package is built without isolation so that a change in csrc/ costs one compilation and no download.
+# package is built without isolation so that a change in csrc/ costs one compilation and no download. On Linux they
+# include nvcc, if there is none: CUDA kernels are compiled on every machine, also where nothing can run them.
 $(VENV)/dependencies: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools pybind11 torch
+	[ "$$(uname)" != Linux ] || command -v nvcc >/dev/null || \
+		$(BIN)/python -m pip install --quiet --constraint constraints.txt nvidia-cuda-nvcc
 	touch $@
 
-$(VENV)/built: $(VENV)/dependencies setup.py $(wildcard csrc/*.cpp csrc/*.h)
+$(VENV)/built: export GRADSEL_REQUIRE_CUDA := $(if $(filter Linux,$(shell uname)),1)
+$(VENV)/built: $(VENV)/dependencies setup.py $(wildcard csrc/* csrc/cuda/*)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	touch $@
