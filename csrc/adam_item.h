@@ -7,7 +7,7 @@ namespace gradsel {
 
 enum Layout : int64_t { kAll = 0, kCols = 1, kBits = 2, kFlat = 3 };  // those of _checks.py
 
-// One tensor of a masked Adam step: a row of the int64 table that native_adam.py builds, field by field.
+// One tensor of a masked Adam step: a row of the int64 table that adam_table.py builds, field by field.
 struct AdamItem {
   int64_t layout, nnz, rows, cols;
   int64_t weight, weight_dtype, weight_row_stride, weight_col_stride;  // weight 0: there is none

@@ -414,12 +414,11 @@ __device__ __forceinline__ int64_t item_of(const AdamTable& table, int64_t tile)
 template <class T>
 __device__ __forceinline__ void begin_item(const AdamStep& step, int64_t number, Current<T>* now, double* corrections) {
   const AdamItem& item = step.table.items()[number];
-  __syncthreads();  // the item of before is still in use
   if (threadIdx.x % kWarp == 0 && threadIdx.x < 2 * kWarp) {
     const bool first = threadIdx.x == 0;
     corrections[first ? 0 : 1] = 1 - power(first ? step.hyper.beta1 : step.hyper.beta2, step_number(item));
   }
-  __syncthreads();
+  __syncthreads();  // nobody is busy with the item of before any more, either
   if (threadIdx.x == 0) {
     AdamHyperparameters hyper = step.hyper;
     hyper.grad_scale = step.grad_scale ? *step.grad_scale : 1.0;

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsel_kernels import _checks as checks
 from gradsel_kernels._checks import words
 from gradsel_kernels.backends import native, reference, triton
-from gradsel_kernels.backends.native_adam import AdamTable, known_table, new_table
+from gradsel_kernels.backends.adam_table import AdamTable, table_of
 
 FATBIN = Path(__file__).parents[1] / "kernels.fatbin"
 
@@ -129,17 +128,8 @@ def masked_adam_(
     Can be captured in a CUDA graph, whose replays read and write the same tensors with the same hyperparameters.
     """
     args = (weights, values, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, originals, steps, indices, layouts)
-    rounding = (list(compensations or ()), list(seeds), list(stochastic))
-    device = exp_avgs[0].device if exp_avgs else weights[0].device
-    table = known_table(*args, *rounding)
-    if table is None:
-        checks.masked_adam_(
-            *args, grad_scale=grad_scale, found_inf=found_inf,
-            compensations=compensations, seeds=seeds, stochastic=stochastic,
-        )  # fmt: skip
-        table = new_table(*args, *rounding)
-    else:
-        checks.adam_scalars(grad_scale, found_inf, device)
+    table = table_of(args, seeds, stochastic, compensations, grad_scale, found_inf)
+    device = exp_avgs[0].device
     number, stream = _stream(device)
     for float64 in (False, True):
         content, count, tiles, has_bits = _C.cuda_adam_table(table.items.buffer_info()[0], table.count, float64)

@@ -12,10 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradsel_kernels import _checks as checks
 from gradsel_kernels._checks import sum_dtype, words
 from gradsel_kernels.backends import panels
-from gradsel_kernels.backends.native_adam import CODES, WIDTH, known_table, new_table
+from gradsel_kernels.backends.adam_table import CODES, WIDTH, table_of
 
 #: Must equal the number compiled into the extension (csrc/bindings.cpp).
 ABI = 5
@@ -266,16 +265,7 @@ def masked_adam_(
     compensations: Sequence[Tensor] | None = None,
 ) -> None:
     args = (weights, values, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, originals, steps, indices, layouts)
-    rounding = (list(compensations or ()), list(seeds), list(stochastic))
-    table = known_table(*args, *rounding)
-    if table is None:
-        checks.masked_adam_(
-            *args, grad_scale=grad_scale, found_inf=found_inf,
-            compensations=compensations, seeds=seeds, stochastic=stochastic,
-        )  # fmt: skip
-        table = new_table(*args, *rounding)
-    else:
-        checks.adam_scalars(grad_scale, found_inf, exp_avgs[0].device)
+    table = table_of(args, seeds, stochastic, compensations, grad_scale, found_inf)
     if found_inf is not None and found_inf.item() != 0:
         return
     fault = _C.masked_adam(

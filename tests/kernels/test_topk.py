@@ -39,6 +39,20 @@ def test_matches_the_specification(fast, dtype, values):
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=name)
+def test_every_nan_is_the_same(fast, dtype):
+    """Whatever its sign and payload: the lowest columns win."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    payload = {torch.float32: 23, torch.bfloat16: 7, torch.float16: 10, torch.float64: 52}[dtype]
+    infinity = torch.tensor(float("inf"), dtype=dtype).view(integer)
+    for shape in ((3, 40), (2, 300), (1, 3000)):
+        sign = torch.randint(0, 2, shape).bool()
+        nan = (infinity | torch.randint(1, 2**payload, shape).to(integer)).view(dtype)
+        grad = torch.where(torch.rand(shape) < 0.3, torch.where(sign, -nan, nan), cases.normal(shape).to(dtype))
+        for k in (1, 2, 9, 64):
+            check(grad, k, fast)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=name)
 def test_long_rows(fast, dtype):
     for shape in cases.LONG_SHAPES:
         for values in (cases.normal, cases.ties, cases.one_nan):

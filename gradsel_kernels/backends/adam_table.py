@@ -8,12 +8,15 @@ first moment lives and used again when nothing but the gradients' addresses is n
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from operator import attrgetter, is_
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from gradsel_kernels import _checks as checks
 from gradsel_kernels._checks import Layout, grad_is_dense
 
 # The dtype codes of csrc/numbers.h.
@@ -138,17 +141,31 @@ class AdamTable:
 _tables: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def known_table(*args: list) -> AdamTable | None:
-    """The table of an earlier call with the same tensors, with the addresses of these gradients."""
+def table_of(
+    args: tuple[Any, ...],
+    seeds: Sequence[int],
+    stochastic: Sequence[bool],
+    compensations: Sequence[Tensor] | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> AdamTable:
+    """The table of an earlier call with the same tensors, with the addresses of these gradients; or a new one, after
+    the operator's checks.
+
+    Args:
+        args: the operator's positional ones, in its order.
+    """
     exp_avgs = args[3]
+    described: list[Any] = [*args, list(compensations or ()), list(seeds), list(stochastic)]
     table: AdamTable | None = _tables.get(exp_avgs[0]) if exp_avgs else None
-    return table if table is not None and table.takes(*args) else None
-
-
-def new_table(*args: list) -> AdamTable:
-    """A table for tensors that have passed the checks."""
-    table = AdamTable(*args)
-    _tables[args[3][0]] = table
+    if table is not None and table.takes(*described):
+        checks.adam_scalars(grad_scale, found_inf, exp_avgs[0].device)
+        return table
+    checks.masked_adam_(
+        *args, grad_scale=grad_scale, found_inf=found_inf,
+        compensations=compensations, seeds=seeds, stochastic=stochastic,
+    )  # fmt: skip
+    table = _tables[exp_avgs[0]] = AdamTable(*described)
     return table
 
 
