@@ -8,7 +8,7 @@ first moment lives and used again when nothing but the gradients' addresses is n
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from operator import attrgetter, is_
 from typing import Any
 
@@ -24,6 +24,8 @@ CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3
 # Plain integers: comparing enum members is slow enough to show.
 _COLS, _BITS = int(Layout.COLS), int(Layout.BITS)
 _DTYPE, _SHAPE, _DEVICE = attrgetter("dtype"), attrgetter("shape"), attrgetter("device")
+#: Most preparations that a table keeps.
+PREPARED = 4
 GRAD, WIDTH = 9, 27  # of AdamItem in csrc/adam_item.h: the place of the gradient's address, and fields in all
 
 
@@ -48,8 +50,7 @@ class AdamTable:
     ) -> None:
         self.items = array("q")
         self.count = len(weights)
-        #: Copies in device memory: the content, the stream that wrote it, the memory. Kept by the cuda backend.
-        self.on_device: list[tuple[bytes, int, Tensor]] = []
+        self._prepared: list[tuple[Hashable, Any]] = []
         for i, weight in enumerate(weights):
             grad, state, step, index, layout = grads[i], exp_avgs[i], steps[i], indices[i], layouts[i]
             address = weight.data_ptr()  # 0 without a weight: an empty tensor has no address
@@ -136,6 +137,19 @@ class AdamTable:
         for i, grad in enumerate(grads):
             self.items[i * WIDTH + GRAD] = grad.data_ptr()
         return True
+
+    def prepared(self, key: Hashable, prepare: Callable[[], Any]) -> Any:
+        """What was prepared for an earlier call with this key, such as a copy of the table in device memory, or is now.
+
+        A key holds the table's content, not just whose addresses are in it, so what is found is right whatever the
+        allocator did since. A training loop needs few: the addresses of its gradients recur.
+        """
+        for known, made in self._prepared:
+            if known == key:
+                return made
+        made = prepare()
+        self._prepared[:] = [(key, made), *self._prepared[: PREPARED - 1]]
+        return made
 
 
 _tables: WeakIdKeyDictionary = WeakIdKeyDictionary()

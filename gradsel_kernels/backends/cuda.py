@@ -41,8 +41,6 @@ _NAN = {
     torch.float16: 0x7C01,
     torch.float64: 0x7FF0000000000001,
 }
-#: Tables of one list of tensors that stay on the device: a training loop's gradients recur at few addresses.
-_TABLES = 4
 
 
 def why_off(device: torch.device) -> str | None:
@@ -165,16 +163,15 @@ def _on_device(table: AdamTable, content: bytes, device: torch.device, number: i
 
     What a graph captures is written in every replay and must not be found outside it; its memory is the graph's.
     """
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if not capturing:
-        for known, its_stream, memory in table.on_device:
-            if its_stream == stream and known == content:
-                return memory
-    memory = torch.empty(len(content) // 8, dtype=torch.int64, device=device)
-    _C.cuda_write_table(content, memory.data_ptr(), number, stream)
-    if not capturing:
-        table.on_device[:] = [(content, stream, memory), *table.on_device[: _TABLES - 1]]
-    return memory
+
+    def write() -> Tensor:
+        memory = torch.empty(len(content) // 8, dtype=torch.int64, device=device)
+        _C.cuda_write_table(content, memory.data_ptr(), number, stream)
+        return memory
+
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return write()
+    return table.prepared((stream, content), write)
 
 
 def _borrowed(op: str) -> Callable[..., Any]:

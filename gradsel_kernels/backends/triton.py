@@ -19,7 +19,11 @@ try:
 except ImportError as error:
     _missing = str(error)
 
+#: masked_adam_ runs the operator's checks itself, and only where a call is not a repetition of an earlier one.
+CHECKS_ADAM = True
+
 __all__ = [
+    "CHECKS_ADAM",
     "about",
     "bits_to_cols",
     "gather_rows",

@@ -8,7 +8,6 @@ bitmasks need two more to find the entries.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -19,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gradsel_kernels._checks import Layout, grad_is_dense, sum_dtype
+from gradsel_kernels.backends.adam_table import table_of
 from gradsel_kernels.triton.common import TRITON_DTYPES, convert, div_rn, fma, on_device, popcount, sqrt_rn
 
 _ALL = tl.constexpr(int(Layout.ALL))
@@ -522,36 +522,13 @@ def _to_device(numbers: Tensor, device: torch.device) -> Tensor:
     return numbers if device.type == "cpu" else numbers.pin_memory().to(device, non_blocking=True)
 
 
-# What is on the device is found by what is written in it, not by whose addresses it holds, so that a copy that is found
-# is right whatever the allocator did since. A copy belongs to the stream that made it. A training loop needs few: the
-# addresses of its gradients recur.
+class _Launch(NamedTuple):
+    """A bucket, ready to be launched."""
 
-
-@functools.lru_cache(maxsize=64)
-def _table(numbers: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
-    return _to_device(torch.tensor(numbers, dtype=torch.int64), device)
-
-
-@functools.lru_cache(maxsize=16)
-def _tensors_of_tiles(counts: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
-    numbers = torch.arange(len(counts), dtype=torch.int32)
-    return _to_device(torch.repeat_interleave(numbers, torch.tensor(counts)), device)
-
-
-def _upload(lines: list[list[int]], counts: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The table of a bucket and the tensor of each of its tiles, on the device."""
-    stream = 0
-    if device.type == "cuda":
-        stream = torch.cuda.current_stream(device).cuda_stream
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "Triton's masked_adam_ cannot be captured in a CUDA graph: the addresses of its tensors are copied "
-                "from the host. Capture forward and backward and step outside the graph, or use the kernel in CUDA "
-                "C++, which can be captured: gradsel_kernels.use_backend('cuda')"
-            )
-    starts = itertools.accumulate(counts, initial=0)
-    numbers = tuple(itertools.chain.from_iterable((*line, start) for line, start in zip(lines, starts, strict=False)))
-    return _table(numbers, device, stream), _tensors_of_tiles(tuple(counts), device, stream)
+    bucket: _Bucket
+    table: Tensor
+    tiles: Tensor  # int32, the tensor of every tile
+    tensors: int
 
 
 def masked_adam_(
@@ -582,19 +559,38 @@ def masked_adam_(
     stochastic: Sequence[bool] = (),
     compensations: Sequence[Tensor] | None = None,
 ) -> None:
-    """One step on every tensor: two launches a bucket, five if its masks are packed. Never waits for the device."""
+    """One step on every tensor: two launches a bucket, five if its masks are packed. Never waits for the device.
+
+    Describing 150 tensors takes the host longer than the device takes for the step, so what was made for the same
+    addresses on the same stream is used again.
+    """
+    args = (weights, values, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, originals, steps, indices, layouts)
+    known = table_of(args, seeds, stochastic, compensations, grad_scale, found_inf)
     anchored = bool(originals) and anchor != 0
-    buckets: dict[_Bucket, tuple[list[list[int]], list[int]]] = {}
-    for i, weight in enumerate(weights):
-        state = (exp_avgs[i], exp_avg_sqs[i], *max_exp_avg_sqs[i : i + 1])
-        value, original = values[i] if values else None, originals[i] if anchored else None
-        key, line, tiles = _describe(
-            weight, value, grads[i], state, original, steps[i], indices[i], layouts[i],
-            seeds[i] if stochastic and stochastic[i] else None, compensations[i] if compensations else None,
-        )  # fmt: skip
-        lines, counts = buckets.setdefault(key, ([], []))
-        lines.append(line)
-        counts.append(tiles)
+    device = exp_avgs[0].device
+    stream = 0
+    if device.type == "cuda":
+        stream = torch.cuda.current_stream(device).cuda_stream
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "Triton's masked_adam_ cannot be captured in a CUDA graph: the addresses of its tensors are copied "
+                "from the host. Capture forward and backward and step outside the graph, or use the kernel in CUDA "
+                "C++, which can be captured: gradsel_kernels.use_backend('cuda')"
+            )
+
+    def prepare() -> list[_Launch]:
+        buckets: dict[_Bucket, tuple[list[list[int]], list[int]]] = {}
+        for i, weight in enumerate(weights):
+            state = (exp_avgs[i], exp_avg_sqs[i], *max_exp_avg_sqs[i : i + 1])
+            value, original = values[i] if values else None, originals[i] if anchored else None
+            key, line, tiles = _describe(
+                weight, value, grads[i], state, original, steps[i], indices[i], layouts[i],
+                seeds[i] if stochastic and stochastic[i] else None, compensations[i] if compensations else None,
+            )  # fmt: skip
+            lines, counts = buckets.setdefault(key, ([], []))
+            lines.append(line)
+            counts.append(tiles)
+        return [_on_device(bucket, lines, counts, device) for bucket, (lines, counts) in buckets.items()]
 
     decay_mode, decay = _NO_DECAY, 0.0
     if weight_decay != 0:
@@ -613,16 +609,20 @@ def masked_adam_(
         "MAXIMIZE": maximize,
         "ANCHOR": anchor_mode.value,
     }
-    device = exp_avgs[0].device
     with on_device(exp_avgs[0]):
-        for bucket, (lines, counts) in buckets.items():
-            _launch(bucket, lines, counts, device, lr, beta1, beta2, scalars, flags, grad_scale, found_inf)
+        for launch in known.prepared((stream, anchored, known.items.tobytes()), prepare):
+            _launch(launch, device, lr, beta1, beta2, scalars, flags, grad_scale, found_inf)
+
+
+def _on_device(bucket: _Bucket, lines: list[list[int]], counts: list[int], device: torch.device) -> _Launch:
+    starts = itertools.accumulate(counts, initial=0)
+    table = torch.tensor([[*line, start] for line, start in zip(lines, starts, strict=False)], dtype=torch.int64)
+    tiles = torch.repeat_interleave(torch.arange(len(counts), dtype=torch.int32), torch.tensor(counts))
+    return _Launch(bucket, _to_device(table, device), _to_device(tiles, device), len(lines))
 
 
 def _launch(
-    bucket: _Bucket,
-    lines: list[list[int]],
-    counts: list[int],
+    launch: _Launch,
     device: torch.device,
     lr: float,
     beta1: float,
@@ -632,12 +632,12 @@ def _launch(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
-    table, tiles = _upload(lines, counts, device)
-    corrections = torch.empty((len(lines), 2), dtype=torch.float64, device=device)
+    bucket, table, tiles, tensors = launch
+    corrections = torch.empty((tensors, 2), dtype=torch.float64, device=device)
     stochastic = bucket.rounding == _STOCHASTIC.value
-    keys = torch.empty(len(lines), dtype=torch.int64, device=device) if stochastic else None
-    _advance[(triton.cdiv(len(lines), STEPS),)](
-        table, corrections, keys, found_inf, len(lines), lr, beta1, beta2,
+    keys = torch.empty(tensors, dtype=torch.int64, device=device) if stochastic else None
+    _advance[(triton.cdiv(tensors, STEPS),)](
+        table, corrections, keys, found_inf, tensors, lr, beta1, beta2,
         STEP=TRITON_DTYPES[bucket.step_dtype], TENSORS=STEPS, num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
     total = tiles.numel()
