@@ -5,6 +5,7 @@ finds the NVIDIA driver at run time, so one build serves every torch version and
 leaves a working package without what it was to compile.
 """
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -20,8 +21,12 @@ FLAGS_GNU = ["-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-
 FLAGS_MSVC = ["/O2", "/std:c++17", "/fp:strict", "/openmp"]
 # No fused multiply-adds but those written out, as on the CPU. PTX serves what is newer than all of these.
 FLAGS_NVCC = ["-std=c++17", "-O3", "-fmad=false", "--expt-relaxed-constexpr", "--threads", "0"]
-CUDA_TARGETS = ["arch=compute_80,code=[sm_80,compute_80]", "arch=compute_90,code=sm_90", "arch=compute_100,code=sm_100"]
+FLAGS_NVCC += ["-allow-unsupported-compiler"]  # the host's compiler, of which only the preprocessor is used
+CUDA_TARGETS = {"compute_80": "[sm_80,compute_80]", "compute_90": "sm_90", "compute_100": "sm_100"}
 KERNELS = Path("csrc/cuda/kernels.cu")
+#: What the CUDA kernels are made of. Kernels and extension carry its hash: they must be of the same.
+CUDA_SOURCES = sorted([*KERNELS.parent.glob("*.cu*"), *KERNELS.parent.glob("*.h"), *Path("csrc").glob("*.h")])
+SOURCE_HASH = hashlib.sha256(b"".join(path.read_bytes() for path in CUDA_SOURCES)).hexdigest()[:16]
 FATBIN = "kernels.fatbin"  # beside gradsel_kernels/__init__.py
 
 
@@ -29,7 +34,8 @@ def find_nvcc():
     """The compiler that CUDA_HOME names, that is on the PATH, or that pip has installed; None if there is none."""
     places = [Path(os.environ[name]) / "bin" for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
     places += [Path(place) for place in os.environ.get("PATH", "").split(os.pathsep)]
-    places += sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/cu*/bin"), reverse=True)
+    for scheme in ("purelib", "platlib"):
+        places += sorted(Path(sysconfig.get_path(scheme)).glob("nvidia/cu*/bin"), reverse=True)
     found = (shutil.which("nvcc", path=str(place)) for place in [*places, "/usr/local/cuda/bin"])
     return next(filter(None, found), None)
 
@@ -43,21 +49,23 @@ class BuildExtension(build_ext):
         self.build_fatbin(Path("gradsel_kernels" if in_source else f"{self.build_lib}/gradsel_kernels") / FATBIN)
 
     def build_fatbin(self, fatbin):
+        if fatbin.exists():
+            if f"gradsel_source_{SOURCE_HASH}".encode() in fatbin.read_bytes():
+                return
+            fatbin.unlink()  # of other sources
         nvcc = find_nvcc()
         required = os.environ.get("GRADSEL_REQUIRE_CUDA") == "1"
         if nvcc is None:
             if required:
                 raise FileNotFoundError("GRADSEL_REQUIRE_CUDA=1, but no nvcc is found; set CUDA_HOME")
             return
-        sources = [*KERNELS.parent.glob("*"), *Path("csrc").glob("*.h"), Path("setup.py")]
-        if fatbin.exists() and fatbin.stat().st_mtime > max(path.stat().st_mtime for path in sources):
-            return
-        targets = [f"-gencode={target}" for target in CUDA_TARGETS]
         try:
+            known = subprocess.run([nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout.split()
+            targets = [f"-gencode=arch={arch},code={code}" for arch, code in CUDA_TARGETS.items() if arch in known]
+            flags = [*FLAGS_NVCC, *targets, f"-DGRADSEL_SOURCE={SOURCE_HASH}"]
             fatbin.parent.mkdir(parents=True, exist_ok=True)
-            subprocess.run([nvcc, "-fatbin", *FLAGS_NVCC, *targets, "-o", str(fatbin), str(KERNELS)], check=True)
+            subprocess.run([nvcc, "-fatbin", *flags, "-o", str(fatbin), str(KERNELS)], check=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            fatbin.unlink(missing_ok=True)  # kernels of another version
             if required:
                 raise
             print(
@@ -99,7 +107,8 @@ setup(
         Pybind11Extension(
             "gradsel_kernels._C",
             sorted(str(path) for path in Path("csrc").rglob("*.cpp")),
-            depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
+            depends=sorted({*map(str, CUDA_SOURCES), *(str(path) for path in Path("csrc").rglob("*.h"))}),
+            define_macros=[("GRADSEL_SOURCE", f'"{SOURCE_HASH}"')],
         )
     ],
     cmdclass={"build_ext": BuildExtension},

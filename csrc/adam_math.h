@@ -56,31 +56,60 @@ GRADSEL_INLINE AdamScalars<T> scalars(const AdamHyperparameters& h, double corre
 GRADSEL_INLINE float fused(float a, float b, float c) { return std::fma(a, b, c); }
 GRADSEL_INLINE double fused(double a, double b, double c) { return std::fma(a, b, c); }
 
-template <class T, bool decays>
-GRADSEL_INLINE void decay(T& p, T& g, const AdamScalars<T>& s) {
+// One entry. The flags are constants in the loops below, which the CPU vectorises, and the same for a whole tensor on
+// GPUs, which branch.
+
+template <class T>
+GRADSEL_INLINE void decay_entry(T& p, T& g, const AdamScalars<T>& s, bool decays) {
   p *= s.shrink;
   g *= s.sign;
   if (decays) g = fused(p, s.decay, g);
 }
 
 // What comes before Adam where there is an anchor (GRFT, Alg. 1 line 8): the gradient's sign and weight decay as ever,
-// then the pull towards the original values. A pass of its own, over a block that is in the cache, keeps adam_loop free
-// of it. The gradient it leaves in `pulled`, which may be `grad`.
+// then the pull towards the original value.
+template <class T>
+GRADSEL_INLINE void pull_entry(T& p, T& g, T original, const AdamScalars<T>& s, bool decays, bool l1, bool decoupled) {
+  decay_entry(p, g, s, decays);
+  const T gap = p - original;
+  const T along = l1 ? T(gap > 0) - T(gap < 0) : gap;  // the sign of NaN is 0, as torch.sign has it
+  if (decoupled) {
+    const T moved = fused(along, -s.pull, p);
+    p = l1 && std::abs(gap) <= s.pull ? original : moved;
+  } else {
+    g = fused(along, s.pull, g);
+  }
+}
+
+// The scalars of the Adam that follows it.
+template <class T>
+GRADSEL_INLINE AdamScalars<T> after_pull(const AdamScalars<T>& s) {
+  AdamScalars<T> rest = s;
+  rest.sign = rest.shrink = 1;
+  rest.decay = 0;
+  return rest;
+}
+
+template <class T>
+GRADSEL_INLINE void adam_entry(T& p, T g, T& m, T& v, T& v_max, const AdamScalars<T>& s, bool decays, bool amsgrad) {
+  decay_entry(p, g, s, decays);
+  m = fused(s.lerp, g - m, s.lerp_small ? m : g);
+  v = fused(s.one_minus_beta2 * g, g, v * s.beta2);
+  T second_moment = v;
+  if (amsgrad) second_moment = v_max = v_max != v_max || v_max > v ? v_max : v;  // a NaN on either side stays
+  const T denominator = std::sqrt(second_moment) / s.root_of_correction + s.eps;
+  p = p + s.minus_step_size * m / denominator;
+}
+
+// A pass of its own, over a block that is in the cache, keeps adam_loop free of it. The gradient it leaves in `pulled`,
+// which may be `grad`.
 template <class T, bool decays, bool l1, bool decoupled>
 GRADSEL_INLINE void pull_loop(T* GRADSEL_RESTRICT param, const T* grad, T* pulled,
                               const T* GRADSEL_RESTRICT original, int64_t count, const AdamScalars<T>& scalars) {
   const AdamScalars<T> s = scalars;
   for (int64_t i = 0; i < count; ++i) {
     T p = param[i], g = grad[i];
-    decay<T, decays>(p, g, s);
-    const T gap = p - original[i];
-    const T along = l1 ? T(gap > 0) - T(gap < 0) : gap;  // the sign of NaN is 0, as torch.sign has it
-    if (decoupled) {
-      const T moved = fused(along, -s.pull, p);
-      p = l1 && std::abs(gap) <= s.pull ? original[i] : moved;
-    } else {
-      g = fused(along, s.pull, g);
-    }
+    pull_entry(p, g, original[i], s, decays, l1, decoupled);
     param[i] = p;
     pulled[i] = g;
   }
@@ -113,10 +142,7 @@ GRADSEL_INLINE AdamScalars<T> anchor_math(T* param, const T* grad, T* pulled, co
     pull<T, true>(param, grad, pulled, original, count, s);
   else
     pull<T, false>(param, grad, pulled, original, count, s);
-  AdamScalars<T> rest = s;
-  rest.sign = rest.shrink = 1;
-  rest.decay = 0;
-  return rest;
+  return after_pull(s);
 }
 
 template <class T, bool decays, bool amsgrad>
@@ -125,19 +151,12 @@ GRADSEL_INLINE void adam_loop(T* GRADSEL_RESTRICT param, const T* GRADSEL_RESTRI
                               const AdamScalars<T>& scalars) {
   const AdamScalars<T> s = scalars;
   for (int64_t i = 0; i < count; ++i) {
-    T p = param[i], g = grad[i];
-    decay<T, decays>(p, g, s);
-    const T m = fused(s.lerp, g - exp_avg[i], s.lerp_small ? exp_avg[i] : g);
-    T v = fused(s.one_minus_beta2 * g, g, exp_avg_sq[i] * s.beta2);
+    T p = param[i], m = exp_avg[i], v = exp_avg_sq[i], v_max = amsgrad ? max_exp_avg_sq[i] : T(0);
+    adam_entry(p, grad[i], m, v, v_max, s, decays, amsgrad);
     exp_avg[i] = m;
     exp_avg_sq[i] = v;
-    if (amsgrad) {
-      const T old = max_exp_avg_sq[i];
-      v = old != old || old > v ? old : v;  // a NaN on either side stays
-      max_exp_avg_sq[i] = v;
-    }
-    const T denominator = std::sqrt(v) / s.root_of_correction + s.eps;
-    param[i] = p + s.minus_step_size * m / denominator;
+    if (amsgrad) max_exp_avg_sq[i] = v_max;
+    param[i] = p;
   }
 }
 

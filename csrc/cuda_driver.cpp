@@ -3,6 +3,7 @@
 #include "cuda_driver.h"
 
 #include <array>
+#include <cstring>
 #include <mutex>
 #include <stdexcept>
 #include <string>
@@ -15,6 +16,10 @@
 #include <dlfcn.h>
 #endif
 
+#ifndef GRADSEL_SOURCE
+#define GRADSEL_SOURCE "unknown"  // setup.py passes a hash
+#endif
+
 namespace gradsel {
 namespace {
 
@@ -24,8 +29,9 @@ using Device = int;
 using Handle = void*;  // contexts, libraries, kernels, functions and streams
 
 constexpr int kMultiprocessors = 16, kMajor = 75;  // attributes of a device
-constexpr int kOldestDriver = 12000;               // the first with libraries, which belong to no context
+constexpr int kOldestDriver = 12010;               // the first that takes 32 kB of parameters
 constexpr int kOldestArchitecture = 8;
+constexpr int kRelaxed = 2;                        // how much a thread may do while a stream is captured: anything
 
 #define GRADSEL_DRIVER(X)                                                                                             \
   X(cuInit, (unsigned))                                                                                               \
@@ -41,13 +47,15 @@ constexpr int kOldestArchitecture = 8;
   X(cuKernelGetFunction, (Handle*, Handle))                                                                           \
   X(cuLaunchKernel,                                                                                                   \
     (Handle, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Handle, void**, void**))           \
+  X(cuThreadExchangeStreamCaptureMode, (int*))                                                                        \
   X(cuGetErrorString, (Result, const char**))
 
 struct Driver {
 #define GRADSEL_DECLARE(name, arguments) Result(*name) arguments = nullptr;
   GRADSEL_DRIVER(GRADSEL_DECLARE)
 #undef GRADSEL_DECLARE
-  std::string missing;  // why it cannot be used; empty: it can
+  Result (*cuFuncLoad)(Handle) = nullptr;  // since CUDA 12.4
+  std::string missing;                     // why it cannot be used; empty: it can
 
   Driver() { missing = open(); }
 
@@ -58,14 +66,15 @@ struct Driver {
     if (!library) return "there is no NVIDIA driver (libcuda.so.1 cannot be loaded).";
 #define GRADSEL_FIND(name, arguments)                                                \
   name = reinterpret_cast<Result(*) arguments>(dlsym(library, #name));               \
-  if (!name) return "the NVIDIA driver has no " #name "; CUDA 12.0 or later has it.";
+  if (!name) return "the NVIDIA driver has no " #name "; CUDA 12.1 or later has it.";
     GRADSEL_DRIVER(GRADSEL_FIND)
 #undef GRADSEL_FIND
+    cuFuncLoad = reinterpret_cast<Result (*)(Handle)>(dlsym(library, "cuFuncLoad"));
     int version = 0;
     if (cuInit(0) != 0 || cuDriverGetVersion(&version) != 0) return "the NVIDIA driver finds no device.";
     if (version < kOldestDriver)
       return "the NVIDIA driver is for CUDA " + std::to_string(version / 1000) + "." +
-             std::to_string(version % 1000 / 10) + "; these kernels need 12.0 or later.";
+             std::to_string(version % 1000 / 10) + "; these kernels need 12.1 or later.";
     return "";
 #else
     return "CUDA C++ kernels are loaded on Linux only.";
@@ -93,11 +102,15 @@ constexpr const char* kNames[] = {
 };
 constexpr size_t kKernels = sizeof(kNames) / sizeof(kNames[0]);
 
+// Only in kernels of these very sources, so that others are not mistaken for them.
+constexpr const char* kMark = "gradsel_source_" GRADSEL_SOURCE;
+
 // What is loaded. The primary context of a device is the one that torch uses.
 struct Loaded {
   Handle context = nullptr;
   int multiprocessors = 0;
   std::array<Handle, kKernels> functions{};
+  bool ready = false;
 };
 
 std::mutex mutex;
@@ -126,36 +139,55 @@ class Current {
   bool pushed_ = false;
 };
 
-// All kernels are loaded when the first one is asked for: loading can be forbidden later, while a graph is captured.
-const Loaded& loaded(int device) {
-  const std::lock_guard<std::mutex> lock(mutex);
+// Lets this thread do what would otherwise be refused while a stream is captured: loading is no part of the graph.
+class Relaxed {
+ public:
+  Relaxed() { driver().cuThreadExchangeStreamCaptureMode(&mode_); }
+  ~Relaxed() { driver().cuThreadExchangeStreamCaptureMode(&mode_); }
+  Relaxed(const Relaxed&) = delete;
+  Relaxed& operator=(const Relaxed&) = delete;
+
+ private:
+  int mode_ = kRelaxed;
+};
+
+Loaded& device_number(int device) {
   if (device < 0) throw std::runtime_error("there is no CUDA device " + std::to_string(device));
   if (devices.size() <= static_cast<size_t>(device)) devices.resize(64 > device ? 64 : device + 1);
-  Loaded& found = devices[static_cast<size_t>(device)];
-  if (found.context) return found;
+  return devices[static_cast<size_t>(device)];
+}
+
+// All kernels are loaded when the first one is asked for.
+const Loaded& loaded(int device) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  Loaded& found = device_number(device);
+  if (found.ready) return found;
   if (const std::string reason = driver().missing; !reason.empty()) throw std::runtime_error(reason);
-  if (image.empty()) throw std::runtime_error("the CUDA kernels have not been loaded");
+  if (image.empty()) throw std::runtime_error("the CUDA kernels have not been given");
+  const Relaxed relaxed;
   Device handle = 0;
-  Handle context = nullptr;
   check(driver().cuDeviceGet(&handle, device), "finding CUDA device " + std::to_string(device));
   check(driver().cuDeviceGetAttribute(&found.multiprocessors, kMultiprocessors, handle), "reading the device");
-  check(driver().cuDevicePrimaryCtxRetain(&context, handle), "entering the device");
-  const Current current(context);
+  if (!found.context) check(driver().cuDevicePrimaryCtxRetain(&found.context, handle), "entering the device");
+  const Current current(found.context);
   if (!library)
     check(driver().cuLibraryLoadData(&library, image.data(), nullptr, nullptr, 0, nullptr, nullptr, 0),
           "loading the CUDA kernels");
+  Handle kernel = nullptr;
+  if (driver().cuLibraryGetKernel(&kernel, library, kMark) != 0)
+    throw std::runtime_error("kernels.fatbin and the C++ extension are of different sources; build both again");
   for (size_t i = 0; i < kKernels; ++i) {
-    Handle kernel = nullptr;
     check(driver().cuLibraryGetKernel(&kernel, library, kNames[i]), std::string("finding ") + kNames[i]);
     check(driver().cuKernelGetFunction(&found.functions[i], kernel), std::string("loading ") + kNames[i]);
+    if (driver().cuFuncLoad) check(driver().cuFuncLoad(found.functions[i]), std::string("loading ") + kNames[i]);
   }
-  found.context = context;
+  found.ready = true;
   return found;
 }
 
 Handle function_of(const Loaded& device, const char* name) {
   for (size_t i = 0; i < kKernels; ++i)
-    if (std::string(name) == kNames[i]) return device.functions[i];
+    if (std::strcmp(name, kNames[i]) == 0) return device.functions[i];
   throw std::runtime_error(std::string("there is no kernel ") + name);
 }
 
@@ -175,6 +207,11 @@ std::string cuda_why_off(int device) {
     return "the NVIDIA driver finds no device " + std::to_string(device) + ".";
   if (major < kOldestArchitecture)
     return "the device has compute capability " + std::to_string(major) + ".x; these kernels need 8.0 or later.";
+  try {
+    loaded(device);  // what this driver makes of what this compiler has made
+  } catch (const std::runtime_error& error) {
+    return std::string(error.what()) + ".";
+  }
   return "";
 }
 

@@ -217,6 +217,8 @@ def masked_adam_(
     ):
         if optional and len(optional) != count:
             raise ValueError(f"{name} has {len(optional)} entries; pass none, or one for each of the {count} weights")
+    if len(set(map(id, steps))) < count:
+        raise ValueError("two tensors have the same step; each counts its own, so pass a tensor of its own for each")
     if len(stochastic) != len(seeds):
         raise ValueError(f"stochastic has {len(stochastic)} entries, but seeds has {len(seeds)}; one says which hold")
     for i in range(count):

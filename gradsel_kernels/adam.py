@@ -52,7 +52,7 @@ def masked_adam_(
             bfloat16 instead of float32 halves them: the step is computed in float32, and they are stored rounded to
             nearest even, which keeps second moments from falling where 1 - beta2 is below 2^-9. The moments of one
             tensor have one dtype.
-        steps: one float each, the number of steps done so far; counted up here.
+        steps: one float each, the number of steps done so far; counted up here, so no tensor may stand here twice.
         lr, beta1, beta2, eps, weight_decay: as in :class:`torch.optim.Adam`.
         decoupled_weight_decay: weight decay as in AdamW instead of an L2 term in the gradient. Either moves selected
             entries only.

@@ -8,7 +8,7 @@ namespace gradsel {
 constexpr int kAdamThreads = 128;
 constexpr int kPerThread = 4;
 constexpr int kTile = kAdamThreads * kPerThread;  // entries; of a bitmask, kAdamThreads words
-constexpr int kAdamBlocks = 8;  // to a multiprocessor, at most: more than fit at once even out uneven tiles
+constexpr int kAdamBlocks = 6;  // to a multiprocessor, at most: twice as many as fit at once
 constexpr unsigned kAdamShared = 2048;  // bytes
 
 // A table in device memory: the items, for each the number of its first tile, the number of tiles, and a ticket that is

@@ -21,34 +21,36 @@ T* pointer(int64_t address) {
   return reinterpret_cast<T*>(static_cast<intptr_t>(address));
 }
 
-template <class Params>
-void launch(const char* kernel, int64_t grid, unsigned block, unsigned shared_bytes, int device, int64_t stream,
-            Params& params) {
-  if (grid > kMostBlocks) throw std::invalid_argument(std::string(kernel) + " needs more than 2^31 - 1 blocks");
-  void* addresses[] = {&params};
-  cuda_launch({kernel, static_cast<unsigned>(grid), block, shared_bytes, device, stream}, addresses);
+template <class... Params>
+void launch(const std::string& kernel, int64_t grid, unsigned block, unsigned shared_bytes, int device, int64_t stream,
+            Params&... params) {
+  if (grid > kMostBlocks) throw std::invalid_argument(kernel + " needs more than 2^31 - 1 blocks");
+  void* addresses[] = {&params...};
+  cuda_launch({kernel.c_str(), static_cast<unsigned>(grid), block, shared_bytes, device, stream}, addresses);
 }
 
 // size: bytes of an element.
 void topk_rows(int64_t grad, int64_t size, uint64_t nan, int64_t rows, int64_t cols, int64_t row_stride,
                int64_t col_stride, int64_t k, int64_t out, int64_t bits, int device, int64_t stream) {
   TopK p{pointer<void>(grad), rows, cols, row_stride, col_stride, pointer<int32_t>(out), pointer<uint32_t>(bits), nan,
-         static_cast<int>(k), 1, false};
+         static_cast<int>(k), 0, false};
   if (rows == 0 || k == 0) return;
   const std::string suffix = "_" + std::to_string(8 * size);
   if (k > kMostFew) {
-    launch(("gradsel_topk_many" + suffix).c_str(), rows, kTopKManyThreads, 2048, device, stream, p);
+    launch("gradsel_topk_many" + suffix, rows, kTopKManyThreads, 2048, device, stream, p);
     return;
   }
   p.vectors = (cols == 1 || col_stride == 1) && grad % 16 == 0 && (rows == 1 || row_stride * size % 16 == 0);
   // Few rows are shared among the warps of a block, for each to have some; a multiprocessor wants 16 to hide latency.
   const int64_t columns = size == 8 ? 512 : 1024, chunks = (cols + columns - 1) / columns;
   const int most = kTopKThreads / 32;
-  while (p.warps < most && chunks >= 2 * p.warps && rows * p.warps < 16 * cuda_multiprocessors(device)) p.warps *= 2;
-  const int rows_of_block = most / p.warps;
+  int warps = 1;
+  for (; warps < most && chunks >= 2 * warps && rows * warps < 16 * cuda_multiprocessors(device); warps *= 2)
+    ++p.log2_warps;
+  const int rows_of_block = most / warps;
   const unsigned list = static_cast<unsigned>(kCandidates * ((size == 8 ? 8 : 4) + 4) + 4);
   const char* kind = k == 1 ? "gradsel_topk_one" : "gradsel_topk_few";
-  launch((kind + suffix).c_str(), (rows + rows_of_block - 1) / rows_of_block, kTopKThreads,
+  launch(kind + suffix, (rows + rows_of_block - 1) / rows_of_block, kTopKThreads,
          static_cast<unsigned>(most) * (k == 1 ? 16u : list), device, stream, p);
 }
 
@@ -105,14 +107,9 @@ void masked_adam(int64_t table, int64_t count, int64_t tiles, bool float64, doub
                 pointer<float>(grad_scale),
                 pointer<float>(found_inf),
                 pointer<int64_t>(ranks)};
-  if (ranks) {
-    struct {
-      AdamTable table;
-      int64_t* counts;
-    } p{step.table, pointer<int64_t>(ranks)};
-    void* addresses[] = {&p.table, &p.counts};
-    cuda_launch({"gradsel_adam_count_bits", static_cast<unsigned>(tiles), kAdamThreads, 256, device, stream}, addresses);
-    cuda_launch({"gradsel_adam_rank_bits", static_cast<unsigned>(count), 32, 0, device, stream}, addresses);
+  if (int64_t* counts = pointer<int64_t>(ranks)) {
+    launch("gradsel_adam_count_bits", tiles, kAdamThreads, 256, device, stream, step.table, counts);
+    launch("gradsel_adam_rank_bits", count, 32, 0, device, stream, step.table, counts);
   }
   const int64_t blocks = std::min<int64_t>(tiles, int64_t{kAdamBlocks} * cuda_multiprocessors(device));
   launch(float64 ? "gradsel_adam_step_64" : "gradsel_adam_step_32", std::max<int64_t>(1, blocks), kAdamThreads,
@@ -124,8 +121,10 @@ void masked_adam(int64_t table, int64_t count, int64_t tiles, bool float64, doub
 
 void bind_cuda(py::module_& m) {
   m.attr("CUDA_ADAM_FIELDS") = gradsel::AdamTable::kItemWords;
-  m.def("cuda_topk_rows", &gradsel::topk_rows);
   m.def("cuda_adam_table", &gradsel::adam_table);
-  m.def("cuda_write_table", &gradsel::write_table);
-  m.def("cuda_masked_adam", &gradsel::masked_adam);
+  // A launch waits when a thousand are queued: other threads go on meanwhile.
+  const py::call_guard<py::gil_scoped_release> unlocked;
+  m.def("cuda_topk_rows", &gradsel::topk_rows, unlocked);
+  m.def("cuda_write_table", &gradsel::write_table, unlocked);
+  m.def("cuda_masked_adam", &gradsel::masked_adam, unlocked);
 }

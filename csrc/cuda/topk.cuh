@@ -93,21 +93,23 @@ struct Chunk {
   }
 };
 
-// Where a warp works: p.warps of them share a row, each with chunks begin .. end - 1 of it.
+// Where a warp works: some share a row, each with chunks begin .. end - 1 of it. Rows have less than 2^31 columns.
 template <class Raw>
 struct Place {
-  int64_t row, begin, end;
-  int warp, part;
+  int64_t row;
+  int warp, part, parts, begin, end;
   bool inside;
 
   __device__ __forceinline__ explicit Place(const TopK& p) {
+    const int shift = p.log2_warps, all = blockDim.x / kWarp;
     warp = static_cast<int>(threadIdx.x / kWarp);
-    part = warp % p.warps;
-    row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarp / p.warps) + warp / p.warps;
+    parts = 1 << shift;
+    part = warp & (parts - 1);
+    row = static_cast<int64_t>(blockIdx.x) * (all >> shift) + (warp >> shift);
     inside = row < p.rows;
-    const int64_t chunks = (p.cols + Chunk<Raw>::kColumns - 1) / Chunk<Raw>::kColumns;
-    begin = chunks * part / p.warps;
-    end = inside ? chunks * (part + 1) / p.warps : begin;
+    const int chunks = static_cast<int>((p.cols + Chunk<Raw>::kColumns - 1) / Chunk<Raw>::kColumns);
+    begin = (chunks * part) >> shift;
+    end = inside ? (chunks * (part + 1)) >> shift : begin;
   }
 };
 
@@ -136,9 +138,9 @@ __device__ __forceinline__ void topk_one(const TopK& p) {
   const Raw* row = row_of<Raw>(p, place.row);
   const Key nan = static_cast<Key>(p.nan);
   Key best = 0;
-  uint32_t best_col = static_cast<uint32_t>(place.begin * Chunk<Raw>::kColumns) + Chunk<Raw>::column(0);
-  for (int64_t c = place.begin; c < place.end; ++c) {
-    const int64_t first = c * Chunk<Raw>::kColumns;
+  uint32_t best_col = static_cast<uint32_t>(place.begin) * Chunk<Raw>::kColumns + Chunk<Raw>::column(0);
+  for (int c = place.begin; c < place.end; ++c) {
+    const int64_t first = static_cast<int64_t>(c) * Chunk<Raw>::kColumns;
     Chunk<Raw> chunk;
     chunk.load(p, row, first);
 #pragma unroll
@@ -153,7 +155,7 @@ __device__ __forceinline__ void topk_one(const TopK& p) {
   if (place.begin == place.end) best_col = ~0u;
   reduce_to_best(best, best_col);
 
-  if (p.warps > 1) {
+  if (place.parts > 1) {
     Key* keys = reinterpret_cast<Key*>(shared_memory());
     uint32_t* cols = reinterpret_cast<uint32_t*>(keys + blockDim.x / kWarp);
     if (lane_number() == 0) {
@@ -161,7 +163,7 @@ __device__ __forceinline__ void topk_one(const TopK& p) {
       cols[place.warp] = best_col;
     }
     __syncthreads();
-    const bool has = lane_number() < static_cast<unsigned>(p.warps);
+    const bool has = lane_number() < static_cast<unsigned>(place.parts);
     best = has ? keys[place.warp - place.part + lane_number()] : 0;
     best_col = has ? cols[place.warp - place.part + lane_number()] : ~0u;
     reduce_to_best(best, best_col);
@@ -313,9 +315,9 @@ __device__ __forceinline__ bool add_chunk(const TopK& p, const Raw* row, int64_t
   unsigned reaching = 0;
 #pragma unroll
   for (int j = 0; j < Chunk<Raw>::kPerLane; ++j) reaching |= static_cast<unsigned>(chunk.key(j) >= list.bound) << j;
+  if (!__any_sync(kAllLanes, reaching != 0)) return true;
   unsigned found;
   const int slot = list.count + static_cast<int>(warp_sum_before(__popc(reaching), &found));
-  if (found == 0) return true;
   if (list.count + static_cast<int>(found) <= kCandidates) {
     for (int i = slot; reaching; ++i, reaching &= reaching - 1) {
       // Which register it is in is known at run time only, so it is read again, from the cache.
@@ -344,8 +346,8 @@ __device__ __forceinline__ void topk_few(const TopK& p) {
   const Raw* row = row_of<Raw>(p, place.row);
   const Key nan = static_cast<Key>(p.nan);
   Candidates<Key> list(place.warp);
-  for (int64_t c = place.begin; c < place.end; ++c) {
-    const int64_t first = c * Chunk<Raw>::kColumns;
+  for (int c = place.begin; c < place.end; ++c) {
+    const int64_t first = static_cast<int64_t>(c) * Chunk<Raw>::kColumns;
     Chunk<Raw> chunk;
     chunk.load(p, row, first);
     if (c == place.begin) list.bound = p.k <= kFewDelegates ? bound_of<2>(chunk, p.k, nan) : bound_of<4>(chunk, p.k, nan);
@@ -353,11 +355,11 @@ __device__ __forceinline__ void topk_few(const TopK& p) {
   }
   if (list.count > p.k) list.keep_best(p.k, nan);
 
-  if (p.warps > 1) {  // lists of higher columns are added to the first part's one by one
+  if (place.parts > 1) {  // lists of higher columns are added to the first part's one by one
     int* counts = reinterpret_cast<int*>(shared_memory() + blockDim.x / kWarp * kCandidates * (sizeof(Key) + 4));
     if (lane_number() == 0) counts[place.warp] = list.count;
     __syncthreads();
-    for (int w = 1; place.inside && place.part == 0 && w < p.warps; ++w) {
+    for (int w = 1; place.inside && place.part == 0 && w < place.parts; ++w) {
       const Candidates<Key> other(place.warp + w);
       const int count = counts[place.warp + w];
       for (int i = 0; i < count; i += static_cast<int>(kWarp)) {

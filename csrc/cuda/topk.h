@@ -19,7 +19,7 @@ struct TopK {
   uint32_t* bits;  // [rows, ceil(cols / 32)], or null
   uint64_t nan;    // the key of NaN
   int k;           // at most cols
-  int warps;       // that share a row
+  int log2_warps;  // of how many warps share a row: 1, 2 or 4
   bool vectors;    // rows are contiguous, and all begin at an address divisible by 16
 };
 

@@ -169,8 +169,11 @@ def _on_device(table: AdamTable, content: bytes, device: torch.device, number: i
         _C.cuda_write_table(content, memory.data_ptr(), number, stream)
         return memory
 
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return write()
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            capturing = torch.cuda.is_current_stream_capturing()
+        if capturing:
+            return write()
     return table.prepared((stream, content), write)
 
 

@@ -571,7 +571,9 @@ def masked_adam_(
     stream = 0
     if device.type == "cuda":
         stream = torch.cuda.current_stream(device).cuda_stream
-        if torch.cuda.is_current_stream_capturing():
+        with on_device(exp_avgs[0]):
+            capturing = torch.cuda.is_current_stream_capturing()
+        if capturing:
             raise RuntimeError(
                 "Triton's masked_adam_ cannot be captured in a CUDA graph: the addresses of its tensors are copied "
                 "from the host. Capture forward and backward and step outside the graph, or use the kernel in CUDA "

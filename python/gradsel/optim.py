@@ -63,7 +63,8 @@ class MaskedAdam(Optimizer):
         foreach: recorded in the groups as torch does. There is one implementation, the fused one, whatever it says.
         fused: likewise; but True, as in torch, lets a :class:`torch.amp.GradScaler` leave unscaling and skipping to the
             kernel, which spares the host a synchronisation.
-        capturable: accepted on devices that torch allows it on; capturing a step in a CUDA graph is refused so far.
+        capturable: accepted on devices that torch allows it on. A step can be captured in a CUDA graph by the backend
+            ``"cuda"`` of gradsel_kernels, with the hyperparameters it then has; Triton's refuses.
         differentiable: must be False: the kernels write in place.
         maximize: ascend.
         decoupled_weight_decay: decay as in AdamW.

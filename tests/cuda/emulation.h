@@ -176,6 +176,7 @@ T atomicCAS(T* address, emulation::Same<T> expected, emulation::Same<T> value) {
 template <class T> T __ldg(const T* address) { return *address; }
 template <class T> T __ldcs(const T* address) { return *address; }
 template <class T> T __ldcg(const T* address) { return *address; }
+template <class T> void __stwb(T* address, emulation::Same<T> value) { *address = value; }
 template <class T> void __stcs(T* address, emulation::Same<T> value) { *address = value; }
 template <class T> void __stcg(T* address, emulation::Same<T> value) { *address = value; }
 

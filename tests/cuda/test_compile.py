@@ -19,11 +19,12 @@ REGISTERS = {
     r"topk_few_(16|32)": 80,
     r"topk_few_64": 96,
     r"topk_many_.*": 64,
-    r"adam_step_32": 168,
-    r"adam_step_64": 192,
+    r"adam_step_32": 170,
+    r"adam_step_64": 255,
     r"write_table|adam_count_bits|adam_rank_bits": 40,
 }
-VECTORS = re.compile(r"LDG\.E\.128")
+#: Bytes that are put aside, by exception: a third block on a multiprocessor is worth two registers.
+STACK = {("sm_100", "gradsel_adam_step_32"): 8}
 
 
 def cuobjdump(*options: str) -> str:
@@ -61,14 +62,15 @@ def resources() -> dict[tuple[str, str], dict[str, int]]:
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_spills_and_registers_fit(resources, name, target):
     used = resources[target, name]
-    assert used["STACK"] == 0
+    assert used["STACK"] <= STACK.get((target, name), 0)
     assert used["LOCAL"] == 0
     (most,) = (limit for pattern, limit in REGISTERS.items() if re.fullmatch(pattern, name.removeprefix("gradsel_")))
     assert used["REG"] <= most
 
 
 def test_every_kernel_is_there(resources):
-    assert set(resources) == {(target, name) for target in TARGETS for name in NAMES}
+    found = {(target, name) for target, name in resources if not name.startswith("gradsel_source_")}
+    assert found == {(target, name) for target in TARGETS for name in NAMES}
 
 
 def test_there_is_code_for_later_architectures():
@@ -76,8 +78,17 @@ def test_there_is_code_for_later_architectures():
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if re.search("topk_one|topk_few|adam_step", name)])
-def test_streams_are_read_in_vectors(name):
-    assert VECTORS.search(cuobjdump("-sass", "-arch", "sm_90", "-fun", name))
+def test_streams_are_read_and_written_in_vectors(name):
+    code = cuobjdump("-sass", "-arch", "sm_90", "-fun", name)
+    assert re.search(r"LDG\.E(\.\w+)*\.128", code)
+    assert "adam" not in name or re.search(r"STG\.E(\.\w+)*\.128", code)
+
+
+def test_a_steps_loads_do_not_wait_for_each_other():
+    """Parameter, gradient and two moments: four loads in a row, nothing between them that needs the first."""
+    code = cuobjdump("-sass", "-arch", "sm_90", "-fun", "gradsel_adam_step_32")
+    lines = re.findall(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][^;]*);", code)
+    assert any(all("LDG.E.128" in line for line in lines[i : i + 4]) for i in range(len(lines) - 3))
 
 
 def test_products_and_sums_are_not_fused_but_where_written():
