@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+EMULATED = os.environ.get("GRADSEL_EMULATE_CUDA") == "1"
+FOR_GPUS = INTERPRETED or EMULATED  # kernels for GPUs are under test, though tensors are on the CPU
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPES = [(1, 1), (0, 5), (5, 0), (1, 7), (3, 31), (5, 32), (7, 33), (16, 255), (9, 507), (33, 64)]
@@ -16,7 +18,7 @@ LONG_SHAPES = [(300, 768), (65, 4099), (5, 70001)]
 if INTERPRETED:  # a program takes milliseconds there, so: the same kinds of shape, fewer rows
     SHAPES = [(1, 1), (0, 5), (5, 0), (3, 31), (5, 33), (2, 255)]
     LONG_SHAPES = [(2, 4099), (1, 20001)]
-if os.environ.get("GRADSEL_EMULATE_CUDA") == "1":  # a GPU's threads, one after the other
+if EMULATED:  # a GPU's threads, one after the other
     LONG_SHAPES = [(30, 768), (6, 4099), (2, 70001)]
 
 

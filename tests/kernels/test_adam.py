@@ -925,9 +925,18 @@ def test_versions_are_bumped(fast):
         saved.backward()
 
 
+def test_a_step_counts_for_one_tensor(fast):
+    """On GPUs tensors are updated at the same time, and none would know which of them counts first."""
+    weights = [torch.ones(2, 3, device=fast) for _ in range(2)]
+    moments = [[torch.zeros(2, 3, device=fast) for _ in weights] for _ in range(2)]
+    with pytest.raises(ValueError, match="two tensors have the same step; each counts its own"):
+        gk.masked_adam_(weights, weights, *moments, [torch.zeros((), device=fast)] * 2, lr=0.1)
+    assert all((weight == 1).all() for weight in weights)
+
+
 @pytest.mark.parametrize("layout", [Layout.COLS, Layout.FLAT, Layout.BITS], ids=str)
 def test_an_index_out_of_range_changes_nothing(fast, layout):
-    if fast != "cpu" or cases.INTERPRETED:
+    if fast != "cpu" or cases.FOR_GPUS:
         pytest.skip("CUDA kernels trust their indices and skip what is out of range (next test)")
     for backend in ("reference", "native"):
         problem = everything(torch.float32)
@@ -942,7 +951,7 @@ def test_an_index_out_of_range_changes_nothing(fast, layout):
 
 
 def test_an_index_out_of_range_is_skipped_on_cuda(fast):
-    if fast == "cpu" and not cases.INTERPRETED:
+    if fast == "cpu" and not cases.FOR_GPUS:
         pytest.skip("the CPU backends refuse it (previous test)")
     problem = Problem()
     cols = cases.random_cols(6, 40, 3)
