@@ -209,7 +209,8 @@ __device__ __forceinline__ void update_any(const Current<T>& now, const Entries<
 
 // A tile of a tensor; `rank` points to the entry of its first set bit if the mask is packed.
 template <class T>
-__device__ __forceinline__ void update_tile(const Current<T>& now, int64_t tile, const int64_t* rank, unsigned* shared) {
+__device__ __forceinline__ void update_tile(const Current<T>& now, int64_t tile, const int64_t* rank,
+                                            unsigned* shared) {
   const AdamItem& item = now.item;
   int64_t first = tile * kTile, end = first + kTile;
   if (now.kind != kAny) {

@@ -40,8 +40,8 @@ struct Entries {
 };
 
 // Reading and writing. What is read stays as it is until get() converts it: a conversion waits for its load, and all
-// loads are to be on their way before the first is waited for. Registers hold whole words: over arrays of 16-bit numbers
-// the compiler (nvcc 13.0) takes minutes.
+// loads are to be on their way before the first is waited for. Registers hold whole words: over arrays of 16-bit
+// numbers the compiler (nvcc 13.0) takes minutes.
 
 template <class Stored>
 using Bits = std::conditional_t<sizeof(Stored) == 8, uint64_t, uint32_t>;

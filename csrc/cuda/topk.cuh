@@ -1,11 +1,11 @@
-// Row-wise top-K of |grad|, in three kernels that all read a gradient once from memory.
+// Row-wise top-K of |grad| for K up to kMostFew, in two kernels that read a gradient once from memory; larger K are
+// topk_many.cuh's.
 //
-// topk_one: K = 1. topk_few: K up to kMostFew. In both a warp goes through a row in chunks that it holds in registers,
-// and several warps can share a row. topk_few keeps a list of candidates in shared memory. A bound lets few in: of the
-// first chunk, every lane delegates the largest magnitudes of two or four parts of its own, and K of the delegates reach the
-// bound, so K columns of the chunk do, and few more (8.5 on average for K = 8 and 768 normal numbers, 84 for K = 64). When the list has grown,
-// exactly the K best stay, and their smallest is the bound of what follows. topk_many: any K, by radix selection, a
-// block to a row; only it reads the row several times, from the cache if that holds it.
+// A warp goes through a row in chunks that it holds in registers; several warps can share a row. topk_one is for K = 1.
+// topk_few keeps a list of candidates in shared memory. A bound lets few in: of the first chunk, every lane delegates
+// the largest magnitudes of two or four parts of its own, and K of the delegates reach the bound, so K columns of the
+// chunk do, and few more (8.5 on average for K = 8 and 768 normal numbers, 84 for K = 64). When the list has grown,
+// exactly the K best stay, and their smallest is the bound of what follows.
 //
 // Keys are magnitudes as integers, all NaNs one key just above infinity's. Keys are compared before that is seen to:
 // no bound is above the key of NaN. Columns past the end of a row have the key 0, and lose ties by their number.
@@ -13,28 +13,9 @@
 
 #include "device.cuh"
 #include "topk.h"
+#include "topk_many.cuh"
 
 namespace gradsel {
-
-template <class Raw>
-struct KeyOf {
-  using Type = uint32_t;
-};
-template <>
-struct KeyOf<uint64_t> {
-  using Type = uint64_t;
-};
-
-template <class Raw>
-__device__ __forceinline__ typename KeyOf<Raw>::Type magnitude(Raw raw) {
-  constexpr Raw kSign = static_cast<Raw>(Raw{1} << (8 * sizeof(Raw) - 1));
-  return static_cast<typename KeyOf<Raw>::Type>(raw & static_cast<Raw>(~kSign));
-}
-
-template <class Raw>
-__device__ __forceinline__ const Raw* row_of(const TopK& p, int64_t row) {
-  return static_cast<const Raw*>(p.grad) + row * p.row_stride;
-}
 
 // A warp's share of a row in registers: vectors of 16 bytes, lane after lane.
 template <class Raw>
@@ -233,7 +214,8 @@ struct Candidates {
       int found = 0;
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i)
-        if (i * static_cast<int>(kWarp) < count) found += __popc(__ballot_sync(kAllLanes, valid[i] && key[i] >= middle));
+        if (i * static_cast<int>(kWarp) < count)
+          found += __popc(__ballot_sync(kAllLanes, valid[i] && key[i] >= middle));
       if (found >= k) {
         low = middle;
         reach = found;
@@ -350,7 +332,8 @@ __device__ __forceinline__ void topk_few(const TopK& p) {
     const int64_t first = static_cast<int64_t>(c) * Chunk<Raw>::kColumns;
     Chunk<Raw> chunk;
     chunk.load(p, row, first);
-    if (c == place.begin) list.bound = p.k <= kFewDelegates ? bound_of<2>(chunk, p.k, nan) : bound_of<4>(chunk, p.k, nan);
+    if (c == place.begin)
+      list.bound = p.k <= kFewDelegates ? bound_of<2>(chunk, p.k, nan) : bound_of<4>(chunk, p.k, nan);
     if (!add_chunk(p, row, first, chunk, list)) break;
   }
   if (list.count > p.k) list.keep_best(p.k, nan);
@@ -382,105 +365,20 @@ __device__ __forceinline__ void topk_few(const TopK& p) {
   if (p.bits) store_bits(p, place.row, list.cols);
 }
 
-// Sums over the threads of a block before this one, and over all; `sums` has room for one number a warp.
-__device__ __forceinline__ unsigned block_sum_before(unsigned x, unsigned* sums, unsigned* total) {
-  const unsigned warp = threadIdx.x / kWarp;
-  unsigned own;
-  unsigned before = warp_sum_before(x, &own);
-  __syncthreads();  // sums may still be read from an earlier call
-  if (lane_number() == 0) sums[warp] = own;
-  __syncthreads();
-  *total = 0;
-  for (unsigned w = 0; w < blockDim.x / kWarp; ++w) {
-    if (w < warp) before += sums[w];
-    *total += sums[w];
-  }
-  return before;
-}
-
-// The K-th key by 8 bits at a time, from the top: count the digits of the keys that begin as it does.
-template <class Raw>
-__device__ __forceinline__ void topk_many(const TopK& p) {
-  using Key = typename KeyOf<Raw>::Type;
-  constexpr unsigned kDigits = 256;
-  unsigned* histogram = reinterpret_cast<unsigned*>(shared_memory());
-  unsigned* sums = histogram + kDigits;  // one a warp
-  Key* shared_key = reinterpret_cast<Key*>(sums + kWarp);
-  unsigned* shared_wanted = reinterpret_cast<unsigned*>(shared_key + 1);
-  const int64_t number = blockIdx.x;
-  const Raw* row = row_of<Raw>(p, number);
-  const Key nan = static_cast<Key>(p.nan);
-
-  Key kth = 0;
-  unsigned wanted = static_cast<unsigned>(p.k);  // of the keys that begin as the K-th does
-  for (int shift = 8 * static_cast<int>(sizeof(Raw)) - 8; shift >= 0; shift -= 8) {
-    for (unsigned i = threadIdx.x; i < kDigits; i += blockDim.x) histogram[i] = 0;
-    __syncthreads();
-    for (int64_t col = threadIdx.x; col < p.cols; col += blockDim.x) {
-      const Key key = smaller(magnitude(row[col * p.col_stride]), nan);
-      if (shift + 8 == 8 * static_cast<int>(sizeof(Raw)) || key >> (shift + 8) == kth >> (shift + 8))
-        atomicAdd(histogram + (static_cast<unsigned>(key >> shift) & (kDigits - 1)), 1u);
-    }
-    __syncthreads();
-    // Threads hold the digits in descending order.
-    const unsigned digit = kDigits - 1 - threadIdx.x;
-    unsigned total;
-    const unsigned above = block_sum_before(histogram[digit], sums, &total);
-    if (above < wanted && wanted <= above + histogram[digit]) {
-      *shared_key = kth | (static_cast<Key>(digit) << shift);
-      *shared_wanted = wanted - above;
-    }
-    __syncthreads();
-    kth = *shared_key;
-    wanted = *shared_wanted;
-  }
-
-  const int64_t words = (p.cols + 31) / 32;
-  unsigned equal_before = 0, chosen_before = 0;
-  for (int64_t first = 0; first < p.cols; first += blockDim.x) {
-    const int64_t col = first + threadIdx.x;
-    const Key key = col < p.cols ? smaller(magnitude(row[col * p.col_stride]), nan) : Key{0};
-    const bool equal = col < p.cols && key == kth;
-    unsigned equals, chosens;
-    const unsigned rank = equal_before + block_sum_before(equal, sums, &equals);
-    const bool chosen = col < p.cols && (key > kth || (equal && rank < wanted));
-    const unsigned slot = chosen_before + block_sum_before(chosen, sums, &chosens);
-    if (chosen) p.out[number * p.k + slot] = static_cast<int32_t>(col);
-    const unsigned word = __ballot_sync(kAllLanes, chosen);
-    if (p.bits && lane_number() == 0 && col < p.cols) p.bits[number * words + col / 32] = word;
-    equal_before += equals;
-    chosen_before += chosens;
-  }
-}
-
 }  // namespace gradsel
 
-extern "C" {
-__global__ void __launch_bounds__(gradsel::kTopKThreads) gradsel_topk_one_16(const gradsel::TopK p) {
-  gradsel::topk_one<uint16_t>(p);
-}
-__global__ void __launch_bounds__(gradsel::kTopKThreads) gradsel_topk_one_32(const gradsel::TopK p) {
-  gradsel::topk_one<uint32_t>(p);
-}
-__global__ void __launch_bounds__(gradsel::kTopKThreads) gradsel_topk_one_64(const gradsel::TopK p) {
-  gradsel::topk_one<uint64_t>(p);
-}
-__global__ void __launch_bounds__(gradsel::kTopKThreads, 6) gradsel_topk_few_16(const gradsel::TopK p) {
-  gradsel::topk_few<uint16_t>(p);
-}
-__global__ void __launch_bounds__(gradsel::kTopKThreads, 6) gradsel_topk_few_32(const gradsel::TopK p) {
-  gradsel::topk_few<uint32_t>(p);
-}
-__global__ void __launch_bounds__(gradsel::kTopKThreads, 4) gradsel_topk_few_64(const gradsel::TopK p) {
-  gradsel::topk_few<uint64_t>(p);
-}
-__global__ void __launch_bounds__(gradsel::kTopKManyThreads, 4) gradsel_topk_many_16(const gradsel::TopK p) {
-  gradsel::topk_many<uint16_t>(p);
-}
-__global__ void __launch_bounds__(gradsel::kTopKManyThreads, 4) gradsel_topk_many_32(const gradsel::TopK p) {
-  gradsel::topk_many<uint32_t>(p);
-}
-__global__ void __launch_bounds__(gradsel::kTopKManyThreads, 4) gradsel_topk_many_64(const gradsel::TopK p) {
-  gradsel::topk_many<uint64_t>(p);
-}
-}
+#define GRADSEL_TOPK(kind, size, threads, blocks)                                                    \
+  extern "C" __global__ void __launch_bounds__(threads, blocks)                                      \
+      gradsel_topk_##kind##_##size(const gradsel::TopK p) {                                          \
+    gradsel::topk_##kind<uint##size##_t>(p);                                                         \
+  }
+GRADSEL_TOPK(one, 16, gradsel::kTopKThreads, 7)
+GRADSEL_TOPK(one, 32, gradsel::kTopKThreads, 7)
+GRADSEL_TOPK(one, 64, gradsel::kTopKThreads, 7)
+GRADSEL_TOPK(few, 16, gradsel::kTopKThreads, 6)
+GRADSEL_TOPK(few, 32, gradsel::kTopKThreads, 6)
+GRADSEL_TOPK(few, 64, gradsel::kTopKThreads, 4)
+GRADSEL_TOPK(many, 16, gradsel::kTopKManyThreads, 4)
+GRADSEL_TOPK(many, 32, gradsel::kTopKManyThreads, 4)
+GRADSEL_TOPK(many, 64, gradsel::kTopKManyThreads, 4)
+#undef GRADSEL_TOPK
