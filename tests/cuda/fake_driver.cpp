@@ -1,4 +1,4 @@
-// A stand-in for libcuda.so.1 that runs nothing, and writes down what it is asked for. The environment says how it fails.
+// A stand-in for libcuda.so.1: it runs nothing, and writes down what it is asked for. The environment says how it fails.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
