@@ -1,8 +1,9 @@
 """Everything about speed on one GPU: ``python benchmarks/gpu [PART ...]``, or ``make gpu``.
 
-The parts, in order: build (both extensions), tests (tests/gpu and tests/kernels), sanitizer (memory errors and races in
-every kernel), topk, adam, weight_grad (the operators), cost, llama (training steps of whole models), plots. Nothing is
-downloaded or installed: the Python that runs this needs torch, triton, pytest and setuptools with pybind11.
+The parts, in order: build (both extensions), tests (tests/gpu and tests/kernels), topk, adam, weight_grad (the
+operators), cost, llama (training steps of whole models), plots, sanitizer (memory errors and races in every kernel;
+last, because it takes long). Nothing is downloaded or installed: the Python that runs this needs torch, triton, pytest
+and setuptools with pybind11.
 
 A run takes at most ``--minutes``. What it has measured is in the results file at once, so the same command again goes
 on where the last one stopped; lines about other sources, another device or another torch are measured anew. No speed is
@@ -48,13 +49,13 @@ class Part:
 PARTS = {
     "build": Part(60),
     "tests": Part(90),
-    "sanitizer": Part(45),
     "topk": Part(30, measures=True),
     "adam": Part(30, measures=True),
     "weight_grad": Part(30, measures=True),
     "cost": Part(60, measures=True),
     "llama": Part(60, measures=True),
     "plots": Part(10),
+    "sanitizer": Part(45),
 }
 
 
@@ -182,7 +183,7 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
         prog="python benchmarks/gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"some of {', '.join(PARTS)} (default: all)")
-    parser.add_argument("--minutes", type=float, default=10.0, help="for everything (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=9.5, help="for everything (default: %(default)s)")
     parser.add_argument("--results", type=Path, help="the results file (default: benchmarks/results/gpu.csv)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: %(default)s")
     parser.add_argument("--small", action="store_true", help="toy sizes, to try the program")

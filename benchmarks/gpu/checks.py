@@ -83,16 +83,19 @@ class Checks:
         elif self.small:
             command += ["-k", "bitmask"]
         parallel: list[str] = []
-        if self.on_gpu and (os.cpu_count() or 1) >= 8 and importlib.util.find_spec("xdist") is not None:
-            parallel = ["-n", "8"]  # most of the time goes into compiling
+        cores = os.cpu_count() or 1
+        if self.on_gpu and cores >= 8 and importlib.util.find_spec("xdist") is not None:
+            parallel = ["-n", str(min(14, cores)), "--dist", "loadgroup"]  # most of the time goes into compiling
         for extra in [parallel, []] if parallel else [[]]:
-            code, output, seconds = self.run([*command, *extra, place], TEST_SECONDS)
+            threads = {"OMP_NUM_THREADS": "2"} if extra else {}
+            code, output, seconds = self.run([*command, *extra, place], TEST_SECONDS, threads)
             if "Different tests were collected" not in output and "INTERNALERROR" not in output:
                 break
-        summary = next((line.strip("= ") for line in reversed(output.splitlines()) if " in " in line), "no summary")
+        summaries = re.findall(r"^=* ?(\d+ (?:passed|failed|skipped|error).* in [\d.]+s.*?)=*$", output, re.MULTILINE)
+        summary = summaries[-1].strip() if summaries else "no summary"
         passed = re.search(r"(\d+) passed", summary)
         if code is None:
-            said = f"{RED}out of time after {seconds:.0f} s"
+            said = f"not through after {seconds:.0f} s"
         elif code == 0 and (passed or not self.on_gpu):
             said = GREEN + summary
         elif code == 5 and not self.on_gpu:  # nothing to run

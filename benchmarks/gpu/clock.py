@@ -50,6 +50,7 @@ class Clock:
             try:
                 torch.cuda.synchronize()
                 torch.ones(1, device=self.device).item()
+                torch.cuda.empty_cache()  # refused for good after some captures that failed
             except Exception as error:
                 raise DeviceLost(first_line(error)) from None
 
@@ -82,7 +83,7 @@ class Clock:
 
     def wait(self, seconds: float) -> None:
         """Keeps the device busy while the host queues what is timed."""
-        if self.cuda and hasattr(torch.cuda, "_sleep"):
+        if self.cuda:
             torch.cuda._sleep(int(seconds * self._cycles))
 
     def warm_up(self, seconds: float = 0.5) -> None:

@@ -8,6 +8,7 @@ weights are kept in the temporary directory), and selections are taken from grad
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import hashlib
@@ -15,7 +16,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -120,23 +121,23 @@ def check(task: Task, base: nn.Module, batch: Batch) -> str:
     return ""
 
 
-def full_precision() -> Callable[[], None]:
-    """Switches TF32 off; returns what switches it back on."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-
-    def restore() -> None:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-
-    return restore
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Without TF32."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.backends.cudnn.flags(enabled=None, benchmark=None, deterministic=None, allow_tf32=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def run(context: Any) -> list[Row]:
-    restore = full_precision()
     try:
-        return measured(context)
+        with full_precision():
+            return measured(context)
     finally:
-        restore()
         release()
 
 
@@ -152,12 +153,11 @@ def measured(context: Any) -> list[Row]:
     except Exception as error:  # then ours gets a line with its error below
         print(f"check: {first_line(error)}")
         wrong = ""
-    if wrong:
-        first = planned[0]
-        row = first.shared | {"k": 1, "method": OURS, "extra": ERROR + wrong}
-        context.emit(row)
-        return [row]
-    return [row for comparison in planned for row in comparison.measure(context)]
+    rows = []
+    if wrong:  # said in a line of its own; the others are about other methods, too
+        rows = [planned[0].shared | {"k": 1, "method": "ours against as published", "extra": ERROR + wrong}]
+        context.emit(rows[0])
+    return [*rows, *(row for comparison in planned for row in comparison.measure(context))]
 
 
 def task_of(select: Callable[..., gradsel.Selection]) -> Task:

@@ -195,6 +195,8 @@ class _Work:
             said = self.facts[entry] | {
                 name: f"{p50 / medians[other]:.3f}" for name, other in ratios.items() if other in medians
             }
+            if self.cuda and entry not in self.peaks:
+                said["peak"] = "out of time"
             if tokens:
                 said["tokens_per_s"] = f"{1000 * tokens / p50:.0f}"
             self.emit(entry, row, told(said))

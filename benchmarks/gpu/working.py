@@ -25,7 +25,7 @@ DONE, BROKEN, LEFT, LOST, HANGS = 0, 1, 3, 75, 1000
 RESTARTS = 8
 #: Seconds that a worker may run past its deadline, because a case that has begun is finished, and seconds that one call
 #: may take, compilation included, before it is taken for hung.
-GRACE, HUNG = 30.0, 90.0
+GRACE, HUNG = 15.0, 90.0
 
 
 class Lines:

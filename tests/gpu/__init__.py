@@ -168,8 +168,12 @@ class Captured:
         self.result: Any = None
         if device == "cuda":
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self.result = run()
+            stream = torch.cuda.current_stream()
+            try:
+                with torch.cuda.graph(self._graph):
+                    self.result = run()
+            finally:
+                torch.cuda.set_stream(stream)  # a capture that fails at its end does not give it back
 
     def replay(self) -> None:
         if self._graph is None:

@@ -111,11 +111,15 @@ def test_an_attached_step_forms_no_dense_gradient(kernels, device):
 
 ROWS, COLUMNS = (2**12 if ON_CPU else 2**20) + 37, 2100
 EDGE = min(2**31 // COLUMNS, ROWS - 2)
-GIB_NEEDED = 40
+GIB_NEEDED = 16
+
+
+large_ones = pytest.mark.xdist_group("large")
 
 
 @pytest.fixture
 def room(kernels, device):
+    """Its tests have the mark xdist_group: where tests run at the same time, these do not."""
     if device == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
@@ -149,6 +153,7 @@ def equal_in_parts(left: Tensor, right: Tensor) -> bool:
     return all(cases.same_bits(a, b) for a, b in zip(left.split(2**16), right.split(2**16), strict=True))
 
 
+@large_ones
 def test_top_k_past_two_to_the_31(room, device):
     grad, rows = large(device), sample(device)
     assert ON_CPU or grad.numel() > 2**31
@@ -160,6 +165,7 @@ def test_top_k_past_two_to_the_31(room, device):
         assert torch.equal(gk.topk_rows(grad, k), cols)
 
 
+@large_ones
 def test_gather_and_scatter_past_two_to_the_31(room, device):
     weight, rows, cols = large(device), sample(device), two_a_row(device)
     backup = weight.clone()
@@ -172,6 +178,7 @@ def test_gather_and_scatter_past_two_to_the_31(room, device):
     assert equal_in_parts(weight, backup)
 
 
+@large_ones
 def test_masks_past_two_to_the_31(room, device):
     mask, rows = torch.empty(ROWS, COLUMNS, dtype=torch.bool, device=device), sample(device)
     for part in mask.split(2**16):
@@ -181,6 +188,7 @@ def test_masks_past_two_to_the_31(room, device):
     assert equal_in_parts(gk.unpack_bits(bits, COLUMNS), mask)
 
 
+@large_ones
 @pytest.mark.parametrize("layout", [Layout.COLS, Layout.FLAT], ids=lambda layout: layout.name)
 def test_a_step_past_two_to_the_31(room, device, layout):
     """Against the same step on a sample of the rows on the CPU; all other entries keep their bits."""
@@ -215,6 +223,7 @@ def test_a_step_past_two_to_the_31(room, device, layout):
     assert equal_in_parts(weight, backup)
 
 
+@large_ones
 @pytest.mark.parametrize("strategy", ["gather", "tile"])
 def test_a_selected_gradient_past_two_to_the_31(room, device, strategy):
     tokens, width, rows = (2**10 if ON_CPU else 2**18) + 3, 8200, 16
