@@ -133,7 +133,6 @@ __device__ __forceinline__ void topk_one(const TopK& p) {
       }
     }
   }
-  if (place.begin == place.end) best_col = ~0u;
   reduce_to_best(best, best_col);
 
   if (place.parts > 1) {

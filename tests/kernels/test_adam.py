@@ -950,20 +950,27 @@ def test_an_index_out_of_range_changes_nothing(fast, layout):
                 assert now is None or torch.equal(now, then)
 
 
-def test_an_index_out_of_range_is_skipped_on_cuda(fast):
+@pytest.mark.parametrize("bad", [-1, 40, -(2**31), 2**31 - 1])
+@pytest.mark.parametrize("layout", [Layout.COLS, Layout.FLAT], ids=str)
+def test_an_index_out_of_range_is_skipped_on_cuda(fast, layout, bad):
     if fast == "cpu" and not cases.FOR_GPUS:
         pytest.skip("the CPU backends refuse it (previous test)")
     problem = Problem()
-    cols = cases.random_cols(6, 40, 3)
-    problem.add(torch.randn(6, 40), cols, Layout.COLS, (6, 3), compact=False, master=False)
+    index = cases.random_cols(6, 40, 3)
+    if layout == Layout.FLAT:
+        index = (torch.arange(6, dtype=torch.int32).unsqueeze(1) * 40 + index).view(-1)
+        bad = 240 if bad == 40 else bad
+    problem.add(torch.randn(6, 40), index, layout, tuple(index.shape), compact=False, master=False)
     there = problem.to(fast)
-    there.indices[0][2, 1] = 40
+    there.indices[0].view(-1)[7] = bad
     there.step()
     with gk.use_backend("reference"):
         problem.step()
     changed = problem.weights[0].clone()
-    changed[2, cols[2, 1]] = there.weights[0][2, cols[2, 1]].cpu()
+    at = 2, int(index.view(-1)[7]) % 40
+    changed[at] = there.weights[0][at].cpu()
     assert torch.allclose(there.weights[0].cpu(), changed)
+    assert there.exp_avgs[0].view(-1)[7] == 0  # neither its weight nor its state
 
 
 def test_wrong_bit_count(fast):
