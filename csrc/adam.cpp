@@ -460,7 +460,7 @@ bool rank_bits(const std::vector<Task>& tasks, std::vector<Unit>& units, AdamFau
   return fault.kind == AdamFault::kNone;
 }
 
-// One after the other: tensors may share a step, which then counts twice, as in the specification.
+// The corrections of the last tensor serve the next one, which has mostly done as many steps.
 void count_steps(std::vector<Task>& tasks, const AdamHyperparameters& hyper) {
   double last = -1, correction1 = 0, correction2 = 0;
   for (Task& task : tasks) {

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import time
 from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -47,12 +50,7 @@ class Clock:
             DeviceLost: nothing else can be run in this process.
         """
         if self.cuda:
-            try:
-                torch.cuda.synchronize()
-                torch.ones(1, device=self.device).item()
-                torch.cuda.empty_cache()  # refused for good after some captures that failed
-            except Exception as error:
-                raise DeviceLost(first_line(error)) from None
+            check_device()
 
     def stop(self, recorded: bool = False) -> float:
         """Seconds on the device from ``start`` to ``end``, which is recorded now unless it is already."""
@@ -128,21 +126,45 @@ class Clock:
         return torch.cuda.max_memory_allocated(self.device) - before
 
 
-def launches(function: Function) -> str:
-    """What a call does on the device, by the profiler."""
-    function()
-    torch.cuda.synchronize()
+def check_device() -> None:
+    """
+    Raises:
+        DeviceLost: the current device can run nothing else in this process.
+    """
+    try:
+        torch.cuda.synchronize()
+        torch.ones(1, device="cuda").item()
+        torch.cuda.empty_cache()  # refused for good after some captures that failed
+    except Exception as error:
+        raise DeviceLost(first_line(error)) from None
+
+
+def release() -> None:
+    """Gives back what nothing refers to any more."""
+    gc.collect()
+    with contextlib.suppress(RuntimeError):  # of a device that is lost, which is reported elsewhere
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def on_the_device(function: Function) -> list[Any]:
+    """The profiler's events of what a call does on the device."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         function()
         torch.cuda.synchronize()
     events = list(profile.events())
     of_host = {event.name for event in events if event.device_type == torch.autograd.DeviceType.CPU}
-    names = [
-        event.name
-        for event in events
-        if event.device_type == torch.autograd.DeviceType.CUDA and event.name not in of_host  # no annotations
+    return [  # annotations have the name of what the host did, and overlap with the kernels they are about
+        event for event in events if event.device_type == torch.autograd.DeviceType.CUDA and event.name not in of_host
     ]
+
+
+def launches(function: Function) -> str:
+    """What a call does on the device, by the profiler."""
+    function()
+    torch.cuda.synchronize()
+    names = [event.name for event in on_the_device(function)]
     copies = sum(name.startswith(("Memcpy", "Memset")) for name in names)
     return f"{len(names) - copies} kernels, {copies} copies or fills"
 

@@ -27,10 +27,10 @@ if __name__ == "__main__":  # by itself; as a part, it finds benchmarks/ on the 
     sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
 from baselines import FULL, LORA, OURS, PUBLISHED, for_vit
-from clock import first_line
+from clock import first_line, release
 from models import Batch, Row, Selections, Task, inference, training
 from results import ERROR
-from steps import Comparison, alone, release
+from steps import Comparison, alone
 
 import gradsel
 from gradsel.models import VisionTransformer

@@ -21,8 +21,9 @@ if __name__ == "__main__":  # by itself; as a part, it finds benchmarks/ on the 
     sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
 from baselines import FULL, LORA, OURS, generic
+from clock import release
 from models import Batch, Contender, Entry, Method, Row, Running, Selections, Task, training
-from steps import Comparison, alone, release
+from steps import Comparison, alone
 
 import gradsel
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import statistics
 import sys
 import time
@@ -20,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from clock import DeviceLost, first_line
+from clock import check_device, first_line, on_the_device, release
 from common import percentiles
 from models import Entry, Row, Running
 from results import ERROR, rounded
@@ -30,27 +29,6 @@ FEWEST, MOST = 3, 15  # rounds
 
 
 # --- Measuring ---------------------------------------------------------------------------------------------------
-
-
-def release() -> None:
-    """Gives back what nothing refers to any more."""
-    gc.collect()
-    with contextlib.suppress(RuntimeError):  # of a device that is lost, which is reported elsewhere
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-def check_device(cuda: bool, error: Exception) -> None:
-    """
-    Raises:
-        DeviceLost: after this error, nothing else can be run in this process.
-    """
-    if cuda:
-        try:
-            torch.cuda.synchronize()
-            torch.ones(1, device="cuda").item()
-        except Exception:
-            raise DeviceLost(first_line(error)) from None
 
 
 def timed(cuda: bool, run: Callable[[], object], calls: int) -> tuple[float, float]:
@@ -89,17 +67,7 @@ def peak_bytes(start: Callable[[], Running]) -> int:
 def kernels(run: Callable[[], object]) -> dict[str, Any]:
     """How long kernels ran in one call, and how many: what is left of the time are gaps, in which the host was late."""
     try:
-        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-        with torch.profiler.profile(activities=activities) as profile:
-            run()
-            torch.cuda.synchronize()
-        events = list(profile.events())
-        of_host = {event.name for event in events if event.device_type == torch.autograd.DeviceType.CPU}
-        ran = [  # annotations have the name of what the host did, and overlap with the kernels they are about
-            event.time_range.elapsed_us()
-            for event in events
-            if event.device_type == torch.autograd.DeviceType.CUDA and event.name not in of_host
-        ]
+        ran = [event.time_range.elapsed_us() for event in on_the_device(run)]
         return {"kernels_ms": rounded(sum(ran) / 1000), "kernels": len(ran)} if ran else {}
     except Exception as error:  # an extra that must not cost the rest
         return {"kernels": first_line(error)}
@@ -140,7 +108,8 @@ class _Work:
             self.failed.add(entry)
             self.running.pop(entry, None)
             self.emit(entry, {}, ERROR + first_line(error))
-            check_device(self.cuda, error)
+            if self.cuda:
+                check_device()
         if entry in self.failed:
             release()  # the traceback that held what the entry had is gone only now
 

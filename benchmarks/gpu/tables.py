@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from results import ERROR, Row, failed
 
@@ -71,9 +70,3 @@ def general(rows: Sequence[Row]) -> list[str]:
         name = f"  {row['provider']}" + (f" K={row['k']}" if row["k"] not in ("", "0") else "")
         cells.append([name, *(number(row[n]) for n in ("p50_ms", "wall_p50_ms", "speedup")), peak])
     return [*(aligned(cells) if len(cells) > 1 else ["  nothing measured"]), *errors(rows)]
-
-
-def fact(row: Mapping[str, Any], column: str) -> float | None:
-    """A number of a row, if there is one."""
-    text = row[column]
-    return float(text) if text else None

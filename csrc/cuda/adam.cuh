@@ -58,7 +58,7 @@ template <class T>
 __device__ __forceinline__ Kind kind_of(const AdamItem& item) {
   const int64_t own = sizeof(T) == 8 ? kFloat64 : kFloat32;
   if (item.max_exp_avg_sq || item.compensation || item.stochastic || item.state_dtype != own) return kAny;
-  if (item.weight && item.layout == kBits) return kAny;
+  if (reads_bits(item)) return kAny;
   if (!item.weight || item.weight_dtype == own)
     return item.grad_dtype != own ? kAny : item.values ? kValues : item.weight ? kAlone : kAny;
   if (sizeof(T) == 8 || !item.values) return kAny;
@@ -220,7 +220,7 @@ __device__ __forceinline__ void update_tile(const Current<T>& now, int64_t tile,
       update_kind<false>(now, first);
     return;
   }
-  const bool bits = item.layout == kBits && item.weight;
+  const bool bits = reads_bits(item);
   const int64_t first_word = tile * kAdamThreads;
   if (bits) {
     first = *rank;
@@ -322,7 +322,7 @@ __global__ void gradsel_adam_count_bits(const gradsel::AdamTable table, int64_t*
   using namespace gradsel;
   const int64_t tile = blockIdx.x, number = item_of(table, tile);
   const AdamItem& item = table.items()[number];
-  if (item.layout != kBits || !item.weight) return;
+  if (!reads_bits(item)) return;
   unsigned* sums = reinterpret_cast<unsigned*>(shared_memory());
   unsigned in_warp;
   warp_sum_before(__popc(word_of(item, (tile - table.first_tiles()[number]) * kAdamThreads)), &in_warp);
@@ -339,7 +339,7 @@ __global__ void gradsel_adam_rank_bits(const gradsel::AdamTable table, int64_t* 
   using namespace gradsel;
   const int64_t number = blockIdx.x;
   const AdamItem& item = table.items()[number];
-  if (item.layout != kBits || !item.weight) return;
+  if (!reads_bits(item)) return;
   const int64_t end = table.first_tiles()[number + 1];
   int64_t before = 0;
   for (int64_t tile = table.first_tiles()[number]; tile < end; tile += kWarp) {

@@ -11,6 +11,9 @@ constexpr int kTile = kAdamThreads * kPerThread;  // entries; of a bitmask, kAda
 constexpr int kAdamBlocks = 6;  // to a multiprocessor, at most: twice as many as fit at once
 constexpr unsigned kAdamShared = 2048;  // bytes
 
+// Whether the places of a tensor's entries come from a packed mask; without a weight it does not matter where they lie.
+GRADSEL_INLINE bool reads_bits(const AdamItem& item) { return item.layout == kBits && item.weight; }
+
 // A table in device memory: the items, for each the number of its first tile, the number of tiles, and a ticket that is
 // 0 between two steps.
 struct AdamTable {

@@ -42,7 +42,7 @@ void topk_rows(int64_t grad, int64_t size, uint64_t nan, int64_t rows, int64_t c
   }
   p.vectors = (cols == 1 || col_stride == 1) && grad % 16 == 0 && (rows == 1 || row_stride * size % 16 == 0);
   // Few rows are shared among the warps of a block, for each to have some; a multiprocessor wants 16 to hide latency.
-  const int64_t columns = size == 8 ? 512 : 1024, chunks = (cols + columns - 1) / columns;
+  const int64_t columns = 32 * columns_of_lane(size), chunks = (cols + columns - 1) / columns;
   const int most = kTopKThreads / 32;
   int warps = 1;
   for (; warps < most && chunks >= 2 * warps && rows * warps < 16 * cuda_multiprocessors(device); warps *= 2)
@@ -71,7 +71,7 @@ py::tuple adam_table(int64_t address, int64_t count, bool float64) {
     const AdamItem& item = items[static_cast<size_t>(i)];
     table.first_tiles()[i] = tiles;
     if (item.nnz == 0) continue;
-    const bool bits = item.layout == kBits && item.weight;
+    const bool bits = reads_bits(item);
     has_bits |= bits;
     const int64_t size = bits ? kAdamThreads : kTile, work = bits ? item.rows * item.index_width : item.nnz;
     tiles += (work + size - 1) / size;
@@ -120,7 +120,6 @@ void masked_adam(int64_t table, int64_t count, int64_t tiles, bool float64, doub
 }  // namespace gradsel
 
 void bind_cuda(py::module_& m) {
-  m.attr("CUDA_ADAM_FIELDS") = gradsel::AdamTable::kItemWords;
   m.def("cuda_adam_table", &gradsel::adam_table);
   // A launch waits when a thousand are queued: other threads go on meanwhile.
   const py::call_guard<py::gil_scoped_release> unlocked;

@@ -22,7 +22,7 @@ template <class Raw>
 struct Chunk {
   using Key = typename KeyOf<Raw>::Type;
   static constexpr int kPerVector = 16 / sizeof(Raw);
-  static constexpr int kPerLane = sizeof(Raw) == 8 ? 16 : 32;
+  static constexpr int kPerLane = columns_of_lane(sizeof(Raw));
   static constexpr int kVectors = kPerLane / kPerVector;
   static constexpr int kColumns = kPerLane * kWarp;
 

@@ -12,6 +12,9 @@ constexpr int kSlack = 32;         // candidates over K after which the list is 
 constexpr int kTopKThreads = 128;
 constexpr int kTopKManyThreads = 256;  // one for each digit
 
+// Columns of a chunk that a lane holds, by the bytes of a column: as many registers as leave room for enough warps.
+constexpr int columns_of_lane(int64_t size) { return size == 8 ? 16 : 32; }
+
 struct TopK {
   const void* grad;
   int64_t rows, cols, row_stride, col_stride;

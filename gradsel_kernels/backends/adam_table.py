@@ -152,6 +152,19 @@ class AdamTable:
         return made
 
 
+def stream_of(device: torch.device) -> int:
+    """The current stream of a device; 0 for CPU tensors, on which kernels are interpreted or emulated."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether the current stream of a device is being captured in a graph."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):  # torch asks the current one
+        return torch.cuda.is_current_stream_capturing()
+
+
 _tables: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gradsel_kernels._checks import words
 from gradsel_kernels.backends import native, reference, triton
-from gradsel_kernels.backends.adam_table import AdamTable, table_of
+from gradsel_kernels.backends.adam_table import AdamTable, is_capturing, stream_of, table_of
 
 FATBIN = Path(__file__).parents[1] / "kernels.fatbin"
 
@@ -57,13 +57,6 @@ def about() -> str:
     return "CUDA C++ for top-K and masked Adam, else as Triton"
 
 
-def _stream(device: torch.device) -> tuple[int, int]:
-    """The number of a device and its current stream."""
-    if device.type != "cuda":
-        return 0, 0  # an emulated one
-    return device.index or 0, torch.cuda.current_stream(device).cuda_stream
-
-
 def topk_rows(grad: Tensor, k: int) -> Tensor:
     return _topk(grad, k, None)
 
@@ -88,7 +81,8 @@ def _topk(grad: Tensor, k: int, bits: Tensor | None) -> Tensor:
         k,
         cols.data_ptr(),
         0 if bits is None else bits.data_ptr(),
-        *_stream(grad.device),
+        grad.device.index or 0,
+        stream_of(grad.device),
     )
     return cols
 
@@ -128,12 +122,15 @@ def masked_adam_(
     args = (weights, values, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, originals, steps, indices, layouts)
     table = table_of(args, seeds, stochastic, compensations, grad_scale, found_inf)
     device = exp_avgs[0].device
-    number, stream = _stream(device)
-    for float64 in (False, True):
-        content, count, tiles, has_bits = _C.cuda_adam_table(table.items.buffer_info()[0], table.count, float64)
-        if not count:
-            continue
-        on_device = _on_device(table, content, device, number, stream)
+    number = device.index or 0
+    stream = stream_of(device)
+    # What a graph captures is written in every replay and must not be found outside it; its memory is the graph's.
+    tables = (
+        _on_device(table, device, stream)
+        if is_capturing(device)
+        else table.prepared((stream, table.items.tobytes()), lambda: _on_device(table, device, stream))
+    )
+    for on_device, count, tiles, float64, has_bits in tables:
         ranks = torch.empty(tiles, dtype=torch.int64, device=device) if has_bits else None
         _C.cuda_masked_adam(
             on_device.data_ptr(),
@@ -158,23 +155,17 @@ def masked_adam_(
         )
 
 
-def _on_device(table: AdamTable, content: bytes, device: torch.device, number: int, stream: int) -> Tensor:
-    """Device memory with this content, written now or found from an earlier step on this stream.
-
-    What a graph captures is written in every replay and must not be found outside it; its memory is the graph's.
-    """
-
-    def write() -> Tensor:
-        memory = torch.empty(len(content) // 8, dtype=torch.int64, device=device)
-        _C.cuda_write_table(content, memory.data_ptr(), number, stream)
-        return memory
-
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            capturing = torch.cuda.is_current_stream_capturing()
-        if capturing:
-            return write()
-    return table.prepared((stream, content), write)
+def _on_device(table: AdamTable, device: torch.device, stream: int) -> list[tuple[Tensor, int, int, bool, bool]]:
+    """The table in device memory, what has float64 states apart from the rest: each with the numbers of its tensors and
+    tiles, and whether it is the float64 one and has packed masks."""
+    written = []
+    for float64 in (False, True):
+        content, count, tiles, has_bits = _C.cuda_adam_table(table.items.buffer_info()[0], table.count, float64)
+        if count:
+            memory = torch.empty(len(content) // 8, dtype=torch.int64, device=device)
+            _C.cuda_write_table(content, memory.data_ptr(), device.index or 0, stream)
+            written.append((memory, count, tiles, float64, has_bits))
+    return written
 
 
 def _borrowed(op: str) -> Callable[..., Any]:

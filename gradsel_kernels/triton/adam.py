@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gradsel_kernels._checks import Layout, grad_is_dense, sum_dtype
-from gradsel_kernels.backends.adam_table import table_of
+from gradsel_kernels.backends.adam_table import is_capturing, stream_of, table_of
 from gradsel_kernels.triton.common import TRITON_DTYPES, convert, div_rn, fma, on_device, popcount, sqrt_rn
 
 _ALL = tl.constexpr(int(Layout.ALL))
@@ -568,17 +568,13 @@ def masked_adam_(
     known = table_of(args, seeds, stochastic, compensations, grad_scale, found_inf)
     anchored = bool(originals) and anchor != 0
     device = exp_avgs[0].device
-    stream = 0
-    if device.type == "cuda":
-        stream = torch.cuda.current_stream(device).cuda_stream
-        with on_device(exp_avgs[0]):
-            capturing = torch.cuda.is_current_stream_capturing()
-        if capturing:
-            raise RuntimeError(
-                "Triton's masked_adam_ cannot be captured in a CUDA graph: the addresses of its tensors are copied "
-                "from the host. Capture forward and backward and step outside the graph, or use the kernel in CUDA "
-                "C++, which can be captured: gradsel_kernels.use_backend('cuda')"
-            )
+    stream = stream_of(device)
+    if is_capturing(device):
+        raise RuntimeError(
+            "Triton's masked_adam_ cannot be captured in a CUDA graph: the addresses of its tensors are copied from "
+            "the host. Capture forward and backward and step outside the graph, or use the kernel in CUDA C++, which "
+            "can be captured: gradsel_kernels.use_backend('cuda')"
+        )
 
     def prepare() -> list[_Launch]:
         buckets: dict[_Bucket, tuple[list[list[int]], list[int]]] = {}
