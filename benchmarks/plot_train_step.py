@@ -17,7 +17,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
-from gradsel import plots
+from gradsel.demo import plots
 
 Row = dict[str, str]
 #: Name in the picture, colour and marker of every method, in the order of the table.

@@ -26,7 +26,7 @@ from common import MACHINE, RESULTS, machine, merge
 from torch import Tensor, nn
 
 import gradsel
-from gradsel.counting import MODELS
+from gradsel.papers.counting import MODELS
 
 FIELDS = ["benchmark", "model", "tokens", "phase", "peak_bytes", "seconds", "note", "transformers", *MACHINE]
 KEY = ("benchmark", "model", "tokens", "phase", "device", "threads")

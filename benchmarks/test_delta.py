@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 import gradsel
-from gradsel.delta import Delta, save_delta
-from gradsel.delta_bank import TaskBank
-from gradsel.delta_export import export
-from gradsel.fingerprints import fingerprints
-from gradsel.models import vit_base_patch16_224
+from gradsel.delta.bank import TaskBank
+from gradsel.delta.delta import Delta, save_delta
+from gradsel.delta.exporting import export
+from gradsel.papers.vit import vit_base_patch16_224
+from gradsel.parameters.fingerprints import fingerprints
 
 peft = pytest.importorskip("peft")
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 import gradsel
-from gradsel.criteria import criterion_of
-from gradsel.models import vit_base_patch16_224
-from gradsel.policies import Policy
-from gradsel.rules import parameter_rules
-from gradsel.selecting import Ranker
+from gradsel.papers.vit import vit_base_patch16_224
+from gradsel.parameters.rules import parameter_rules
+from gradsel.ranking.criteria import criterion_of
+from gradsel.ranking.policies import Policy
+from gradsel.ranking.selecting import Ranker
 
 POLICIES: list[tuple[Policy, int]] = [
     (gradsel.PerNeuron(1), 1),

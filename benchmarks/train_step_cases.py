@@ -20,8 +20,8 @@ from torch.optim import AdamW
 from tqdm.auto import tqdm
 
 import gradsel
-from gradsel.demo import digits
-from gradsel.models import VisionTransformer
+from gradsel.demo.demo import digits
+from gradsel.papers.vit import VisionTransformer
 
 SELECTION_BATCHES = 4
 

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 import gradsel
 import gradsel_kernels as gk
 from gradsel.masks import Frozen, Mask, PerRow, Whole
-from gradsel.models import VisionTransformer
-from gradsel.rules import parameter_rules
+from gradsel.papers.vit import VisionTransformer
+from gradsel.parameters.rules import parameter_rules
 
 BASELINE = "torch Adam(fused), dense"
 SECTOR = 32

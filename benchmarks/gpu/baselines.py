@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.optim import Adam, AdamW
 
 import gradsel
-from gradsel.models import VisionTransformer
+from gradsel.papers.vit import VisionTransformer
 
 Build = Callable[[nn.Module], Contender]
 

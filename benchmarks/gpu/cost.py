@@ -33,7 +33,7 @@ from results import ERROR
 from steps import Comparison, alone
 
 import gradsel
-from gradsel.models import VisionTransformer
+from gradsel.papers.vit import VisionTransformer
 
 CLASSES = 100
 TOY = {"image_size": 32, "patch": 8, "dim": 64, "depth": 2, "heads": 4}

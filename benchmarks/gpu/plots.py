@@ -12,8 +12,8 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from results import Row, failed
 
-from gradsel import plots
-from gradsel.plots import BLUE, GREEN, GREY, ORANGE, PINK, SKY
+from gradsel.demo import plots
+from gradsel.demo.plots import BLUE, GREEN, GREY, ORANGE, PINK, SKY
 
 COLOURS = {"cuda": BLUE, "triton": GREEN, "native": GREEN, "reference": GREEN, topk.READING: GREY}
 MARKS = "osD^vPX<>hd"

@@ -4,21 +4,27 @@
 :class:`MaskedAdam` trains them. The kernels are in :mod:`gradsel_kernels`.
 """
 
-from gradsel import presets
-from gradsel.anchoring import anchored_groups
-from gradsel.attaching import AttachReport, attach, detach, sync, trainable_parameters
-from gradsel.counting import trainable_count
-from gradsel.criteria import Criterion, random_scores
-from gradsel.delta import Delta, load_delta, save_delta
-from gradsel.delta_bank import TaskBank
-from gradsel.delta_export import export
-from gradsel.losses import SupConLoss, contrastive, cross_entropy
-from gradsel.optim import MaskedAdam, MaskedAdamW, state_bytes
-from gradsel.policies import Columns, Global, PerLayer, PerNeuron, Rows, equal_budget
-from gradsel.rules import ranked_sizes
-from gradsel.selecting import select
+from gradsel.delta import Delta, TaskBank, export, load_delta, save_delta
+from gradsel.nn import AttachReport, attach, detach, sync, trainable_parameters
+from gradsel.optim import MaskedAdam, MaskedAdamW, anchored_groups, state_bytes
+from gradsel.papers import presets, trainable_count
+from gradsel.parameters import ranked_sizes
+from gradsel.ranking import (
+    Columns,
+    Criterion,
+    Global,
+    PerLayer,
+    PerNeuron,
+    Rows,
+    SupConLoss,
+    contrastive,
+    cross_entropy,
+    easiest_subset,
+    equal_budget,
+    random_scores,
+    select,
+)
 from gradsel.selection import Selection, freeze
-from gradsel.subsets import easiest_subset
 from gradsel_kernels import __version__
 
 __all__ = [

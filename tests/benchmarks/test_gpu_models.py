@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import gradsel
-from gradsel.models import VisionTransformer
+from gradsel.papers.vit import VisionTransformer
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"))

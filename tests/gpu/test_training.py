@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import gradsel
-from gradsel.links import selected_in
+from gradsel.attached import selected_in
 from gradsel.masks import Flat, PerRow, Whole
 from tests.gpu import ON_CPU
 from tests.gradsel.test_attach import (

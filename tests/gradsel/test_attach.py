@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import gradsel
-from gradsel.links import selected_in
+from gradsel.attached import selected_in
 from gradsel.masks import Flat, Frozen, Mask, PerRow, Whole, WholeColumns, WholeRows
-from gradsel.rules import parameter_rules
+from gradsel.parameters.rules import parameter_rules
 from tests.gradsel.toy import Toy, batches, cross_entropy
 
 SEED = 3
@@ -411,8 +411,10 @@ def test_masked_adam_makes_one_call_and_needs_no_hook(monkeypatch):
     gradsel.attach(model, selection)
     optimizer = gradsel.MaskedAdam(gradsel.trainable_parameters(model))
     calls = []
-    original = gradsel.optim.gk.masked_adam_
-    monkeypatch.setattr(gradsel.optim.gk, "masked_adam_", lambda *a, **k: calls.append(1) or original(*a, **k))
+    original = gradsel.optim.optimizer.gk.masked_adam_
+    monkeypatch.setattr(
+        gradsel.optim.optimizer.gk, "masked_adam_", lambda *a, **k: calls.append(1) or original(*a, **k)
+    )
     monkeypatch.setattr(PerRow, "scatter_", lambda *a: pytest.fail("the kernel writes the weights"))
     cross_entropy(model, data()[0]).backward()
     optimizer.step()

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from gradsel import cli
+from gradsel.cli import main as cli
 
 
 def test_prints_both_tables(capsys):

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import gradsel
-from gradsel.delta import Delta, load_delta, save_delta
-from gradsel.delta_export import export
-from gradsel.delta_parts import bits_of, same_bits
+from gradsel.delta.delta import Delta, load_delta, save_delta
+from gradsel.delta.exporting import export
+from gradsel.delta.parts import bits_of, same_bits
 from gradsel.masks import Flat, Frozen, PerRow, Whole, WholeColumns, WholeRows
 from gradsel.views import NeuronView
 from tests.gradsel.test_attach import KINDS, check_consistent, data, random_selection, toy

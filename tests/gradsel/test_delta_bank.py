@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import gradsel
-from gradsel.delta import Delta
-from gradsel.delta_bank import TaskBank
-from gradsel.delta_parts import same_bits
+from gradsel.delta.bank import TaskBank
+from gradsel.delta.delta import Delta
+from gradsel.delta.parts import same_bits
 from tests.gradsel.test_attach import data, random_selection
 from tests.gradsel.test_delta import assert_same, frozen_copy, plain, train
 from tests.gradsel.toy import Toy
@@ -244,8 +244,8 @@ def test_a_write_that_fails_leaves_the_base(monkeypatch):
     for name in ("rows", "per-row"):
         bank.add(name, deltas[name])
     bank.activate("rows")
-    for module in ("delta_bank", "delta_applying"):
-        real, calls = getattr(gradsel, module).write_, []
+    for module in ("bank", "applying"):
+        real, calls = getattr(gradsel.delta, module).write_, []
 
         def failing(*args, real=real, calls=calls):
             calls.append(args)
@@ -254,9 +254,9 @@ def test_a_write_that_fails_leaves_the_base(monkeypatch):
             real(*args)
 
         with monkeypatch.context() as patch:
-            patch.setattr(f"gradsel.{module}.write_", failing)
+            patch.setattr(f"gradsel.delta.{module}.write_", failing)
             with pytest.raises(KeyboardInterrupt):
-                bank.activate("per-row") if module == "delta_bank" else deltas["rows"].apply_(base)
+                bank.activate("per-row") if module == "bank" else deltas["rows"].apply_(base)
         assert_same(base, states[None])
         assert bank.active is None
     bank.activate("per-row")

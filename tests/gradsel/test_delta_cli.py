@@ -10,9 +10,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from gradsel import cli, delta_checkpoint
-from gradsel.delta import Delta
-from gradsel.delta_export import export
+from gradsel.cli import main as cli
+from gradsel.delta import checkpoints as delta_checkpoint
+from gradsel.delta.delta import Delta
+from gradsel.delta.exporting import export
 from tests.gradsel.test_delta import plain, trained
 
 INDEX = "model.safetensors.index.json"

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 
 import gradsel
 import gradsel_kernels as gk
-from gradsel import selection_file
-from gradsel.delta import Delta, load_delta, save_delta
-from gradsel.delta_coding import from_gaps, packed, to_gaps, unpacked
-from gradsel.delta_parts import Part, same_bits
+from gradsel import sealed
+from gradsel.delta.coding import from_gaps, packed, to_gaps, unpacked
+from gradsel.delta.delta import Delta, load_delta, save_delta
+from gradsel.delta.parts import Part, same_bits
 from gradsel.masks import Flat, PerRow, Whole, WholeColumns, WholeRows, same
 from gradsel.views import NeuronView
 from tests.gradsel.test_delta import assert_same, delta_of, frozen_copy, trained
@@ -188,7 +188,7 @@ def test_a_crash_leaves_the_old_file(path, monkeypatch, fails):
             args[1].write_bytes(b"half")
         raise fault
 
-    target, name = {"write": (selection_file, "save_file"), "fsync": (os, "fsync"), "replace": (os, "replace")}[fails]
+    target, name = {"write": (sealed, "save_file"), "fsync": (os, "fsync"), "replace": (os, "replace")}[fails]
     monkeypatch.setattr(target, name, broken)
     with pytest.raises(OSError, match="No space left"):
         delta_of(x={0: 1.0})[0].save(path)
@@ -227,7 +227,7 @@ def rewrite(path, change):
     change(metadata, tensors, parameters)
     metadata["parameters"] = json.dumps(parameters)
     if "checksum" in metadata:
-        metadata["checksum"] = selection_file._checksum(metadata, tensors)
+        metadata["checksum"] = sealed._checksum(metadata, tensors)
     save_file(tensors, path, metadata)
 
 
@@ -397,9 +397,9 @@ def test_mutated_files_with_a_right_checksum_do_not_crash(path):
         text = list(metadata["parameters"])
         digits = [place for place, letter in enumerate(text) if letter.isdigit()]
         text[random.choice(digits)] = random.choice("0123456789")
-        sealed = {**metadata, "parameters": "".join(text)}
-        sealed["checksum"] = selection_file._checksum(sealed, changed)
-        save_file(changed, path, sealed)
+        described = {**metadata, "parameters": "".join(text)}
+        described["checksum"] = sealed._checksum(described, changed)
+        save_file(changed, path, described)
         try:
             loaded = Delta.load(path, force=True)
         except ValueError:

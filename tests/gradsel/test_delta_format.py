@@ -12,9 +12,9 @@ import numpy
 import pytest
 import torch
 
-from gradsel.delta import Delta, save_delta
+from gradsel.delta.delta import Delta, save_delta
 from gradsel.masks import Flat, PerRow, Whole, WholeColumns, WholeRows
-from gradsel.selection import Selection
+from gradsel.selection.selection import Selection
 from gradsel.views import NeuronView
 from tests.gradsel.test_delta import Odd, odd_selection
 from tests.gradsel.test_delta_files import cols

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import gradsel
-from gradsel.delta import Delta
-from gradsel.delta_parts import same_bits
+from gradsel.delta.delta import Delta
+from gradsel.delta.parts import same_bits
 
 peft = pytest.importorskip("peft")
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 import gradsel
-from gradsel import cli
-from gradsel.models import VisionTransformer, vit_base_patch16_224
-from gradsel.training import fine_tune, jitter, warmup_cosine
+from gradsel.cli import main as cli
+from gradsel.demo.training import fine_tune, jitter, warmup_cosine
+from gradsel.papers.vit import VisionTransformer, vit_base_patch16_224
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("peft")
-from gradsel import ablation, demo
+from gradsel.demo import ablation, demo
 
 TINY = demo.Settings(dim=8, depth=1, heads=2, pretrain_epochs=1, shots=3, epochs=2)
 
@@ -286,10 +286,10 @@ def test_the_command_prints_a_table_and_writes_its_files(results, monkeypatch, t
 def test_a_missing_package_is_named_with_what_to_install(package, monkeypatch, capsys):
     for module in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, module)
-    for module in ("gradsel.ablation", "gradsel.demo", "gradsel.plots"):
+    for module in ("gradsel.demo.ablation", "gradsel.demo.demo", "gradsel.demo.plots"):
         monkeypatch.delitem(sys.modules, module)
     for name in ("ablation", "demo", "plots"):
-        monkeypatch.delattr(gradsel, name)
+        monkeypatch.delattr(gradsel.demo, name)
     monkeypatch.setitem(sys.modules, package, None)
     assert cli.main(["demo"]) == 2
     message = capsys.readouterr().err

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradsel_kernels as gk
-from gradsel import functional
 from gradsel.masks import Flat, Mask, PerRow, WholeColumns, WholeRows
-from gradsel.products import COPIED_SHARE, Taps
+from gradsel.masks.products import COPIED_SHARE, Taps
+from gradsel.nn import functional
 from gradsel.views import NeuronView
 
 

@@ -73,16 +73,16 @@ def test_auto_streams_a_single_batch_and_says_so():
 def test_auto_plans_by_the_free_memory(monkeypatch):
     model = Toy().eval()
     expected = gradsel.select(model, batches(), cross_entropy)
-    monkeypatch.setattr("gradsel.planning._free_on", lambda device: 12000)
+    monkeypatch.setattr("gradsel.ranking.planning._free_on", lambda device: 12000)
     found = gradsel.select(model, batches(), cross_entropy)
     assert found.notes["memory"].startswith("grouped: ")
     assert "at most 6,000 bytes" in found.notes["memory"]
     same(found, expected)
-    monkeypatch.setattr("gradsel.planning._free_on", lambda device: 10)  # a single gradient has to fit anyway
+    monkeypatch.setattr("gradsel.ranking.planning._free_on", lambda device: 10)  # a single gradient has to fit anyway
     same(gradsel.select(model, batches(), cross_entropy), expected)
     only_once = gradsel.select(model, iter(batches()), cross_entropy)  # nothing else is possible
     assert only_once.notes["memory"].startswith("full: ")
-    monkeypatch.setattr("gradsel.planning._free_on", lambda device: None)
+    monkeypatch.setattr("gradsel.ranking.planning._free_on", lambda device: None)
     assert gradsel.select(model, batches(), cross_entropy).notes["memory"].startswith("full: ")
 
 
@@ -230,7 +230,7 @@ def calls_backward(model, batch):
     ],
 )
 def test_bad_arguments_change_nothing(arguments, message, monkeypatch):
-    monkeypatch.setattr("gradsel.planning._free_on", lambda device: 12000)
+    monkeypatch.setattr("gradsel.ranking.planning._free_on", lambda device: 12000)
     model = Toy().eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises((ValueError, TypeError), match=message):

@@ -18,10 +18,10 @@ import transformers as hf
 from torch import Tensor, nn
 
 import gradsel
-from gradsel.blocks import block_names
 from gradsel.masks import Frozen, Whole
-from gradsel.models import Attention, VisionTransformer
-from gradsel.rules import parameter_rules
+from gradsel.papers.vit import Attention, VisionTransformer
+from gradsel.parameters.blocks import block_names
+from gradsel.parameters.rules import parameter_rules
 from gradsel.views import NeuronView
 
 # --- The models --------------------------------------------------------------------------------------------------

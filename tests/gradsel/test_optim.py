@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gradsel
 import gradsel_kernels as gk
 from gradsel.masks import Flat, Frozen, PerRow, Whole, WholeColumns, WholeRows, from_parts
-from gradsel.optim_state import fingerprint
+from gradsel.optim.state import fingerprint
 from gradsel.views import NeuronView
 from tests.gradsel.toy import Toy, batches, cross_entropy
 from tests.kernels.cases import same_bits
@@ -198,7 +198,7 @@ def test_attached_models_are_anchored_to_what_they_were_at_attach(backend, dtype
     pretrained = copy.deepcopy(model.state_dict())
     gradsel.attach(model, selection)
     optimizer = gradsel.MaskedAdam(gradsel.trainable_parameters(model), lr=0.01)
-    wholes = [p for p in optimizer.param_groups[0]["params"] if gradsel.links.owner_of(p) is None]
+    wholes = [p for p in optimizer.param_groups[0]["params"] if gradsel.attached.owner_of(p) is None]
 
     def steps():
         for x, y in batches(3):
@@ -261,13 +261,13 @@ def test_the_stronger_the_anchor_the_nearer_the_weights_stay():
         model = copy.deepcopy(start)
         gradsel.attach(model, selection)
         parameters = gradsel.trainable_parameters(model)
-        held = [p for p in parameters if gradsel.links.owner_of(p) is not None]
+        held = [p for p in parameters if gradsel.attached.owner_of(p) is not None]
         groups = [{"params": held, "anchor": anchor}, {"params": [p for p in parameters if p not in set(held)]}]
         optimizer = gradsel.MaskedAdamW(groups, lr=0.01, weight_decay=0.0, anchor_decoupled=True)
         train(model, optimizer, 20)
         kept = [p for p, state in optimizer.state.items() if "original" in state]
         assert set(kept) == ({p for p in held if p.grad is not None} if anchor else set())
-        return sum((p - gradsel.links.owner_of(p)[1].original).square().sum().item() for p in held)
+        return sum((p - gradsel.attached.owner_of(p)[1].original).square().sum().item() for p in held)
 
     assert distance(0.0) > distance(5.0) > distance(40.0) > 0
 
@@ -668,7 +668,7 @@ def test_a_dense_run_goes_on_as_a_masked_one(cls, attached):
             wide_grads(twin, batch, selection)
             parameters = ours.param_groups[0]["params"]
             for p, q in zip(parameters[::-1] if attached else parameters, twin.named_parameters(), strict=True):
-                owner = gradsel.links.owner_of(p)
+                owner = gradsel.attached.owner_of(p)
                 grad = q[1].grad
                 if grad is not None and p.requires_grad:
                     p.grad = grad.clone() if owner is None else owner[1].mask.gather(grad)
@@ -696,7 +696,7 @@ def test_a_masked_run_goes_on_as_a_dense_one(kind):
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
-    routes = [(p, gradsel.links.owner_of(p)) for p in optimizer.param_groups[0]["params"]]
+    routes = [(p, gradsel.attached.owner_of(p)) for p in optimizer.param_groups[0]["params"]]
     weights = [nn.Parameter((p if owner is None else owner[0]).detach().clone()) for p, owner in routes]
     dense = torch.optim.Adam(weights, foreach=False, fused=False)
     dense.load_state_dict(torch.load(file, weights_only=True))
@@ -797,7 +797,7 @@ def test_attached_models_are_reselected_through_the_dense_state():
     optimizer.load_state_dict(state)
     numbers = {name: number for number, name in enumerate(state["param_groups"][0]["param_names"])}
     for name, p in trained(model):
-        owner = gradsel.links.owner_of(p)
+        owner = gradsel.attached.owner_of(p)
         moments = state["state"][numbers[name.removesuffix("_values")]]["exp_avg"]
         assert torch.equal(optimizer.state[p]["exp_avg"], moments if owner is None else owner[1].mask.gather(moments))
         assert optimizer.state[p]["step"] == 1
@@ -907,7 +907,7 @@ def test_reselecting_leaves_groups_with_masks_of_their_own_and_failures_change_n
     optimizer.step()
     before = {p: dict(state) for p, state in optimizer.state.items()}
     with monkeypatch.context() as patch:
-        patch.setattr("gradsel.optim.migrated", lambda *args: 1 / 0)
+        patch.setattr("gradsel.optim.optimizer.migrated", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             optimizer.reselect(random_masks(model, 1, 3))
     assert {p: dict(state) for p, state in optimizer.state.items()}.keys() == before.keys()

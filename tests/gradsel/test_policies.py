@@ -10,8 +10,8 @@ import torch
 import gradsel
 import gradsel_kernels as gk
 from gradsel.masks import Whole
-from gradsel.policies import covering_columns, largest
-from gradsel.rules import ranked_sizes
+from gradsel.parameters.rules import ranked_sizes
+from gradsel.ranking.policies import covering_columns, largest
 from gradsel.views import NeuronView
 from tests.gradsel.toy import Toy, batches, cross_entropy
 

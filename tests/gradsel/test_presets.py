@@ -6,8 +6,9 @@ import dataclasses
 
 import pytest
 
-from gradsel import Columns, PerNeuron, Rows, counting, presets
-from gradsel.presets import Between
+from gradsel import Columns, PerNeuron, Rows
+from gradsel.papers import counting, presets
+from gradsel.papers.presets import Between
 
 
 def test_gps_of_one_data_set_is_complete():

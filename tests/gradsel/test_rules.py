@@ -11,8 +11,9 @@ from torch.nn.utils.parametrizations import weight_norm
 from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector
 
 import gradsel
-from gradsel.blocks import block_names
-from gradsel.rules import HEAD, KINDS, parameter_rules, ranked_sizes, strip_wrappers
+from gradsel.parameters.blocks import block_names
+from gradsel.parameters.names import strip_wrappers
+from gradsel.parameters.rules import HEAD, KINDS, parameter_rules, ranked_sizes
 
 
 class Every(nn.Module):

@@ -11,7 +11,8 @@ from torch import nn
 
 import gradsel
 from gradsel.masks import Frozen, PerRow, Whole
-from gradsel.rules import parameter_rules, strip_wrappers
+from gradsel.parameters.names import strip_wrappers
+from gradsel.parameters.rules import parameter_rules
 from tests.gradsel.toy import Toy, batches, cross_entropy
 
 

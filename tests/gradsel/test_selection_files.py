@@ -16,9 +16,9 @@ from torch import nn
 
 import gradsel
 import gradsel_kernels as gk
-from gradsel import selection_file
-from gradsel.fingerprints import fingerprint, fingerprints
+from gradsel import sealed
 from gradsel.masks import Flat, Frozen, PerRow, Whole, WholeColumns, WholeRows
+from gradsel.parameters.fingerprints import fingerprint, fingerprints
 from gradsel.views import NeuronView
 from tests.gradsel.toy import Toy
 
@@ -107,7 +107,7 @@ def rewrite(path, change, seal=True):
     change(metadata, tensors, parameters)
     metadata["parameters"] = json.dumps(parameters)
     if seal and "checksum" in metadata:
-        metadata["checksum"] = selection_file._checksum(metadata, tensors)
+        metadata["checksum"] = sealed._checksum(metadata, tensors)
     save_file(tensors, path, metadata)
 
 

@@ -11,9 +11,9 @@ from peft import PeftModel, ShiraConfig, get_peft_model
 from torch import nn
 
 import gradsel
-from gradsel import plots
-from gradsel.distribution import split_names
+from gradsel.demo import plots
 from gradsel.masks import Flat, Frozen, PerRow, Whole, WholeRows
+from gradsel.selection.distribution import split_names
 from gradsel.views import NeuronView
 from tests.gradsel.toy import Toy, batches, cross_entropy
 

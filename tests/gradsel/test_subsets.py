@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from gradsel.subsets import EasiestSubset, easiest_subset
+from gradsel.ranking.subsets import EasiestSubset, easiest_subset
 
 
 class Numbers(Dataset):

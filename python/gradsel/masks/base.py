@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 import gradsel_kernels as gk
-from gradsel.products import COPIED_SHARE, Lookup, Product
+from gradsel.masks.products import COPIED_SHARE, Lookup, Product
 from gradsel.views import NeuronView, memory_offsets
 
 
@@ -121,7 +121,7 @@ class Mask(ABC):
         Args:
             view: the layer's rows and columns.
             groups: of a grouped convolution: its rows are cut into as many blocks, each with inputs of its own.
-            share: see :data:`gradsel.products.COPIED_SHARE`.
+            share: see :data:`gradsel.masks.products.COPIED_SHARE`.
         """
         rows, n = view.shape(self.shape)
         row, col = self._coordinates(view)

@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 import gradsel_kernels as gk
 from gradsel.masks.base import Mask, Place, matrix_shape, memory_of
-from gradsel.masks.parts import ascends, fewest_bytes, narrow, no_part, part_of, unpack, widen
+from gradsel.masks.encoding import ascends, fewest_bytes, narrow, no_part, part_of, unpack, widen
 
 
 class Flat(Mask):

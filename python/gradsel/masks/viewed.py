@@ -13,8 +13,8 @@ from typing_extensions import Self
 
 import gradsel_kernels as gk
 from gradsel.masks.base import Mask, Place, memory_of
-from gradsel.masks.parts import ascends, fewest_bytes, narrow, part_of, unpack, widen
-from gradsel.products import COPIED_SHARE, Lookup, Product
+from gradsel.masks.encoding import ascends, fewest_bytes, narrow, part_of, unpack, widen
+from gradsel.masks.products import COPIED_SHARE, Lookup, Product
 from gradsel.views import NeuronView
 
 

@@ -1,0 +1,13 @@
+"""The fine-tuned difference: made, saved, applied, reverted and exchanged."""
+
+from gradsel.delta.bank import TaskBank
+from gradsel.delta.delta import Delta, load_delta, save_delta
+from gradsel.delta.exporting import export
+
+__all__ = [
+    "Delta",
+    "TaskBank",
+    "export",
+    "load_delta",
+    "save_delta",
+]

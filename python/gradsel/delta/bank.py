@@ -1,0 +1,186 @@
+"""Many tasks on one model: switching writes the entries of the old task and of the new one, and nothing else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import combinations
+
+from torch import Tensor, nn
+
+from gradsel.delta.applying import Layer, Site, originals_in, require_in_place, sites_of
+from gradsel.delta.combining import paired
+from gradsel.delta.delta import Delta
+from gradsel.delta.parts import write_
+from gradsel.masks import same
+from gradsel.selection.overlap import Overlap, overlap
+from gradsel.tables import table
+
+
+@dataclass
+class _Task:
+    delta: Delta
+    sites: list[Site]
+    originals: list[Tensor]
+    overwritten: dict[str, frozenset[str]] = field(default_factory=dict)
+
+    def overwritten_by(self, name: str, other: _Task) -> frozenset[str]:
+        """The tensors of which another task, of this name, sets the same entries, so that none has to be restored."""
+        if name not in self.overwritten:
+            ours, theirs = self.delta.masks, other.delta.masks
+            self.overwritten[name] = frozenset(key for key in ours if key in theirs and same(ours[key], theirs[key]))
+        return self.overwritten[name]
+
+
+def _restore(task: _Task, but: frozenset[str] = frozenset()) -> None:
+    """Writes back the entries of the base that a task replaces, but for those of some tensors."""
+    for site, entries in zip(task.sites, task.originals, strict=True):
+        if site.name not in but:
+            write_(site.tensor, site.part, entries)
+
+
+class TaskBank(Layer):
+    """Deltas of one base model, one of which, or none, is in the model.
+
+    Switching is exact to the bit in any order. It writes in place: parameters stay the same objects at the same place
+    in memory, and what torch.compile made of the model stays valid. It must not run beside a forward pass.
+
+    Args:
+        model: the plain base, wrapped or not, as it is without a task.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model = model
+        self._tasks: dict[str, _Task] = {}
+        self._active: str | None = None
+
+    def add(self, name: str, delta: Delta | str | os.PathLike[str], *, force: bool = False) -> None:
+        """Adds a task, without switching to it; the indices of its entries are worked out here.
+
+        Args:
+            name: any, not taken.
+            delta: or its file.
+            force: see :meth:`gradsel.delta.Delta.apply_`.
+
+        Raises:
+            ValueError: the name is taken; another model or base, such as a head of another size.
+        """
+        if name in self._tasks:
+            raise ValueError(f"the bank has a task {name!r} already; remove it first")
+        delta = delta if isinstance(delta, Delta) else Delta.load(delta, force=force)
+        sites = sites_of(delta, self._model, force)
+        active = self._active
+        self.activate(None)  # what the task replaces are entries of the base
+        try:
+            originals = originals_in(sites, force)
+        finally:
+            self.activate(active)
+        self._tasks[name] = _Task(delta, sites, originals)
+
+    def activate(self, name: str | None) -> None:
+        """Switches to a task, or with None to the base, wherever the model is now.
+
+        Raises:
+            KeyError: no such task.
+            RuntimeError: something else was applied to the same tensors; the model was attached, moved or cast, or has
+                other tensors, since the task was added. Nothing has been written.
+        """
+        if name is not None and name not in self._tasks:
+            raise KeyError(f"the bank has no task {name!r}; it has {', '.join(self._tasks) or 'none'}")
+        if name == self._active:
+            return
+        new = None if name is None else self._tasks[name]
+        old = None if self._active is None else self._tasks[self._active]
+        sites = [*(old.sites if old else ()), *(new.sites if new else ())]
+        require_in_place(sites, self._model)
+        self._require_alone(sites)
+        try:
+            if old:
+                rewritten = old.overwritten_by(name, new) if new and name is not None else frozenset()
+                _restore(old, rewritten)
+            if new:
+                for site in new.sites:
+                    write_(site.tensor, site.part, site.values)
+        except BaseException:  # the base, rather than parts of two tasks
+            for task in filter(None, (new, old)):
+                _restore(task)
+            self._active = None
+            self._take_off()
+            raise
+        self._active = name
+        if new:
+            self._put_on(new.sites)
+        else:
+            self._take_off()
+
+    def remove(self, name: str) -> None:
+        """Forgets a task; if it is active, the model becomes the base.
+
+        Raises:
+            KeyError: no such task.
+        """
+        if name == self._active:
+            self.activate(None)
+        if self._tasks.pop(name, None) is None:
+            raise KeyError(f"the bank has no task {name!r}")
+        for task in self._tasks.values():
+            task.overwritten.pop(name, None)
+
+    @property
+    def active(self) -> str | None:
+        """The task that is in the model."""
+        return self._active
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All tasks, in the order in which they were added."""
+        return tuple(self._tasks)
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tasks)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tasks
+
+    def __getitem__(self, name: str) -> Delta:
+        return self._tasks[name].delta
+
+    def overlap(self, *, whole: bool = False) -> TaskOverlap:
+        """How many entries each two tasks both set.
+
+        Args:
+            whole: count also tensors that either task sets whole, such as biases.
+        """
+        masks = {name: task.delta.masks for name, task in self._tasks.items()}
+        return TaskOverlap({(a, b): overlap(*paired(masks[a], masks[b]), whole) for a, b in combinations(masks, 2)})
+
+    def __repr__(self) -> str:
+        return f"TaskBank({', '.join(self._tasks)}; active: {self._active})"
+
+
+class TaskOverlap(Mapping[tuple[str, str], Overlap]):
+    """The overlap of every two tasks, by their names; printable."""
+
+    def __init__(self, pairs: Mapping[tuple[str, str], Overlap]) -> None:
+        self._pairs = dict(pairs)
+
+    def __getitem__(self, pair: tuple[str, str]) -> Overlap:
+        return self._pairs[pair] if pair in self._pairs else self._pairs[pair[::-1]]
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        return iter(self._pairs)
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __str__(self) -> str:
+        rows = [
+            (a, b, f"{found.shared:,}", f"{found.a:,}", f"{found.b:,}", f"{100 * found.share:.1f} %")
+            for (a, b), found in self.items()
+        ]
+        return "\n".join(table(("task", "task", "shared", "first sets", "second sets", "of the smaller"), rows))

@@ -1,0 +1,99 @@
+"""The file of a delta: safetensors with JSON metadata, described byte by byte in docs/deltas.md. It is not trusted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradsel.delta.coding import packed, unpacked
+from gradsel.delta.parts import Part
+from gradsel.sealed import by_parameter, json_object, reading_sealed, write_sealed
+
+FORMAT = "gradsel.delta"
+VERSION = "1"
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.float64, torch.float32, torch.bfloat16, torch.float16,
+        torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+    )
+}  # fmt: skip
+
+
+def write(
+    path: str | os.PathLike[str], parts: Mapping[str, Part], notes: Mapping[str, Any], originals: bool = False
+) -> None:
+    """Writes one file, atomically; with the replaced entries, if asked for.
+
+    Raises:
+        ValueError: they are asked for and not known; the notes are not JSON.
+    """
+    tensors: dict[str, Tensor] = {}
+    parameters = {}
+    for name, part in parts.items():
+        parameters[name] = {
+            "kind": part.mask.kind,
+            "shape": list(part.mask.shape),
+            **part.mask.describe(),
+            "dtype": str(part.dtype).removeprefix("torch."),
+            "digest": part.digest,
+            "fingerprint": part.fingerprint,
+        }
+        kept = packed(part.mask) | {"values": part.values}
+        if originals:
+            if part.originals is None:
+                raise ValueError(f"the original entries of {name} are not known, so they cannot be saved")
+            kept["originals"] = part.originals
+        for key, tensor in kept.items():
+            tensors[f"{name}:{key}"] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    write_sealed(path, FORMAT, VERSION, {"parameters": parameters, "notes": notes}, tensors)
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Part], dict[str, Any]]:
+    """Parts and notes of a file that :func:`write` wrote.
+
+    Raises:
+        ValueError: the file is no delta, is damaged, or was written by a later version.
+    """
+    with reading_sealed(path, FORMAT, VERSION, "a delta") as (metadata, tensors):
+        owned = by_parameter(tensors)
+        parameters = json_object(metadata, "parameters")
+        if unknown := [name for name in owned if name not in parameters]:
+            raise ValueError(f"tensors of unknown parameters: {', '.join(unknown)}")
+        parts = {name: _named(name, described, owned.get(name, {})) for name, described in parameters.items()}
+        notes = json_object(metadata, "notes")
+    return parts, notes
+
+
+def _named(name: str, described: Mapping[str, Any], tensors: dict[str, Tensor]) -> Part:
+    try:
+        return _part(described, tensors)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _part(described: Mapping[str, Any], tensors: dict[str, Tensor]) -> Part:
+    values, originals = tensors.pop("values"), tensors.pop("originals", None)
+    mask = unpacked(described["kind"], described["shape"], described, tensors)
+    dtype, digest, fingerprint = _DTYPES[described["dtype"]], described["digest"], described["fingerprint"]
+    if not mask.nnz:
+        raise ValueError("no entries")  # their other size could be anything
+    if values.dtype not in _DTYPES.values() or (values.dtype is not dtype and not _are_floats(values.dtype, dtype)):
+        raise TypeError(f"values are {values.dtype} for a tensor of {dtype}")
+    if originals is not None and originals.dtype is not dtype:
+        raise TypeError(f"originals are {originals.dtype} for a tensor of {dtype}")
+    for what, tensor in (("values", values), ("originals", originals)):
+        if tensor is not None and tuple(tensor.shape) != mask.compact_shape:
+            raise ValueError(f"{what} must be {list(mask.compact_shape)}, got {list(tensor.shape)}")
+    if not isinstance(digest, str) or not isinstance(fingerprint, str):
+        raise TypeError("digest and fingerprint are texts")
+    # Clones: what was read may be the file itself, mapped into memory.
+    return Part(mask, values.clone(), dtype, digest, fingerprint, None if originals is None else originals.clone())
+
+
+def _are_floats(*dtypes: torch.dtype) -> bool:
+    return all(dtype.is_floating_point for dtype in dtypes)

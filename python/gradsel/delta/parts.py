@@ -1,0 +1,142 @@
+"""The parts of a delta: one touched tensor each, and how it knows the tensor that it was made on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from gradsel.masks import Mask
+from gradsel.masks.encoding import ascends
+from gradsel.parameters.fingerprints import INTEGERS
+from gradsel.parameters.names import strip_wrappers
+
+#: Entries of a tensor that a part leaves alone and that are looked at all the same before it is applied.
+PROBES = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What a delta does to one tensor.
+
+    Attributes:
+        mask: the entries that it sets.
+        values: what it sets them to, of ``mask.compact_shape``, in the dtype that they were trained or saved in.
+        dtype: of the tensor that it was made on.
+        digest: of the entries of that tensor that it replaces, and of a few others, see :func:`read`; "" if not known.
+        fingerprint: of that whole tensor, from :mod:`gradsel.parameters.fingerprints`; "" if not known.
+        originals: the entries of that tensor that it replaces, like ``values`` but of its dtype, if they are kept.
+    """
+
+    mask: Mask
+    values: Tensor
+    dtype: torch.dtype
+    digest: str = ""
+    fingerprint: str = ""
+    originals: Tensor | None = None
+    _places: dict = field(default_factory=dict, repr=False)
+
+    def places(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+        """Offsets in the memory of a tensor, worked out once for its strides and device.
+
+        Returns:
+            int64 [nnz], those of the entries in mask order, and int64 [nnz + p], those and the p <= 32 probes.
+        """
+        key = (tensor.stride(), tensor.device)
+        if key not in self._places:
+            offsets = self.mask.to(tensor.device).offsets(tensor)
+            self._places[key] = offsets, torch.cat([offsets, _probes(tensor, offsets)])
+        return self._places[key]
+
+    def remade(self, mask: Mask, values: Tensor) -> Part:
+        """A part of the same tensor that sets other entries; how the entries were before is not known."""
+        return replace(self, mask=mask, values=values, digest="", originals=None, _places={})
+
+
+def read(tensor: Tensor, part: Part) -> tuple[Tensor, str]:
+    """The entries of a dense tensor that a part replaces, flat in mask order, and the digest that goes with them.
+
+    The digest is BLAKE2b, 16 bytes as hex, of these entries and of the probes: the entries number ``i * numel // n``
+    in row-major order, with ``n = min(numel, 32)`` and i from 0, as far as the part leaves them alone.
+    """
+    both = entries_of(tensor, part) if part.mask.is_whole else memory(tensor).index_select(0, part.places(tensor)[1])
+    return both[: part.mask.nnz], _hash(both)
+
+
+def entries_of(tensor: Tensor, part: Part) -> Tensor:
+    """A copy of the entries of a dense tensor where the part is, flat in mask order."""
+    if part.mask.is_whole:
+        return tensor.detach().clone(memory_format=torch.contiguous_format).view(-1)
+    return memory(tensor).index_select(0, part.places(tensor)[0])
+
+
+def digest_with(originals: Tensor, tensor: Tensor, part: Part) -> str:
+    """The digest of a tensor as it was when it had these entries where the part is."""
+    if part.mask.is_whole:
+        return _hash(originals.reshape(-1))
+    probes = part.places(tensor)[1][part.mask.nnz :]
+    return _hash(torch.cat([originals.reshape(-1), memory(tensor)[probes]]))
+
+
+def write_(tensor: Tensor, part: Part, entries: Tensor) -> None:
+    """Writes entries, flat in mask order and of the dtype and device of ``tensor``, to where the part is."""
+    if part.mask.is_whole:
+        tensor.detach().copy_(entries.view(tensor.shape))
+    else:
+        memory(tensor).index_copy_(0, part.places(tensor)[0], entries)
+
+
+def memory(tensor: Tensor) -> Tensor:
+    """The memory of a dense tensor as a vector: an alias with the same version counter."""
+    return tensor.detach().as_strided((tensor.numel(),), (1,))
+
+
+def tensors_of(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters and buffers of a model, or the tensors of a state_dict, by name without the prefixes of wrappers.
+
+    Tied tensors are there under each of their names.
+    """
+    if not isinstance(model, nn.Module):
+        return {strip_wrappers(name): tensor for name, tensor in model.items() if isinstance(tensor, Tensor)}
+    named = [*model.named_buffers(remove_duplicate=False), *model.named_parameters(remove_duplicate=False)]
+    return {strip_wrappers(name): tensor for name, tensor in named}
+
+
+def bits_of(tensor: Tensor) -> Tensor:
+    """The bits of a tensor as integers of the same size, an alias."""
+    return tensor.detach().view(INTEGERS[tensor.element_size()])
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are of one shape and dtype and hold the same bits: NaN is NaN, and 0 is not -0."""
+    return a.shape == b.shape and a.dtype is b.dtype and torch.equal(bits_of(a), bits_of(b))
+
+
+def ascending(mask: Mask) -> tuple[Tensor, Tensor]:
+    """The entries of a mask by their row-major index in the tensor, ascending, and their places in mask order.
+
+    Both are int64 [nnz].
+    """
+    if mask.is_whole:
+        return mask.entries(), mask.entries()
+    found: tuple[Tensor, Tensor] = mask.offsets(torch.empty(mask.shape, dtype=torch.uint8)).sort()
+    return found
+
+
+def _probes(tensor: Tensor, offsets: Tensor) -> Tensor:
+    count = min(tensor.numel(), PROBES)
+    entries = torch.arange(count, device=tensor.device) * tensor.numel() // max(count, 1)
+    if not tensor.is_contiguous():
+        coordinates = torch.unravel_index(entries, tensor.shape)
+        steps = [numbers * stride for numbers, stride in zip(coordinates, tensor.stride(), strict=True)]
+        entries = torch.stack(steps).sum(0)
+    known = offsets if ascends(offsets) else offsets.sort().values
+    return entries[known[torch.searchsorted(known, entries).clamp_(max=known.numel() - 1)] != entries]
+
+
+def _hash(entries: Tensor) -> str:
+    raw = entries.detach().cpu().contiguous().view(torch.uint8).numpy()
+    return hashlib.blake2b(raw.data, digest_size=16).hexdigest()

@@ -1,0 +1,259 @@
+"""How the selected entries of a weight gradient are computed, and what forward has to keep for it.
+
+A :class:`Product` is for layers that multiply by their weight (Linear, Conv), a :class:`Lookup` for embeddings. A mask
+makes either (:meth:`gradsel.masks.Mask.product`, :meth:`~gradsel.masks.Mask.lookup`); the autograd functions use them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import gradsel_kernels as gk
+from gradsel.dtypes import trained_dtype
+
+#: Stride, padding and dilation of a convolution, one number for each dimension of its kernel.
+Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+
+#: Where more than this share of an input is used, forward keeps a reference to the input itself instead of a copy of
+#: the used part: sibling layers (query, key and value) may keep the same one, and then it costs nothing more.
+COPIED_SHARE = 0.5
+
+
+class _Movable:
+    """Dataclasses of tensors and plain values, moved together."""
+
+    def to(self, device: torch.device):
+        moved = {
+            field.name: getattr(self, field.name).to(device)
+            for field in fields(self)  # type: ignore[arg-type]
+            if isinstance(getattr(self, field.name), Tensor)
+        }
+        return replace(self, **moved)  # type: ignore[type-var]
+
+
+@dataclass(frozen=True, eq=False)
+class Product(_Movable):
+    """The selected entries of ``grad_output.T @ input``, for rows that read one matrix of inputs.
+
+    Attributes:
+        inputs: number of input columns; of a grouped convolution, those of all groups.
+        used: int32, ascending: the columns that any entry reads; forward copies them. None: it keeps the input.
+        cols: int32 [rows, k] or [nnz], the column of each entry, as a position in ``used``.
+        row_offsets: for ``cols`` [nnz], where each row begins: int64 [rows + 1].
+        rows: int64: the entries belong to these rows only. None: to all.
+        order: int64 [nnz]: entry i of the mask is entry ``order[i]`` of the product. None: they are in the same order.
+        rows_are_inputs: the roles of the two factors are exchanged, and with them rows and columns (whole rows: a
+            product with few rows is cheapest as one with few columns).
+        shape: shape of the result.
+    """
+
+    inputs: int
+    used: Tensor | None
+    cols: Tensor
+    shape: tuple[int, ...]
+    row_offsets: Tensor | None = None
+    rows: Tensor | None = None
+    order: Tensor | None = None
+    rows_are_inputs: bool = False
+
+    @staticmethod
+    def per_row(
+        cols: Tensor, inputs: int, shape: tuple[int, ...], share: float = COPIED_SHARE, rows: Tensor | None = None
+    ) -> Product:
+        """From the input column of every entry, [rows, k]. Above ``share`` of the inputs, ``used`` is None."""
+        used, cols = _compacted(cols, inputs, share)
+        return Product(inputs, used, cols, shape, rows=rows)
+
+    @staticmethod
+    def whole_rows(rows: Tensor, inputs: int) -> Product:
+        """All columns in some rows."""
+        positions = torch.arange(rows.numel(), dtype=torch.int32, device=rows.device)
+        shape = (rows.numel(), inputs)
+        cols = positions.repeat(inputs, 1)
+        return Product(inputs, None, cols, shape, rows=rows.long(), rows_are_inputs=True)
+
+    @staticmethod
+    def irregular(row: Tensor, col: Tensor, rows: int, inputs: int, share: float = COPIED_SHARE) -> Product:
+        """From the row and the input column of every entry, each int64 [nnz], in mask order."""
+        order = None
+        if bool((row.diff() < 0).any()):
+            sorting = row.argsort(stable=True)
+            order = torch.empty_like(sorting).scatter_(0, sorting, torch.arange(sorting.numel(), device=row.device))
+            row, col = row[sorting], col[sorting]
+        offsets = torch.zeros(rows + 1, dtype=torch.int64, device=row.device)
+        torch.cumsum(torch.bincount(row, minlength=rows), 0, out=offsets[1:])
+        used, cols = _compacted(col, inputs, share)
+        return Product(inputs, used, cols, (cols.numel(),), row_offsets=offsets, order=order)
+
+    def keep(self, input: Tensor) -> Tensor:
+        """What backward needs of ``input`` [tokens, inputs]: a copy [used, tokens] of the used columns, or itself."""
+        return input if self.used is None else gk.take_columns(input, self.used)
+
+    def factor(self, kept: Tensor) -> Tensor:
+        """The [tokens, used] factor of the product, from what :meth:`keep` returned."""
+        return kept if self.used is None else kept.mT
+
+    def kept_bytes(self, tokens: int, itemsize: int) -> int:
+        """The size of what :meth:`keep` returns."""
+        return tokens * itemsize * (self.inputs if self.used is None else self.used.numel())
+
+    def weight_grad(self, grad_output: Tensor, factor: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:
+        """The selected entries in mask order, and with ``bias`` the sum of ``grad_output`` over its tokens.
+
+        Args:
+            grad_output: [tokens, rows] or [batch, tokens, rows].
+            factor: [tokens, used] or [batch, tokens, used] of the same dtype.
+        """
+        if self.rows is None:
+            if bias:
+                grad, bias_grad = gk.selected_weight_grad_bias(
+                    grad_output, factor, self.cols, row_offsets=self.row_offsets
+                )
+            else:
+                grad = gk.selected_weight_grad(grad_output, factor, self.cols, row_offsets=self.row_offsets)
+                bias_grad = None
+        else:
+            few = grad_output.index_select(-1, self.rows)
+            if self.rows_are_inputs:
+                grad = gk.selected_weight_grad(factor, few, self.cols).mT
+            else:
+                grad = gk.selected_weight_grad(few, factor, self.cols)
+            tokens = tuple(range(grad_output.ndim - 1))
+            bias_grad = grad_output.sum(tokens, dtype=grad.dtype) if bias else None
+        if self.order is not None:
+            grad = grad[self.order]
+        return grad.reshape(self.shape), bias_grad
+
+
+def _compacted(cols: Tensor, inputs: int, share: float) -> tuple[Tensor | None, Tensor]:
+    """The used columns, and each column as a position among them; None where they are all, or more than ``share``."""
+    used = cols.unique()
+    if used.numel() == inputs or used.numel() > share * inputs:
+        return None, cols.to(torch.int32)
+    return used.to(torch.int32), torch.searchsorted(used, cols.contiguous(), out_int32=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Lookup(_Movable):
+    """The selected entries of an embedding's gradient.
+
+    Attributes:
+        shape: shape of the result.
+        rows: int64, ascending: the rows (tokens) with selected entries. None: all of them.
+        cols: int64 [rows, k], the selected columns of every row, or [k], the same ones in each. None: whole rows.
+        entries: int64 [2, nnz]: position in ``rows`` and column of every entry, where rows differ in their number. The
+            gradient of these rows is formed whole.
+    """
+
+    shape: tuple[int, ...]
+    vocabulary: int
+    rows: Tensor | None = None
+    cols: Tensor | None = None
+    entries: Tensor | None = None
+
+    def weight_grad(self, grad_output: Tensor, tokens: Tensor, padding_idx: int | None) -> Tensor:
+        """The selected entries in mask order.
+
+        Args:
+            grad_output: [tokens, dim].
+            tokens: int [tokens], the numbers that were looked up.
+            padding_idx: a token without a gradient.
+        """
+        count = self.vocabulary if self.rows is None else self.rows.numel()
+        slots = tokens.long()
+        ignored = slots == (-1 if padding_idx is None else padding_idx)
+        if self.rows is not None:
+            tokens, slots = slots, torch.searchsorted(self.rows, slots).clamp_max_(count - 1)
+            ignored |= self.rows[slots] != tokens
+        picked = grad_output
+        if self.cols is not None:
+            picked = grad_output[:, self.cols] if self.cols.ndim == 1 else grad_output.gather(1, self.cols[slots])
+        grad = torch.ops.aten.embedding_dense_backward(
+            picked.to(trained_dtype(grad_output)), slots.masked_fill(ignored, count), count + 1, count, False
+        )[:count]
+        if self.entries is not None:
+            grad = grad[self.entries[0], self.entries[1]]
+        return grad.reshape(self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Taps(_Movable):
+    """The inputs of a convolution that its selected entries read. A tap is one channel at one place of the kernel.
+
+    Attributes:
+        kernel: size of the kernel in each dimension.
+        all_channels: number of input channels.
+        channels: int64, ascending: those with a used tap.
+        channel: int64 [taps], position of each tap's channel in ``channels``.
+        places: int64 [dimensions, taps], place of each tap in the kernel.
+    """
+
+    kernel: tuple[int, ...]
+    all_channels: int
+    channels: Tensor
+    channel: Tensor
+    places: Tensor
+
+    @staticmethod
+    def of(product: Product, all_channels: int, kernel: Sequence[int], device: torch.device) -> Taps:
+        """The taps of a product over the columns (channel, *place) of a convolution."""
+        rest = torch.arange(product.inputs, device=device) if product.used is None else product.used.long()
+        places = []
+        for size in reversed(kernel):
+            places.append(rest % size)
+            rest = rest // size
+        channels, channel = rest.unique(return_inverse=True)
+        return Taps(tuple(kernel), all_channels, channels, channel, torch.stack(places[::-1]))
+
+    @property
+    def count(self) -> int:
+        return self.channel.numel()
+
+    def keep(self, input: Tensor, size: Sequence[int], how: Geometry) -> tuple[str, Tensor]:
+        """What backward needs of ``input`` [batch, channels, *size]: the smallest of its form.
+
+        Args:
+            size: of the output.
+            how: stride, padding and dilation.
+
+        Returns:
+            Which one it is, for :meth:`factor`, and "taps" [batch, taps, *size], "channels" or "input".
+        """
+        positions, outputs = input[0, 0].numel() if input.numel() else 0, math.prod(size)
+        whole = self.all_channels * positions
+        smallest = min(self.count * outputs, self.channels.numel() * positions)
+        if smallest > COPIED_SHARE * whole:
+            return "input", input
+        if self.count * outputs <= smallest:
+            return "taps", self._cut(input, self.channels[self.channel], size, how)
+        return "channels", input.index_select(1, self.channels)
+
+    def factor(self, kept: Tensor, kept_as: str, size: Sequence[int], how: Geometry) -> Tensor:
+        """The [batch, tokens, taps] factor of the product, from what :meth:`keep` returned."""
+        if kept_as == "channels":
+            kept = self._cut(kept, self.channel, size, how)
+        elif kept_as == "input":
+            kept = self._cut(kept, self.channels[self.channel], size, how)
+        return kept.flatten(2).mT
+
+    def _cut(self, input: Tensor, channel: Tensor, size: Sequence[int], how: Geometry) -> Tensor:
+        """[batch, taps, *size]: what each tap reads for every output."""
+        stride, padding, dilation = how
+        padded = F.pad(input, [side for pad in reversed(padding) for side in (pad, pad)]) if any(padding) else input
+        batch, channels, *steps = padded.stride()
+        windows = padded.as_strided(
+            (*padded.shape[:2], *self.kernel, *size),
+            (
+                batch,
+                channels,
+                *(step * every for step, every in zip(steps, dilation, strict=True)),
+                *(step * every for step, every in zip(steps, stride, strict=True)),
+            ),
+        )
+        return windows[(slice(None), channel, *self.places)]

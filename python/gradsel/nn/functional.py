@@ -1,0 +1,218 @@
+"""Layers whose backward computes the selected entries of the weight's gradient, and no others.
+
+Each function is the torch function of the same name with two more arguments: ``values``, the selected entries as a
+parameter of their own, and how to compute their gradient. ``weight`` holds the same entries, is read by forward, and
+gets no gradient itself. Where no gradient is wanted, they are the torch functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.nn import grad as input_grads
+
+from gradsel.masks import Mask
+from gradsel.masks.products import Lookup, Product, Taps
+
+#: Copies of a convolution's taps that backward holds at a time, in bytes: batches are cut to stay below.
+TAP_BYTES = 2**26
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, product: Product) -> Tensor:
+    """``torch.nn.functional.linear``, with gradients for ``input``, ``bias`` and ``values``.
+
+    Args:
+        input: [..., n].
+        weight: [rows, n], any strides (the transposed weight of transformers' ``Conv1D``, for example).
+        bias: [rows], or None.
+        values: the selected entries, shaped like ``product.shape``, float32 (float64 for float64 inputs).
+        product: from :meth:`gradsel.masks.Mask.product`.
+
+    Raises:
+        RuntimeError: backward is differentiated a second time.
+    """
+    if not (torch.is_grad_enabled() and values.requires_grad):
+        return F.linear(input, weight, bias)
+    tokens = _autocast(input).reshape(-1, input.shape[-1])
+    output = _Linear.apply(tokens, weight, bias, values, product)
+    return output.view(*input.shape[:-1], weight.shape[0])
+
+
+class _Linear(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, product: Product
+    ) -> Tensor:
+        ctx.save_for_backward(weight, product.keep(input))
+        ctx.product = product
+        return F.linear(input, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor):
+        weight, kept = ctx.saved_tensors
+        wants_input, _, wants_bias, _, _ = ctx.needs_input_grad
+        grad_input = grad_output.mm(weight.to(grad_output.dtype)) if wants_input else None
+        grad_values, grad_bias = ctx.product.weight_grad(grad_output, ctx.product.factor(kept), wants_bias)
+        return grad_input, None, grad_bias, grad_values, None
+
+
+def conv(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    values: Tensor,
+    product: Product,
+    taps: Taps,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """``torch.nn.functional.conv1d``, ``conv2d`` or ``conv3d``, with gradients for ``input``, ``bias`` and ``values``.
+
+    Args:
+        input: [batch, channels, *size], or without the batch.
+        weight: [rows, channels / groups, *kernel].
+        bias: [rows], or None.
+        values: the selected entries, as in :func:`linear`.
+        product: from :meth:`gradsel.masks.Mask.product` with ``share=1``.
+        taps: ``Taps.of(product, channels, kernel)``.
+        stride, padding, dilation: one number for each dimension of the kernel.
+        groups: blocks of channels that are convolved on their own.
+
+    Raises:
+        RuntimeError: backward is differentiated a second time.
+    """
+    how = (tuple(stride), tuple(padding), tuple(dilation), groups)
+    if not (torch.is_grad_enabled() and values.requires_grad):
+        return _CONV[len(taps.kernel)](input, weight, bias, *how)
+    if input.ndim == len(taps.kernel) + 1:
+        return _Conv.apply(_autocast(input).unsqueeze(0), weight, bias, values, product, taps, how).squeeze(0)
+    return _Conv.apply(_autocast(input), weight, bias, values, product, taps, how)
+
+
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_CONV_INPUT = {1: input_grads.conv1d_input, 2: input_grads.conv2d_input, 3: input_grads.conv3d_input}
+
+
+class _Conv(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        values: Tensor,
+        product: Product,
+        taps: Taps,
+        how: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int],
+    ) -> Tensor:
+        output = _CONV[len(taps.kernel)](input, weight, bias, *how)
+        ctx.kept_as, kept = taps.keep(input, output.shape[2:], how[:3])
+        ctx.save_for_backward(weight, kept)
+        ctx.product, ctx.taps, ctx.how = product, taps, how
+        ctx.input_shape = input.shape
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor):
+        weight, kept = ctx.saved_tensors
+        wants_input, _, wants_bias, *_ = ctx.needs_input_grad
+        grad_input = None
+        if wants_input:
+            backward_of_input = _CONV_INPUT[len(ctx.taps.kernel)]
+            grad_input = backward_of_input(ctx.input_shape, weight.to(grad_output.dtype), grad_output, *ctx.how)
+        size = grad_output.shape[2:]
+        bytes_each = max(ctx.taps.count * size.numel() * grad_output.element_size(), 1)
+        at_once = max(1, TAP_BYTES // bytes_each)
+        grad_values = grad_bias = None
+        for first in range(0, max(len(grad_output), 1), at_once):
+            part = slice(first, first + at_once)
+            factor = ctx.taps.factor(kept[part], ctx.kept_as, size, ctx.how[:3])
+            values, bias = ctx.product.weight_grad(grad_output[part].flatten(2).mT, factor, wants_bias)
+            grad_values = values if grad_values is None else grad_values.add_(values)
+            grad_bias = bias if grad_bias is None else grad_bias.add_(bias)
+        return grad_input, None, grad_bias, grad_values, None, None, None
+
+
+def embedding(input: Tensor, weight: Tensor, values: Tensor, lookup: Lookup, padding_idx: int | None = None) -> Tensor:
+    """``torch.nn.functional.embedding``, with gradients for ``values``.
+
+    Args:
+        input: int, any shape: the rows of ``weight`` to look up.
+        weight: [tokens, dim].
+        values: the selected entries, shaped like ``lookup.shape``.
+        lookup: from :meth:`gradsel.masks.Mask.lookup`.
+        padding_idx: a row that gets no gradient.
+
+    Raises:
+        RuntimeError: backward is differentiated a second time.
+    """
+    if not (torch.is_grad_enabled() and values.requires_grad):
+        return F.embedding(input, weight, padding_idx)
+    if padding_idx is not None and padding_idx < 0:
+        padding_idx += weight.shape[0]
+    return _Embedding.apply(input, weight, values, lookup, padding_idx)
+
+
+class _Embedding(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, values: Tensor, lookup: Lookup, padding_idx: int | None
+    ) -> Tensor:
+        ctx.save_for_backward(input)
+        ctx.lookup, ctx.padding_idx = lookup, padding_idx
+        return F.embedding(input, weight, padding_idx)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor):
+        (input,) = ctx.saved_tensors
+        grad_output = grad_output.reshape(-1, grad_output.shape[-1])
+        return None, None, ctx.lookup.weight_grad(grad_output, input.reshape(-1), ctx.padding_idx), None, None
+
+
+def harvest(weight: Tensor, values: Tensor, mask: Mask) -> Tensor:
+    """``weight`` for any use; its dense gradient is formed, the selected entries go to ``values``, the rest is dropped.
+
+    Returns:
+        An alias of ``weight`` that requires grad.
+
+    Raises:
+        RuntimeError: backward is differentiated a second time.
+    """
+    if not (torch.is_grad_enabled() and values.requires_grad):
+        return weight
+    return _Harvest.apply(weight, values, mask)
+
+
+class _Harvest(Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, values: Tensor, mask: Mask) -> Tensor:
+        ctx.mask = mask
+        ctx.dtype = values.dtype
+        return weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor):
+        dense = grad.to_dense() if grad.is_sparse else grad
+        return None, ctx.mask.gather(dense).to(ctx.dtype), None
+
+
+def _autocast(input: Tensor) -> Tensor:
+    """The input in the dtype that autocast would have it in, if it is on."""
+    device = input.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return input
+    if input.dtype is torch.float64:
+        return input
+    return input.to(torch.get_autocast_dtype(device))

@@ -1,0 +1,11 @@
+"""MaskedAdam: Adam for the selected entries of a model."""
+
+from gradsel.optim.anchoring import anchored_groups
+from gradsel.optim.optimizer import MaskedAdam, MaskedAdamW, state_bytes
+
+__all__ = [
+    "MaskedAdam",
+    "MaskedAdamW",
+    "anchored_groups",
+    "state_bytes",
+]

@@ -1,0 +1,144 @@
+"""The parameter groups of MaskedAdam: their masks, and what torch's Adam demands of their options."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradsel.attached import SUFFIX, owner_of
+from gradsel.masks import Mask, Whole
+from gradsel.parameters.names import strip_wrappers
+from gradsel.selection.selection import lookup
+
+#: What a parameter group of an older version of torch's Adam, or of ours, may lack,
+_LATER_OPTIONS: dict[str, Any] = {
+    "amsgrad": False,
+    "maximize": False,
+    "foreach": None,
+    "capturable": False,
+    "differentiable": False,
+    "fused": None,
+    "decoupled_weight_decay": False,
+}
+#: and what torch's does not have at all.
+_OWN_OPTIONS: dict[str, Any] = {
+    "anchor": 0.0,
+    "anchor_decoupled": False,
+    "anchor_norm": 2,
+    "low_precision": "master",
+    "seed": 0,
+    "state_dtype": None,
+}
+
+
+def complete_options(options: dict[str, Any], group: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Gives a group, or the defaults, what it lacks; of our own options what ``group`` says, if it does."""
+    for name, value in _LATER_OPTIONS.items():
+        options.setdefault(name, value)
+    for name, value in _OWN_OPTIONS.items():
+        options.setdefault(name, group.get(name, value))
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without the prefixes of wrappers; for values of an attached weight, that of the weight."""
+    return strip_wrappers(name).removesuffix(SUFFIX)
+
+
+def bind(group: dict[str, Any], masks: Mapping[str, Mask] | None) -> dict[Tensor, Mask]:
+    """The mask of every parameter of a group."""
+    params = group["params"]
+    if masks is None:
+        return {parameter: Whole(parameter.shape) for parameter in params}
+    if any(owner_of(parameter) is not None for parameter in params):
+        raise ValueError("the model is attached, so its parameters know what is selected; leave out masks")
+    if "param_names" not in group:
+        raise ValueError(
+            "masks are keyed by parameter name, but the parameters have no names; "
+            "pass model.named_parameters() instead of model.parameters()"
+        )
+    bound: dict[Tensor, Mask] = {}
+    for name, parameter in zip(group["param_names"], params, strict=True):
+        mask = lookup(masks, name)
+        if not isinstance(mask, Mask):
+            raise TypeError(
+                f"the mask of {name} is a {type(mask).__name__}; Selection.from_dense(masks) takes boolean tensors"
+            )
+        if mask.shape != tuple(parameter.shape):
+            raise ValueError(
+                f"the mask of {name} is for shape {list(mask.shape)}, the parameter has {list(parameter.shape)}; "
+                "select on this model"
+            )
+        bound[parameter] = mask.to(parameter.device)
+    return bound
+
+
+def check_masks(masks: Any) -> None:
+    if masks is not None and not isinstance(masks, Mapping):
+        raise TypeError(
+            f"masks must be a Selection, got {type(masks).__name__}; gradsel.select() makes one, "
+            "Selection.from_dense() takes boolean tensors"
+        )
+
+
+def check_tensors(options: dict[str, Any], foreach: bool) -> None:
+    """What torch demands of hyper-parameters that are tensors."""
+    for name, value in options.items():
+        if isinstance(value, Tensor):
+            if foreach:
+                raise ValueError(f"{name} as a Tensor is not supported for capturable=False and foreach=True")
+            if value.numel() != 1:
+                raise ValueError(f"Tensor {name} must be 1-element")
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Of a group: those that torch's Adam does not have, or we do not."""
+    if options["differentiable"]:
+        raise ValueError(
+            "MaskedAdam does not support differentiable=True, its kernels write in place; to differentiate through "
+            "steps use torch.optim.Adam(differentiable=True) on masked gradients"
+        )
+    check_anchor(options)
+    if options["low_precision"] not in ("master", "kahan", "stochastic"):
+        raise ValueError(
+            f"Invalid low_precision value: {options['low_precision']!r}; it is 'master', 'kahan' or 'stochastic'"
+        )
+    if not isinstance(options["seed"], int) or not 0 <= options["seed"] < 2**31:
+        raise ValueError(f"Invalid seed value: {options['seed']!r}; it is an integer from 0 to 2**31 - 1")
+    if options["state_dtype"] not in (None, torch.float32, torch.bfloat16):
+        raise ValueError(
+            f"Invalid state_dtype value: {options['state_dtype']}; it is None, torch.float32 or torch.bfloat16"
+        )
+
+
+def check_anchor(options: dict[str, Any]) -> None:
+    """At every step, too: schedules change it."""
+    if not 0.0 <= options["anchor"] < math.inf:
+        raise ValueError(f"Invalid anchor value: {options['anchor']}")
+    if options["anchor_norm"] not in (1, 2):
+        raise ValueError(f"Invalid anchor_norm value: {options['anchor_norm']}; norms are 1 and 2")
+
+
+def warn_of_rounded_moments(options: dict[str, Any]) -> None:
+    if options["state_dtype"] is torch.bfloat16 and options["betas"][1] > 0.99:
+        warnings.warn(
+            f"with state_dtype=torch.bfloat16 and beta2 = {float(options['betas'][1])} second moments never fall, "
+            "because rounding gives back what one step takes; use betas up to 0.99",
+            stacklevel=5,
+        )
+
+
+def check_sizes(groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]]) -> None:
+    """In torch's words."""
+    if len(groups) != len(saved_groups):
+        raise ValueError("loaded state dict has a different number of parameter groups")
+    sizes = ((len(group["params"]), len(saved["params"])) for group, saved in zip(groups, saved_groups, strict=True))
+    if any(size != saved_size for size, saved_size in sizes):
+        raise ValueError(
+            "loaded state dict contains a parameter group that doesn't match the size of optimizer's group"
+        )

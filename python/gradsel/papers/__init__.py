@@ -1,0 +1,9 @@
+"""The settings of both papers as data, and their counts of trained parameters."""
+
+from gradsel.papers import presets
+from gradsel.papers.counting import trainable_count
+
+__all__ = [
+    "presets",
+    "trainable_count",
+]

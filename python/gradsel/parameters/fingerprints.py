@@ -1,0 +1,45 @@
+"""Fingerprints of weights, by which a selection knows the model it was made on."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+from gradsel.parameters.names import named_parameters
+from gradsel.tables import shape_text
+
+#: Entries of a parameter that go into its fingerprint one by one.
+_SAMPLE = 256
+#: What the bits of an entry are seen as, by its size in bytes.
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def fingerprint(parameter: Tensor) -> str:
+    """Shape, dtype and a hash of the values, such as ``768x3072 float32 5f0c8e1d9ab37264``.
+
+    The hash is of the sum of all entries' bits, as integers, and of up to 256 entries themselves: any change of a value
+    shows, one of order where it meets a sample. The same on every device and in every memory format.
+
+    Args:
+        parameter: any shape, dtype and strides.
+    """
+    numel = parameter.numel()
+    count = min(numel, _SAMPLE)
+    places = torch.arange(count, device=parameter.device) * numel // max(count, 1)
+    sample = parameter.detach()[torch.unravel_index(places, parameter.shape)].reshape(-1).cpu()
+    content = hashlib.blake2b(sample.view(torch.uint8).numpy().tobytes(), digest_size=8)
+    if (integers := INTEGERS.get(parameter.element_size())) is not None:
+        content.update(str(int(parameter.detach().view(integers).sum(dtype=torch.int64))).encode())
+    return f"{kind_of(parameter)} {content.hexdigest()}"
+
+
+def kind_of(parameter: Tensor) -> str:
+    """Shape and dtype, what a fingerprint begins with."""
+    return f"{shape_text(parameter.shape)} {str(parameter.dtype).removeprefix('torch.')}"
+
+
+def fingerprints(model: nn.Module) -> dict[str, str]:
+    """Of all parameters of a model, by name without the prefixes of DistributedDataParallel and torch.compile."""
+    return {name: fingerprint(parameter) for name, parameter in named_parameters(model).items()}

@@ -1,0 +1,305 @@
+"""Which parameters of a model are ranked, trained whole, or frozen, before any gradient is looked at."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, TypedDict, cast
+
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+from typing_extensions import Unpack
+
+from gradsel.attached import selected_in
+from gradsel.parameters.blocks import is_inside, numbered
+from gradsel.parameters.names import Use, has_part, named_parameters, parameter_uses, strings, strip_wrappers
+from gradsel.views import NeuronView
+
+#: Modules with one of these names anywhere in their path are the head.
+HEAD = ("classifier", "head", "score", "fc")
+
+#: What happens to each kind of parameter unless something else is asked for: the rules of GPS (Zhang et al., CVPR 2024)
+#: as its authors' runs have them, and frozen embeddings.
+KINDS = {
+    "weight": "rank",  # matrices and convolutions, the patch embedding included
+    "bias": "whole",
+    "head": "whole",
+    "layer scale": "whole",
+    "position table": "whole",  # relative positions
+    "normalisation": "freeze",
+    "position embedding": "freeze",
+    "token": "freeze",  # class tokens, mask tokens, registers, queries
+    "embedding": "freeze",
+    "output embedding": "freeze",
+    "other": "freeze",
+}
+_ACTIONS = ("rank", "whole", "freeze")
+
+_NAMED_LIKE = {
+    "token": re.compile(r"(cls|class|dist|distillation|mask|iou|query|reg|register)_?(token|embed)\w*$"),
+    "position table": re.compile(
+        r"(relative_position_bias_table|relative_attention_bias|attention_biases|rel_pos(_[hwt])?)$"
+    ),
+    "position embedding": re.compile(r"((pos|position|positional)_?emb\w*|absolute_pos\w*|embed_positions|wpe)$"),
+    "layer scale": re.compile(r"(gamma(_\d+)?|lambda_?\d*|layer_scale\w*)$"),
+}
+_BIAS = re.compile(r"(^|.*_)bias(_\w+)?$")
+_OUTPUT_EMBEDDING = (["lm_head"], ["embed_out"])
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+#: Layers that multiply by their weight, whatever a subclass of them is called.
+_PRODUCTS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+#: Classes whose weights are stored as [in, out] or [experts, in, out], which nothing else in them tells.
+_INPUTS_FIRST = (
+    "Llama4TextExperts",
+    "GroupedLinearLayer",  # ConvBERT
+    "Gemma3MultiModalProjector",
+    "T5Gemma2MultiModalProjector",
+)
+#: Bare parameters that CLIP and those after it multiply by from the right: [in, out].
+_PROJECTION = re.compile(r"((text|image|visual|prompts_visual)_projection|proj)$")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What happens to one parameter.
+
+    Args:
+        action: ``"rank"``, ``"whole"`` or ``"freeze"``.
+        reason: why, in a few words.
+        view: its neuron view, for ``"rank"``.
+        named: the caller named it, so that not being able to follow is an error.
+    """
+
+    action: str
+    reason: str
+    view: NeuronView = field(default_factory=NeuronView)
+    named: bool = False
+
+
+class RuleOptions(TypedDict, total=False):
+    """The arguments of :func:`parameter_rules` behind the model, as others pass them on."""
+
+    head: Iterable[str]
+    kinds: Mapping[str, str]
+    blocks: Iterable[int] | None
+    skip_blocks: Iterable[int]
+    rank: Iterable[str]
+    whole: Iterable[str]
+    freeze: Iterable[str]
+
+
+def parameter_rules(
+    model: nn.Module,
+    *,
+    head: Iterable[str] = HEAD,
+    kinds: Mapping[str, str] | None = None,
+    blocks: Iterable[int] | None = None,
+    skip_blocks: Iterable[int] = (),
+    rank: Iterable[str] = (),
+    whole: Iterable[str] = (),
+    freeze: Iterable[str] = (),
+) -> dict[str, Rule]:
+    """One rule for every parameter of ``model``, by name.
+
+    Args:
+        model: any module, on any device. A parameter that several modules share is judged by all of them and named
+            once.
+        head: names of modules or of bare parameters, of one part or several (``"decoder.classifier"``), found anywhere
+            in the model; what they name, and all below it but norms and embeddings, is of the kind ``"head"``.
+        kinds: what happens to parameters of a kind, ``"rank"``, ``"whole"`` or ``"freeze"``, where that is not
+            :data:`KINDS`, for example ``{"bias": "freeze", "normalisation": "whole"}``.
+        blocks: numbers of the blocks to choose from (see :func:`gradsel.parameters.blocks.block_names`); negative
+            ones count from the last. Everything outside them but the head is frozen. None: the whole model.
+        skip_blocks: numbers of blocks to freeze, as in GPS's block study.
+        rank, whole, freeze: glob patterns on parameter names (``"blocks.0.*"``) that override all of the above. Where
+            several match, rank goes before whole and whole before freeze, so that ``freeze=["*"]`` leaves what the
+            other two name.
+
+    A parameter without dimensions is one number, not a layer of neurons: where it would be ranked, it is trained whole.
+
+    Raises:
+        ValueError: a pattern matches no parameter; ``head`` names nothing; an unknown kind or action; no such block;
+            two parameters with one name; the model is attached.
+    """
+    if any(selected_in(module) for module in model.modules()):
+        raise ValueError("the model is attached to a selection; call gradsel.detach(model) before selecting anew")
+    owners = parameter_uses(model)
+    overrides = {"rank": strings(rank), "whole": strings(whole), "freeze": strings(freeze)}
+    all_names = [name for uses in owners.values() for name, _, _ in uses]
+    _check_patterns(model, overrides, all_names)
+    heads = strings(head)
+    if heads != HEAD:
+        _check_head(model, heads, all_names)
+    actions = {**KINDS, **_checked_kinds(kinds or {})}
+    kept = None if blocks is None else [strip_wrappers(path) for path in numbered(model, blocks, "blocks")]
+    skipped = [strip_wrappers(path) for path in numbered(model, skip_blocks, "skip_blocks")]
+    outputs = _output_embeddings(model)
+    rules = {}
+    for canonical, uses in owners.items():
+        names = [name for name, _, _ in uses]
+        kind = _kind(uses, heads, outputs)
+        rule = _default(kind, uses, actions)
+        left_out = kept is not None and kind != "head" and not any(is_inside(name, kept) for name in names)
+        if left_out or any(is_inside(name, skipped) for name in names):
+            rule = Rule("freeze", "block left out")
+        for action, patterns in overrides.items():
+            if any(fnmatchcase(name, pattern) for name in names for pattern in patterns):
+                rule = _named(action, uses)
+                break
+        rules[canonical] = rule
+    return rules
+
+
+def ranked_sizes(model: nn.Module, **options: Unpack[RuleOptions]) -> dict[str, tuple[int, int]]:
+    """Rows and columns of the neuron view of every ranked parameter; arguments as in :func:`parameter_rules`."""
+    return sizes_of(parameter_rules(model, **options), named_parameters(model))
+
+
+def sizes_of(rules: Mapping[str, Rule], parameters: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
+    """Rows and columns of the neuron view of every parameter that is ranked by these rules."""
+    return {name: rule.view.shape(parameters[name].shape) for name, rule in rules.items() if rule.action == "rank"}
+
+
+def _check_patterns(model: nn.Module, overrides: Mapping[str, tuple[str, ...]], names: list[str]) -> None:
+    for action, patterns in overrides.items():
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4)
+                hint = f"; did you mean {', '.join(close)}?" if close else ""
+                raise ValueError(f"{action}={pattern!r} matches no parameter of {type(model).__name__}{hint}")
+
+
+def _check_head(model: nn.Module, heads: tuple[str, ...], names: list[str]) -> None:
+    if heads and not any(has_part(name, heads) for name in names):
+        parts = {part for name in names for part in name.split(".")}
+        close = [best for name in heads for best in difflib.get_close_matches(name, parts, n=1)]
+        hint = f"; did you mean {', '.join(close)}?" if close else ""
+        raise ValueError(f"head={list(heads)} names no module or parameter of {type(model).__name__}{hint}")
+
+
+def _checked_kinds(kinds: Mapping[str, str]) -> Mapping[str, str]:
+    for kind, action in kinds.items():
+        if kind not in KINDS:
+            close = difflib.get_close_matches(kind, KINDS, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"kinds names {kind!r}, expected one of {', '.join(KINDS)}{hint}")
+        if action not in _ACTIONS:
+            raise ValueError(f"kinds[{kind!r}] is {action!r}, expected one of {', '.join(_ACTIONS)}")
+    return kinds
+
+
+def _named(action: str, uses: list[Use]) -> Rule:
+    name, module, short = uses[0]
+    parameter = getattr(module, short)
+    if action != "freeze" and not parameter.is_floating_point():
+        raise ValueError(f"{action} names {name}, which cannot be trained: it is {parameter.dtype}")
+    return Rule(_feasible(action, parameter), "named", _view(uses), named=True)
+
+
+def _feasible(action: str, parameter: Tensor) -> str:
+    return "whole" if action == "rank" and parameter.ndim == 0 else action
+
+
+def _kind(uses: list[Use], heads: tuple[str, ...], outputs: list[nn.Module]) -> str:
+    """The kind of a parameter, a key of :data:`KINDS`."""
+    modules = [module for _, module, _ in uses]
+    if any(_is_norm(module) for module in modules):
+        return "normalisation"
+    own_names = [short for _, _, short in uses]
+    parts = [name.split(".")[:-1] for name, _, _ in uses]
+    own_names += [  # position_embeddings.weight
+        part[-1] for part, module in zip(parts, modules, strict=True) if part and isinstance(module, nn.Embedding)
+    ]
+    for kind, pattern in _NAMED_LIKE.items():
+        if any(pattern.match(name) for name in own_names):
+            return kind
+    if any(type(module).__name__.endswith("LayerScale") for module in modules):
+        return "layer scale"
+    if any(_is_embedding(module) for module in modules):
+        return "embedding"
+    if any(has_part(name, heads) for name, _, _ in uses):
+        return "head"
+    parameter = getattr(modules[0], uses[0][2])
+    if any(_is_bias(parameter, module, short) for _, module, short in uses):
+        return "bias"
+    if parameter.ndim < 2 or _is_broadcast(parameter, modules[0]):
+        return "other"
+    if any(module in outputs for module in modules) or any(part[-1:] in _OUTPUT_EMBEDDING for part in parts):
+        return "output embedding"
+    return "weight"
+
+
+def _is_bias(parameter: Tensor, module: nn.Module, short: str) -> bool:
+    return bool(_BIAS.match(short)) and (parameter.ndim <= 2 or _is_broadcast(parameter, module))
+
+
+def _is_broadcast(parameter: Tensor, module: nn.Module) -> bool:
+    """Whether it is a vector or a number that has dimensions of size 1 for broadcasting: logit scales, biases."""
+    return parameter.ndim > 2 and parameter.numel() == max(parameter.shape) and not isinstance(module, _PRODUCTS)
+
+
+def _output_embeddings(model: nn.Module) -> list[nn.Module]:
+    """The layers from features to tokens, where a model, or one inside it, says which one it is (transformers)."""
+    found = []
+    for module in model.modules():
+        ask = getattr(module, "get_output_embeddings", None)
+        output = ask() if callable(ask) else None
+        if isinstance(output, nn.Module):
+            found.append(output)
+    return found
+
+
+def _default(kind: str, uses: list[Use], actions: Mapping[str, str]) -> Rule:
+    _, module, short = uses[0]
+    parameter = getattr(module, short)
+    if not parameter.is_floating_point():
+        return Rule("freeze", f"{parameter.dtype}".removeprefix("torch."))
+    reason = "neither weight nor bias" if kind == "other" else kind
+    if kind == "embedding" and len(uses) > 1:
+        reason += ", tied"
+    return Rule(_feasible(actions[kind], parameter), reason, _view(uses))
+
+
+def _view(uses: list[Use]) -> NeuronView:
+    _, module, short = uses[0]
+    parameter = getattr(module, short)
+    kind = type(module).__name__
+    if parameter.ndim < 2 or _is_bias(parameter, module, short):
+        return NeuronView(tuple(range(parameter.ndim)))  # one number for each neuron, those of stacked experts, too
+    if isinstance(module, _TRANSPOSED):
+        return _inputs_first(module.groups)
+    if kind == "DbrxExpertGLU" and short == "w2":  # [experts * in, out]
+        return _inputs_first(cast(Any, module).moe_num_experts)
+    if isinstance(module, (*_PRODUCTS, ParametrizationList)):
+        return NeuronView((0,))
+    if parameter.ndim == 3:  # stacked experts
+        transposed = kind in _INPUTS_FIRST or getattr(module, "is_transposed", False)  # transformers' own flag
+        return NeuronView((0, 2) if transposed else (0, 1))
+    if parameter.ndim == 2 and (is_transposed_linear(module) or kind in _INPUTS_FIRST or _PROJECTION.match(short)):
+        return _inputs_first()
+    return NeuronView((0,))
+
+
+def _inputs_first(groups: int = 1) -> NeuronView:
+    """The view of a weight [groups * in, out, ...]."""
+    return NeuronView((0, 2), groups) if groups > 1 else NeuronView((1,))
+
+
+def is_transposed_linear(module: nn.Module) -> bool:
+    """Whether it is the ``Conv1D`` of transformers: a Linear whose weight is stored as [in, out]."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def _is_norm(module: nn.Module) -> bool:
+    name = type(module).__name__
+    named = "norm" in name.lower() or name.endswith("GRN")  # global response normalisation
+    return isinstance(module, _NORMS) or (named and not isinstance(module, _PRODUCTS))
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    named = type(module).__name__.endswith(("Embedding", "Embeddings"))
+    return isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or (named and not isinstance(module, _PRODUCTS))

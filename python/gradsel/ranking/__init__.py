@@ -1,0 +1,23 @@
+"""select(): gradients collected within bounded memory, ranked by a policy and a criterion."""
+
+from gradsel.ranking.criteria import Criterion, random_scores
+from gradsel.ranking.losses import SupConLoss, contrastive, cross_entropy
+from gradsel.ranking.policies import Columns, Global, PerLayer, PerNeuron, Rows, equal_budget
+from gradsel.ranking.selecting import select
+from gradsel.ranking.subsets import easiest_subset
+
+__all__ = [
+    "Columns",
+    "Criterion",
+    "Global",
+    "PerLayer",
+    "PerNeuron",
+    "Rows",
+    "SupConLoss",
+    "contrastive",
+    "cross_entropy",
+    "easiest_subset",
+    "equal_budget",
+    "random_scores",
+    "select",
+]

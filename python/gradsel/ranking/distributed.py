@@ -1,0 +1,93 @@
+"""Selecting together with other processes that each see part of the data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gradsel.dtypes import trained_dtype
+
+
+def process_group_of(model: nn.Module) -> dist.ProcessGroup | None:
+    """The process group of a model that DistributedDataParallel wraps, or that has parts which it wraps."""
+    groups = [wrapper.process_group for wrapper in _wrappers(model)]
+    if any(group is not groups[0] for group in groups):
+        raise ValueError("parts of the model have different process groups; pass process_group=")
+    return groups[0] if groups else None
+
+
+def _wrappers(model: nn.Module) -> list[DistributedDataParallel]:
+    return [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
+
+
+@contextmanager
+def unsynchronised(model: nn.Module) -> Iterator[None]:
+    """DistributedDataParallel neither reduces gradients, which are added once at the end, nor sends buffers around,
+    for which all ranks would need equally many batches."""
+    wrappers = _wrappers(model)
+    before = [wrapper.require_forward_param_sync for wrapper in wrappers]
+    with ExitStack() as stack:
+        for wrapper in wrappers:
+            stack.enter_context(wrapper.no_sync())
+            wrapper.require_forward_param_sync = False
+        try:
+            yield
+        finally:
+            for wrapper, flag in zip(wrappers, before, strict=True):
+                wrapper.require_forward_param_sync = flag
+
+
+@contextmanager
+def failing_together(group: dist.ProcessGroup | None) -> Iterator[None]:
+    """An error of one rank is an error of all, which would wait for that rank otherwise.
+
+    Raises:
+        RuntimeError: another rank has failed; it says which, and how.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    if group is not None:
+        told: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(told, None if failure is None else f"{type(failure).__name__}: {failure}", group=group)
+        others = [f"rank {rank} failed with {text}" for rank, text in enumerate(told) if text is not None]
+        if failure is None and others:
+            raise RuntimeError(f"the selection was given up because {others[0]}")
+    if failure is not None:
+        raise failure
+
+
+def total_over(count: int, group: dist.ProcessGroup | None, device: torch.device) -> int:
+    """The sum of a number over the ranks."""
+    if group is None:
+        return count
+    total = torch.tensor(count, device=device)
+    dist.all_reduce(total, group=group)
+    return int(total)
+
+
+def add_over(totals: dict[str, Tensor], members: Mapping[str, Tensor], group: dist.ProcessGroup) -> None:
+    """Adds the sums of all ranks, in place; a parameter without a gradient on one rank counts as zero there.
+
+    Args:
+        totals: sums by name, those that this rank has.
+        members: the parameters, in the same order on every rank.
+    """
+    device = next(iter(members.values())).device
+    have = torch.tensor([name in totals for name in members], dtype=torch.uint8, device=device)
+    dist.all_reduce(have, dist.ReduceOp.MAX, group=group)
+    for (name, parameter), anywhere in zip(members.items(), have.tolist(), strict=True):
+        if anywhere:
+            own = totals.get(name)
+            total = torch.zeros_like(parameter, dtype=trained_dtype(parameter)) if own is None else own
+            reduced = total.to(parameter.device).contiguous()
+            dist.all_reduce(reduced, group=group)
+            totals[name] = reduced.to(total.device)

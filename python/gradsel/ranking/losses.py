@@ -1,0 +1,111 @@
+"""Losses for selection: supervised contrastive learning, which needs no head, and cross-entropy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gradsel.parameters.names import unwrapped
+
+
+class SupConLoss(nn.Module):
+    """Supervised contrastive loss, L_out of equation 2 in Khosla et al. (NeurIPS 2020), as GPS and GRFT use it.
+
+    Features are L2-normalised inside. Every sample (every view of it) is an anchor; its positives are all other
+    samples of the same class. Anchors without a positive are left out of the mean.
+
+    Args:
+        temperature: divides the cosine similarities.
+    """
+
+    def __init__(self, temperature: float = 0.07) -> None:
+        super().__init__()
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
+        self.temperature = temperature
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        """
+        Args:
+            features: [batch, dim], or [batch, views, dim] for several augmented views of each sample.
+            labels: integer classes [batch].
+
+        Returns:
+            The loss, a float32 scalar (float64 for float64 features).
+
+        Raises:
+            ValueError: shapes do not fit, or no class has two samples, so that there is nothing to pull together.
+        """
+        if features.ndim not in (2, 3):
+            raise ValueError(f"features must be [batch, dim] or [batch, views, dim], got {list(features.shape)}")
+        if labels.shape != features.shape[:1]:
+            raise ValueError(f"labels must be [{features.shape[0]}], one class a sample, got {list(labels.shape)}")
+        if features.ndim == 3:
+            labels = labels.repeat_interleave(features.shape[1])
+            features = features.flatten(0, 1)
+        if features.dtype in (torch.bfloat16, torch.float16):
+            features = features.float()
+        features = F.normalize(features, dim=1)
+
+        itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+        positive = (labels.unsqueeze(0) == labels.unsqueeze(1)) & ~itself
+        positives = positive.sum(1)
+        anchors = positives > 0
+        if not bool(anchors.any()):
+            raise ValueError(
+                f"no two of the {len(labels)} samples share a class, so no anchor has a positive; "
+                "use larger batches or two augmented views of each sample"
+            )
+        similarity = (features @ features.t() / self.temperature).masked_fill(itself, -torch.inf)
+        log_probability = similarity - similarity.logsumexp(1, keepdim=True)
+        per_anchor = log_probability.masked_fill(~positive, 0.0).sum(1)[anchors] / positives[anchors]
+        return -per_anchor.mean()
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}"
+
+
+def contrastive(
+    features: Callable[[Any, Any], Tensor] | str = "forward_features",
+    *,
+    temperature: float = 0.07,
+    augment: Callable[[Any], Any] | None = None,
+) -> Callable[[Any, Any], Tensor]:
+    """The loss of GPS and GRFT for :func:`gradsel.select`: :class:`SupConLoss` on batches of (inputs, labels).
+
+    Args:
+        features: ``features(model, inputs)`` returns what the head would get, [batch, dim], or the name of a method of
+            the model that does, given the inputs.
+        temperature: as in :class:`SupConLoss`.
+        augment: makes one view of the inputs; with it, two views of every sample are compared.
+
+    Returns:
+        ``loss(model, batch)``.
+    """
+    supcon = SupConLoss(temperature)
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        inputs, labels = batch
+        views = [inputs] if augment is None else [augment(inputs), augment(inputs)]
+        if isinstance(features, str):
+            method = getattr(unwrapped(model), features)
+            found = [method(view) for view in views]
+        else:
+            found = [features(model, view) for view in views]
+        return supcon(torch.stack(found, dim=1), labels)
+
+    return loss
+
+
+def cross_entropy(model: Any, batch: Any) -> Tensor:
+    """Head and cross-entropy on batches of (inputs, labels), the ablation of GPS, Tab. 6c: ``loss(model, batch)``.
+
+    The model returns logits [batch, classes], or an object with such ``logits``.
+    """
+    inputs, labels = batch
+    outputs = model(inputs)
+    return F.cross_entropy(getattr(outputs, "logits", outputs), labels)

@@ -1,0 +1,214 @@
+"""select(): from the gradients of a model on data to a mask for every parameter."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from typing_extensions import Unpack
+
+import gradsel_kernels as gk
+from gradsel.masks import Frozen, Mask, Whole
+from gradsel.parameters.fingerprints import fingerprints
+from gradsel.parameters.names import named_parameters
+from gradsel.parameters.rules import Rule, RuleOptions, parameter_rules, sizes_of
+from gradsel.ranking.criteria import Criterion, Score, criterion_of
+from gradsel.ranking.distributed import process_group_of
+from gradsel.ranking.gradients import Loss, collect
+from gradsel.ranking.planning import make_plan
+from gradsel.ranking.policies import PerNeuron, Policy, Ranking
+from gradsel.ranking.preserving import kept
+from gradsel.selection.selection import Selection
+
+
+def select(
+    model: nn.Module,
+    batches: Iterable[Any] | None,
+    loss: Loss | None,
+    policy: Policy = PerNeuron(1),
+    criterion: str | Criterion | Score = "gradient",
+    *,
+    memory: str = "auto",
+    max_gradient_bytes: int | None = None,
+    offload: bool = False,
+    loss_scale: float = 1.0,
+    process_group: dist.ProcessGroup | None = None,
+    progress: bool | None = None,
+    **rules: Unpack[RuleOptions],
+) -> Selection:
+    """Chooses the entries to train, from the gradients of one pass over ``batches``.
+
+    By default the gradient of every ranked parameter is summed over all batches with its sign, and the magnitude is
+    taken once, at the end (GPS, section 3.2). Ties go to the lowest column. The masks are the same in every ``memory``
+    mode.
+
+    Args:
+        model: run as it is: mode, autocast, activation checkpointing and device are the caller's. Gradients,
+            ``requires_grad`` flags, buffers and the global random number generators are given back as they were.
+            Parameters are known by their names without the prefixes of DistributedDataParallel and torch.compile;
+            whether they require gradients now does not matter, ``freeze=`` leaves some out.
+        batches: anything to iterate over. None for a criterion that needs no gradient.
+        loss: ``loss(model, batch)`` returns the scalar to differentiate, for example ``gradsel.contrastive()`` or
+            ``gradsel.cross_entropy``.
+        policy: how many entries of what: ``PerNeuron(k)``, ``PerLayer(fraction)``, ``Global(fraction)``, ``Rows(k)`` or
+            ``Columns(k)``.
+        criterion: what is ranked by its magnitude: ``"gradient"``, the sum over batches; ``"absolute"``, the sum of
+            magnitudes; ``"fisher"``, the sum of squares (the empirical Fisher information, batch by batch); ``"snip"``,
+            weight times gradient (Lee et al. 2019); ``"magnitude"``, the weight; ``"random"``; or a function of the
+            neuron views ``(weight, grad) -> score``, which gets copies.
+        memory: where gradients are while they are summed. ``"full"``: all of them, 4 bytes for each ranked entry.
+            ``"streaming"``: for a single batch, each is ranked the moment backward has it, and freed. ``"grouped"``:
+            as many passes over the data as ``max_gradient_bytes`` asks for; every pass must see the same batches, and
+            random numbers are replayed. ``"auto"`` decides by the free memory; the selection's notes say how.
+        max_gradient_bytes: bytes of gradients and of their sums held at a time; implies ``"grouped"``.
+        offload: keep the sums on the CPU.
+        loss_scale: multiplies the loss and divides the gradients in float32, against underflow in float16.
+        process_group: ranks that each see part of the data and select together: gradients are added over them before
+            they are ranked, so that all get the same masks. None: that of a DistributedDataParallel model, if it is
+            one.
+        progress: show a progress bar; None: on a terminal only.
+        **rules: ``head``, ``kinds``, ``blocks``, ``skip_blocks``, ``rank``, ``whole``, ``freeze``: what is ranked,
+            trained whole or frozen; see :func:`gradsel.parameters.rules.parameter_rules`.
+
+    Returns:
+        A mask for every parameter.
+
+    Raises:
+        ValueError: no batches; a gradient that is not finite (the parameter is named); a parameter named in ``rank``
+            that gets no gradient; a pattern that matches nothing; nothing selected; passes over the data that differ.
+    """
+    chosen = criterion_of(criterion)
+    if not isinstance(policy, Policy):
+        raise TypeError(f"policy must be a policy such as PerNeuron(1), got {policy!r}")
+    if not (math.isfinite(loss_scale) and loss_scale > 0):
+        raise ValueError(f"loss_scale must be positive and finite, got {loss_scale}")
+    rule_of = parameter_rules(model, **rules)
+    parameters = named_parameters(model)
+    ranked = {name: parameters[name] for name, rule in rule_of.items() if rule.action == "rank"}
+    chosen.reset()
+    ranker = Ranker(policy, chosen, rule_of, ranked, loss_scale)
+    notes: dict[str, Any] = {"policy": str(policy), "criterion": chosen.name}
+    if chosen.needs_gradient and ranked:
+        if batches is None or loss is None:
+            raise ValueError(f"criterion {chosen.name!r} needs gradients: pass batches and loss")
+        group = process_group or process_group_of(model)
+        plan = make_plan(ranked, batches, memory, max_gradient_bytes, offload, group)
+        with kept(model):
+            seen = collect(
+                model, ranked, batches, loss, plan, ranker.add,
+                each_batch=chosen.each_batch, loss_scale=loss_scale, group=group, quiet=_quiet(progress),
+            )  # fmt: skip
+        notes |= {"batches": seen.batches, "memory": plan.sentence}
+        for name in ranked:
+            if name not in seen.names and rule_of[name].named:
+                raise ValueError(f"{name} was named to be ranked, but got no gradient: the loss does not depend on it")
+    else:
+        for name in tqdm(ranked, desc="ranking", unit="tensor", disable=_quiet(progress), leave=False):
+            ranker.add(name, None)
+    notes |= ranker.report()
+
+    found = ranker.masks()
+    masks = {name: found.get(name) or _unranked(rule, tuple(parameters[name].shape)) for name, rule in rule_of.items()}
+    if ranked and not any(mask.nnz for mask in found.values()):
+        raise ValueError(f"{policy} selects nothing of the {len(ranked)} ranked parameters; ask for more entries")
+    if not any(mask.nnz for mask in masks.values()):
+        raise ValueError("nothing would be trained: the rules leave no parameter that is ranked or trained whole")
+    return Selection(masks, notes, fingerprints(model))
+
+
+def _unranked(rule: Rule, shape: tuple[int, ...]) -> Mask:
+    if rule.action == "whole":
+        return Whole(shape)
+    return Frozen(shape, "no gradient" if rule.action == "rank" else rule.reason)
+
+
+class Ranker:
+    """Turns gradients into scores and hands these to the policy, one parameter at a time."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        criterion: Criterion,
+        rules: Mapping[str, Rule],
+        ranked: Mapping[str, nn.Parameter],
+        loss_scale: float,
+    ) -> None:
+        self._criterion = criterion
+        self._rules = rules
+        self._parameters = ranked
+        self._loss_scale = loss_scale
+        self._ranking: Ranking = policy.start(sizes_of(rules, ranked))
+        self._silent: dict[str, int] = {}  # neurons that score zero
+        self._zeros = self._entries = 0
+
+    @torch.no_grad()
+    def add(self, name: str, grad: Tensor | None) -> None:
+        """Ranks one parameter by the sum of its gradients."""
+        parameter, view = self._parameters[name].detach(), self._rules[name].view
+        matrix = None if grad is None else view.of(grad)
+        score = self._score(name, view.of(parameter), matrix)
+        if score.numel():
+            peaks = gk.gather_rows(score, gk.topk_rows(score, 1))  # NaN and inf come out on top
+            if not bool(peaks.isfinite().all()):
+                self._refuse(name, score, parameter, grad)
+            if silent := int((peaks == 0).sum()):
+                self._silent[name] = silent
+        if grad is not None:
+            self._zeros += grad.numel() - int(torch.count_nonzero(grad))
+            self._entries += grad.numel()
+        self._ranking.add(name, score, tuple(parameter.shape), view, self._criterion.squared)
+
+    def _score(self, name: str, weight: Tensor, grad: Tensor | None) -> Tensor:
+        weight = weight if grad is None else weight.to(grad.device)
+        score = self._criterion.score(weight, grad)
+        what = f"criterion {self._criterion.name!r} returned"
+        if not isinstance(score, Tensor) or not score.is_floating_point():
+            found = score.dtype if isinstance(score, Tensor) else type(score).__name__
+            raise TypeError(f"{what} {found} for {name}, expected a tensor of floating-point scores")
+        if score.shape != weight.shape:
+            raise ValueError(f"{what} {list(score.shape)} for {name}, expected the scores {list(weight.shape)}")
+        return score
+
+    def _refuse(self, name: str, score: Tensor, weight: Tensor, grad: Tensor | None) -> None:
+        hint = "look for an overflow in half precision or a division by zero in the loss"
+        if self._loss_scale > 1:
+            hint = f"lower loss_scale={self._loss_scale:g}, or {hint}"
+        if grad is not None and not bool(grad.isfinite().all()):
+            at_fault, what = grad, f"gradient of {name}"
+        elif not bool(weight.isfinite().all()):
+            at_fault, what, hint = weight, f"weight {name}", "load the model anew"
+        else:
+            at_fault, what = score, f"score of {name} by {self._criterion.name!r}"
+        bad = int((~at_fault.isfinite()).sum())
+        raise ValueError(f"the {what} is not finite ({bad} of {at_fault.numel()} entries); {hint}")
+
+    def masks(self) -> dict[str, Mask]:
+        """The masks of all parameters that were ranked."""
+        return {name: mask.to(self._parameters[name].device) for name, mask in self._ranking.finish().items()}
+
+    def report(self) -> dict[str, Any]:
+        """Notes on gradients that were zero; warns of neurons that have no others."""
+        notes: dict[str, Any] = {}
+        if self._zeros:
+            notes["gradient entries that are zero"] = f"{100 * self._zeros / self._entries:.1f} %"
+        if self._silent:
+            count = sum(self._silent.values())
+            notes["neurons that score zero"] = count
+            worst = max(self._silent, key=lambda name: self._silent[name])
+            hint = " Under fp16 autocast gradients may underflow: raise loss_scale." if self._entries else ""
+            warnings.warn(
+                f"{count} neurons score zero everywhere (most in {worst}: {self._silent[worst]}), so that all of their "
+                f"inputs tie.{hint}",
+                stacklevel=3,
+            )
+        return notes
+
+
+def _quiet(progress: bool | None) -> bool | None:
+    return None if progress is None else not progress  # tqdm's None: only on a terminal

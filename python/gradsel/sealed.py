@@ -1,0 +1,124 @@
+"""Sealed files: safetensors with JSON metadata and a checksum over both, written atomically, not trusted when read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+import gradsel_kernels as gk
+
+#: What Python and torch raise on input that makes no sense; RecursionError is a RuntimeError.
+_NONSENSE = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError)
+
+
+def write_sealed(
+    path: str | os.PathLike[str],
+    format: str,
+    version: str,
+    sections: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Writes tensors and JSON sections as one safetensors file, atomically, with a checksum over both.
+
+    Args:
+        tensors: contiguous, on the CPU, none sharing memory.
+    """
+    metadata = {"format": format, "version": version, "library": gk.__version__}
+    metadata |= {key: json.dumps(section) for key, section in sections.items()}
+    metadata["checksum"] = _checksum(metadata, tensors)
+    with replacing(path) as unfinished:
+        save_file(dict(tensors), unfinished, metadata)
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A path beside ``path`` to write to, which takes its place once it is on the disk. A crash leaves the old file."""
+    path = Path(path)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield unfinished
+        _flush(unfinished)
+        os.replace(unfinished, path)
+        if os.name == "posix":  # elsewhere a folder is no file
+            _flush(path.parent)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def reading_sealed(
+    path: str | os.PathLike[str], format: str, version: str, what: str
+) -> Iterator[tuple[dict[str, str], dict[str, Tensor]]]:
+    """The metadata and tensors that :func:`write_sealed` wrote. What is wrong with them is reported with the file's
+    name.
+
+    The checksum is compared last, so that messages say what is wrong where anything else tells.
+
+    Args:
+        what: the file should be, for messages: ``"a selection"``.
+
+    Raises:
+        ValueError: the file is of another format, is damaged, or was written by a later version.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, *_NONSENSE) as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
+    if metadata.get("format") != format:
+        raise ValueError(f"{path} is not {what}: its format is {metadata.get('format')!r}, expected {format!r}")
+    if metadata.get("version") != version:
+        raise ValueError(f"{path} is of version {metadata.get('version')}; this library reads {version}, update it")
+    try:
+        yield metadata, tensors
+        if metadata["checksum"] != _checksum(metadata, tensors):
+            raise ValueError("the checksum does not match")
+    except _NONSENSE as error:
+        raise ValueError(f"{path} is damaged: {error!r}") from None
+
+
+def by_parameter(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a file, whose keys are ``name:part``, by name and part."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, part = key.rpartition(":")
+        found.setdefault(name, {})[part] = tensor
+    return found
+
+
+def json_object(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
+    """A section of the metadata, which must be a JSON object."""
+    value = json.loads(metadata[key])
+    if not isinstance(value, dict):
+        raise ValueError(f"{key} must be a JSON object, got a {type(value).__name__}")
+    return value
+
+
+def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the metadata but itself, and of the tensors' keys, dtypes, shapes and bytes, all in sorted order."""
+    digest = hashlib.sha256()
+    for key in sorted(metadata.keys() - {"checksum"}):
+        digest.update(json.dumps([key, metadata[key]]).encode())
+    for key, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([key, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
