@@ -27,8 +27,8 @@ from tests.gpu import (
     one_of_each,
     wait,
 )
-from tests.gradsel.test_attach import check_consistent, check_frozen, frozen_entries, random_selection
 from tests.kernels import cases
+from tests.support.selections import check_consistent, check_frozen, frozen_entries, random_selection
 
 needs_cuda = pytest.mark.skipif(ON_CPU, reason="there are no CUDA graphs on the CPU")
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import gradsel
-from tests.gradsel.toy import Toy, cross_entropy
+from tests.support.toy import Toy, cross_entropy
 
 STEPS, STOP, BATCH = 6, 3, 8
 
