@@ -20,7 +20,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 def train(model, steps=2, seed=0, lr=0.05):
     optimizer = gradsel.MaskedAdam(gradsel.trainable_parameters(model), lr=lr)
-    model.eval()  # no dropout and no running statistics: two runs are the same
+    model.eval()  # no dropout and no running statistics, so that two runs are equal
     for images, labels in data(count=steps + seed)[seed:]:
         optimizer.zero_grad()
         cross_entropy(model, (images.to(next(model.parameters()).dtype), labels)).backward()
@@ -29,7 +29,7 @@ def train(model, steps=2, seed=0, lr=0.05):
 
 
 def trained(kind="per-row", dtype=torch.float32, seed=0):
-    """A base, the selection, and an attached model that has been trained on it."""
+    """A base, a selection, and an attached copy of the base trained on that selection."""
     base, selection = toy(kind, dtype)
     base.eval()
     model = copy.deepcopy(base)
@@ -80,7 +80,7 @@ def odd_selection():
 
 
 def delta_of(**tensors):
-    """A delta of 2x4 zeros: the entries that are named, and their values."""
+    """A delta of 2x4 zeros that sets the given entries to the given values, and its base."""
     base, tuned = nn.Module(), nn.Module()
     masks = {}
     for name, entries in tensors.items():

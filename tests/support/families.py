@@ -47,7 +47,7 @@ def names_in(text: str) -> list[str]:
 
 
 def expected_rules(family: Family) -> dict[str, tuple[str, str]]:
-    """Action and reason of every parameter, by its name with ``#`` for numbers."""
+    """Action and reason of every parameter, keyed by its name with ``#`` for numbers."""
     found: dict[str, tuple[str, str]] = {}
     for line in family.rules.strip().splitlines():
         title, _, names = line.partition(":")
@@ -79,7 +79,7 @@ VOCABULARY = 30
 TEXT = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 16, "pad_token_id": 0,
         "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
-NARROW = TEXT | {"intermediate_size": 12}  # for experts: a hidden state shows all that is inside one
+NARROW = TEXT | {"intermediate_size": 12}  # for experts, so that the hidden state can show all units inside one
 BERT = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
         "num_attention_heads": 2, "max_position_embeddings": 16, "num_labels": 3}  # fmt: skip
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8,
@@ -114,7 +114,7 @@ def sam() -> nn.Module:
 
 
 def sam_loss(model: nn.Module, seed: int) -> Tensor:
-    """Both ways of asking for masks: with one of them alone, some of the decoder's small MLPs decide nothing."""
+    """Asks for masks in both ways: with only one of them, some of the decoder's small MLPs have no effect."""
     total = torch.zeros(())
     for several in (True, False):
         output = model(
@@ -132,7 +132,7 @@ def t5_loss(model: nn.Module, seed: int) -> Tensor:
 
 
 def vit_loss(model: nn.Module, seed: int) -> Tensor:
-    """Masked patches, and the pooled state."""
+    """A loss of masked patches and of the pooled state."""
     output = model(noise(seed, 2, 3, 8, 8), bool_masked_pos=torch.tensor([[True, False, False, True]] * 2))
     return drawn(output.last_hidden_state) + drawn(output.pooler_output)
 
@@ -191,7 +191,7 @@ class Recurrent(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """nn.MultiheadAttention with matrices of their own for keys and values, and with biases for them."""
+    """nn.MultiheadAttention with separate matrices and biases for keys and values."""
 
     def __init__(self) -> None:
         super().__init__()

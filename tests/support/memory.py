@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """The most bytes of tensors that ``run`` has alive at a time, beyond those that were there before."""
+    """The peak bytes of tensors that ``run`` keeps alive, not counting those that existed before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     events = profiler.profiler.kineto_results.events()

@@ -15,7 +15,7 @@ from tests.support.families import Family
 
 
 def by_hand(module: nn.Module, short: str, tensor: Tensor) -> Tensor:
-    """One row for each neuron, written out for every layout, without the library's views."""
+    """The tensor as one row per neuron, written out for every layout."""
     kind = type(module).__name__
     if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
         return tensor.unflatten(0, (module.groups, -1)).transpose(1, 2).flatten(0, 1).flatten(1)
@@ -34,14 +34,14 @@ FRACTION = 0.01
 
 
 class Naive:
-    """Masks from dense gradients, by stable sorts of the matrices above."""
+    """Masks from dense gradients, by stable sorts of the matrices of :func:`by_hand`."""
 
     def __init__(self, model: nn.Module, loss: Callable[[nn.Module, int], Tensor], batches: list[int]) -> None:
         model = copy.deepcopy(model)
         for batch in batches:
             loss(model, batch).backward()
         self.scores: dict[str, Tensor] = {}
-        self.cells: dict[str, Tensor] = {}  # for each cell of the matrix, the place of its entry in the parameter
+        self.cells: dict[str, Tensor] = {}  # for each cell of the matrix, the index of its entry in the parameter
         self.shapes: dict[str, torch.Size] = {}
         self.total = 0
         for full, rule in parameter_rules(model).items():
@@ -68,7 +68,7 @@ class Naive:
         return masks
 
     def lines(self, dim: int, k: int) -> dict[str, Tensor]:
-        """Whole rows (``dim`` 0) or columns (1) with the largest sums of squares."""
+        """The whole rows (``dim`` 0) or columns (1) with the largest sums of squares."""
         masks = {}
         for full, score in self.scores.items():
             best = score.square().sum(1 - dim).argsort(descending=True, stable=True)[:k]

@@ -47,7 +47,7 @@ KINDS = ["per-row", "rows", "columns", "irregular", "whole"]
 
 
 def mask_gradients(model: nn.Module, selection: gradsel.Selection) -> None:
-    """What published code does: the dense gradient times the dense mask."""
+    """Multiplies dense gradients by dense masks, as published code does."""
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             parameter.grad.mul_(selection[name].to_dense())

@@ -20,7 +20,7 @@ ZOO: dict[str, Family] = VISION_MODELS | LANGUAGE_MODELS | LAYERS
 
 @cache
 def built(name: str) -> nn.Module:
-    """The model in eval mode, all of its parameters noise of a size that lets gradients through; not to be changed.
+    """The model in eval mode, with noise for parameters, scaled to let gradients through; callers must not change it.
 
     Some models start with zeros, with layer scales of 1e-6, or, SAM's encoder, with weights of 1e-10.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
@@ -61,23 +62,23 @@ def test_one_setting_by_default_is_vit_on_imagenet(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--policy", "rowz:3"], "'rowz:3' is no policy; expected one of per-neuron:K, rows:K, columns:K, per-layer:F"),
-        (["--policy", "rows"], "'rows' is no policy; expected one of per-neuron:K"),
-        (["--policy", "rows:x"], "rows:x is no policy: 'x' is not an integer >= 1"),
-        (["--policy", "columns:0"], "columns:0 is no policy: '0' is not an integer >= 1"),
-        (["--policy", "global:1.5"], "global:1.5 is no policy: '1.5' is not a number above 0 and up to 1"),
-        (["--policy", "per-layer:nan"], "per-layer:nan is no policy: 'nan' is not a number above 0 and up to 1"),
-        (["--policy", "rows:1", "--classes", "0"], "'0' is no number of classes; expected an integer >= 1"),
+        (["--policy", "rowz:3"], "'rowz:3' .*per-neuron:K, rows:K, columns:K, per-layer:F"),
+        (["--policy", "rows"], "'rows' .*per-neuron:K"),
+        (["--policy", "rows:x"], "rows:x .*'x' .*>= 1"),
+        (["--policy", "columns:0"], "columns:0 .*'0' .*>= 1"),
+        (["--policy", "global:1.5"], r"global:1\.5 .*'1\.5' .*0 .*1"),
+        (["--policy", "per-layer:nan"], "per-layer:nan .*'nan' .*0 .*1"),
+        (["--policy", "rows:1", "--classes", "0"], "'0' .*classes.*>= 1"),
         (["--policy", "rows:1", "--model", "vit"], "'vit'"),
-        (["--model", "swin-b"], "--model needs --policy, one of per-neuron:K"),
-        (["--classes", "10"], "--classes needs --policy, one of per-neuron:K"),
+        (["--model", "swin-b"], "--model .*--policy.*per-neuron:K"),
+        (["--classes", "10"], "--classes .*--policy.*per-neuron:K"),
     ],
 )
 def test_a_bad_value_is_named_with_what_was_expected(arguments, message, capsys):
     with pytest.raises(SystemExit) as left:
         cli.main(["count", *arguments])
     assert left.value.code == 2
-    assert message in capsys.readouterr().err
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_a_model_without_transformers_names_the_package(monkeypatch, capsys):

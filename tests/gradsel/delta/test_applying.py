@@ -49,27 +49,26 @@ def test_out_of_order_is_refused():
     before = frozen_copy(base)
     first = a.apply_(base)
     between = frozen_copy(base)
-    with pytest.raises(ValueError, match="tensors are not those that the delta was made on"):
-        a.apply_(base)  # its own entries are modified
+    with pytest.raises(ValueError, match=r"of \d+ tensors"):
+        a.apply_(base)  # because it has already modified its own entries
     second = b.apply_(base, force=True)
     both = frozen_copy(base)
-    with pytest.raises(RuntimeError, match=r"Applied\(.*\) has been applied on top of Applied\(.*\); revert that first|"
-                                           r"has been applied on top of .*, to the same tensors"):  # fmt: skip
+    with pytest.raises(RuntimeError, match=r"Applied\(.*\) .*on top of"):
         first.revert_()
     assert_same(base, both)
     second.revert_()
     assert_same(base, between)
     first.revert_()
     assert_same(base, before)
-    with pytest.raises(RuntimeError, match="was reverted already"):
+    with pytest.raises(RuntimeError, match="reverted"):
         first.revert_()
 
 
 def test_a_forgotten_handle_is_in_nobodys_way():
     base, a, b = two()
     first = a.apply_(base)
-    b.apply_(base, force=True)  # nobody keeps what takes it back
-    with pytest.raises(RuntimeError, match="have changed since the delta was applied"):
+    b.apply_(base, force=True)  # the handle that could revert it is dropped
+    with pytest.raises(RuntimeError, match="changed"):
         first.revert_()
     first.revert_(force=True)
 
@@ -80,11 +79,11 @@ def test_changes_after_applying_are_noticed():
     with torch.no_grad():
         base.head.bias[0] += 1
     state = frozen_copy(base)
-    with pytest.raises(RuntimeError, match=r"1 tensors have changed since the delta was applied, first head.bias"):
+    with pytest.raises(RuntimeError, match=r"1 tensor.*changed .*head\.bias"):
         handle.revert_()
     assert_same(base, state)
     base.bfloat16()
-    with pytest.raises(RuntimeError, match="was moved, cast or replaced"):
+    with pytest.raises(RuntimeError, match="moved"):
         handle.revert_(force=True)
 
 
@@ -142,7 +141,7 @@ def test_other_entries_are_refused_and_a_way_out_is_named():
     other = copy.deepcopy(base)
     gradsel.attach(other, random_selection(base, k=1, freeze=["unused.*"]))
     state = frozen_copy(other)
-    with pytest.raises(ValueError, match=r"entries than the delta's, first of patch_embed.weight: gradsel.detach"):
+    with pytest.raises(ValueError, match=r"patch_embed\.weight.*gradsel\.detach"):
         load_delta(other, delta)
     assert_same(other, state)
     gradsel.detach(other, restore=True)
@@ -168,6 +167,6 @@ def test_two_attached_parts_have_no_one_delta():
     other = copy.deepcopy(one)
     gradsel.attach(one, selection)
     gradsel.attach(other, selection)
-    with pytest.raises(ValueError, match="2 modules of the model are attached, each on its own"):
+    with pytest.raises(ValueError, match="2 modules"):
         Delta.of(nn.ModuleList([one, other]))
     assert Delta.of(nn.Sequential(one)).keys() == Delta.of(one).keys()

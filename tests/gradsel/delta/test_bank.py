@@ -1,4 +1,4 @@
-"""Task banks: any sequence of switches is exact, compiled code stays valid, nothing but tasks is written."""
+"""Task banks: any sequence of switches is exact, compiled code stays valid, and only the tasks' entries are written."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_thousand_random_switches(dtype, tmp_path):
     for name, delta in deltas.items():
         delta.save(tmp_path / name)
         bank.add(name, tmp_path / name)
-        bank.activate(random.choice([None, *bank]))  # later ones are added while a task is active
+        bank.activate(random.choice([None, *bank]))  # the rest are added while a task is active
     assert bank.names == tuple(KINDS) == tuple(bank)
     assert len(bank) == 5
     assert "rows" in bank
@@ -76,7 +76,7 @@ def test_only_entries_of_the_two_tasks_are_written():
     assert base.head.bias._version == versions["head.bias"] + 2
     assert base.blocks[0].fc1.weight._version == versions["blocks.0.fc1.weight"] + 3
     versions = {name: p._version for name, p in base.named_parameters()}
-    bank.activate("irregular")  # is there already
+    bank.activate("irregular")  # is active already
     assert {name: p._version for name, p in base.named_parameters()} == versions
 
 
@@ -113,17 +113,17 @@ def test_a_task_that_does_not_fit_is_named():
     gradsel.attach(wide, random_selection(wide, freeze=["unused.*"]))
     bank.activate("rows")
     state = frozen_copy(base)
-    with pytest.raises(ValueError, match=r"head.weight is 9x12 in the delta, 4x12 in the model; .* number of classes"):
+    with pytest.raises(ValueError, match=r"head\.weight .*9x12 .*4x12 .*number of classes"):
         bank.add("wide", Delta({n: p for n, p in Delta.of(wide).items() if n.startswith("head")}))
     other = Toy()
     gradsel.attach(other, random_selection(other, freeze=["unused.*"]))
-    with pytest.raises(ValueError, match="are not those that the delta was made on"):
+    with pytest.raises(ValueError, match=r"of \d+ tensors"):
         bank.add("other", Delta.of(other))
-    with pytest.raises(ValueError, match="has a task 'rows' already"):
+    with pytest.raises(ValueError, match="task 'rows'"):
         bank.add("rows", deltas["columns"])
-    with pytest.raises(KeyError, match="no task 'wide'; it has rows"):
+    with pytest.raises(KeyError, match=r"task 'wide'.*rows"):
         bank.activate("wide")
-    with pytest.raises(KeyError, match="no task 'wide'"):
+    with pytest.raises(KeyError, match="task 'wide'"):
         bank.remove("wide")
     assert bank.active == "rows"
     assert bank.names == ("rows",)
@@ -160,11 +160,11 @@ def test_a_delta_on_top_must_go_first():
     bank = TaskBank(base)
     bank.add("rows", deltas["rows"])
     bank.activate("rows")
-    with pytest.raises(ValueError, match="modified already"):
+    with pytest.raises(ValueError, match="modified"):
         deltas["columns"].apply_(base)
     handle = deltas["columns"].apply_(base, force=True)
     state = frozen_copy(base)
-    with pytest.raises(RuntimeError, match=r"Applied\(.*\) has been applied to the same tensors; revert that first"):
+    with pytest.raises(RuntimeError, match=r"Applied\(.*\) .*same tensors.*revert"):
         bank.activate(None)
     assert_same(base, state)
     handle.revert_()
@@ -177,11 +177,11 @@ def test_moved_and_attached_models_are_refused():
     bank = TaskBank(base)
     bank.add("rows", deltas["rows"])
     base.double()
-    with pytest.raises(RuntimeError, match="was moved, cast or replaced"):
+    with pytest.raises(RuntimeError, match="moved"):
         bank.activate("rows")
     model = nn.Linear(3, 3)
     gradsel.attach(model, random_selection(model))
-    with pytest.raises(ValueError, match="the model is attached"):
+    with pytest.raises(ValueError, match="attached"):
         TaskBank(model).add("a", Delta.of(model))
 
 
@@ -205,12 +205,12 @@ def test_nothing_is_written_over_another_bank_or_under_a_delta():
     first.add("rows", deltas["rows"])
     second.add("per-row", deltas["per-row"])
     first.activate("rows")
-    with pytest.raises(RuntimeError, match="has been applied to the same tensors"):
+    with pytest.raises(RuntimeError, match="same tensors"):
         second.activate("per-row")
     assert_same(base, states["rows"])
     first.activate(None)
     handle = deltas["rows"].apply_(base)
-    with pytest.raises(RuntimeError, match="has been applied to the same tensors"):
+    with pytest.raises(RuntimeError, match="same tensors"):
         second.activate("per-row")
     handle.revert_()
     second.activate("per-row")
@@ -231,7 +231,7 @@ def test_a_model_with_other_tensors_is_refused(change):
         gradsel.attach(base, random_selection(base, "rows", k=1))
     before = frozen_copy(base)
     for write in (handle.revert_, lambda: bank.activate("rows")):
-        with pytest.raises(RuntimeError, match=r"was moved, cast or replaced|the model was attached"):
+        with pytest.raises(RuntimeError, match=r"moved|attached"):
             write()
     assert handle.active
     assert bank.active is None

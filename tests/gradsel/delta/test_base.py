@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -34,10 +35,10 @@ def test_a_modified_base_is_refused_by_name(where):
     with torch.no_grad():
         bits_of(weight).view(-1)[place] ^= 1  # the last bit of one entry
     state = frozen_copy(base)
-    message = f"1 of {len(delta)} tensors are not those that the delta was made on, first {name}"
+    message = f"1 of {len(delta)} tensors .*{re.escape(name)}"
     with pytest.raises(ValueError, match=message):
         delta.check(base)
-    if where == "elsewhere":  # as documented: applying looks at few of the entries that stay
+    if where == "elsewhere":  # as documented, applying samples only a few of the frozen entries
         delta.apply_(base).revert_()
     else:
         with pytest.raises(ValueError, match=message):
@@ -61,19 +62,19 @@ def test_other_models_are_refused_and_stay_as_they_are():
     delta = Delta.of(model)
     other = Toy(classes=7)
     state = frozen_copy(other)
-    with pytest.raises(ValueError, match=r"head.weight is 4x12 in the delta, 7x12 in the model; .* number of classes"):
+    with pytest.raises(ValueError, match=r"head\.weight .*4x12 .*7x12 .*number of classes"):
         delta.apply_(other)
-    with pytest.raises(ValueError, match=r"the model has no 'patch_embed.weight', which the delta sets"):
+    with pytest.raises(ValueError, match=r"'patch_embed\.weight'"):
         delta.apply_(nn.Linear(2, 2))
     assert_same(other, state)
     half = copy.deepcopy(base).bfloat16()
-    with pytest.raises(ValueError, match=r"is torch.bfloat16, the delta was made on torch.float32"):
+    with pytest.raises(ValueError, match=r"torch\.bfloat16.*torch\.float32"):
         delta.apply_(half)
     state = frozen_copy(half)
     with delta.applied(half, force=True):
         assert_same(half, {**state, **{n: t.bfloat16() for n, t in plain(model).state_dict().items() if n in delta}})
     assert_same(half, state)
-    with pytest.raises(ValueError, match=r"the model is attached: use load_delta"):
+    with pytest.raises(ValueError, match=r"attached.*load_delta"):
         delta.apply_(model)
 
 
@@ -84,9 +85,7 @@ def test_values_that_the_weight_cannot_hold():
     with torch.no_grad():
         model.blocks[0].fc1.weight_values[0, 0] = 1e6
     delta = Delta.of(model)
-    with pytest.raises(
-        ValueError, match=r"in torch.float16, blocks.0.fc1.weight has 1 values that are NaN or infinite"
-    ):
+    with pytest.raises(ValueError, match=r"torch\.float16.*blocks\.0\.fc1\.weight .*1 value.*NaN"):
         delta.apply_(base)
     delta.apply_(base, force=True)
 
@@ -96,14 +95,14 @@ def test_nan_needs_force_on_every_way(bad, tmp_path):
     base, _, model = trained()
     with torch.no_grad():
         model.head.bias[2] = bad
-    with pytest.raises(ValueError, match=r"head.bias has 1 values that are NaN or infinite; pass force=True"):
+    with pytest.raises(ValueError, match=r"head\.bias .*1 value.*NaN .*force=True"):
         save_delta(model, tmp_path / "d")
     assert not (tmp_path / "d").exists()
     made = Delta.of(model)
     made.save(tmp_path / "d", force=True)
-    with pytest.raises(ValueError, match=r"head.bias has 1 values that are NaN or infinite"):
+    with pytest.raises(ValueError, match=r"head\.bias .*1 value.*NaN"):
         load_delta(base, tmp_path / "d")
     loaded = Delta.load(tmp_path / "d", force=True)
-    assert loaded == made  # by their bits
+    assert loaded == made  # compares bits
     loaded.apply_(base)
     assert_same(base, plain(model).state_dict())

@@ -25,17 +25,17 @@ def test_gaps_come_back(dtype, end):
     for _ in range(20):
         count = int(torch.randint(1, 40, (), generator=generator))
         numbers = torch.randint(0, min(end, 10**7), (count,), generator=generator).unique()
-        numbers[-1:] += (end - 1 - numbers[-1]) * (end <= 10**7)  # the last entry of all
+        numbers[-1:] += (end - 1 - numbers[-1]) * (end <= 10**7)  # the very last entry
         assert torch.equal(from_gaps(to_gaps(numbers, dtype)), numbers)
 
 
 @pytest.mark.parametrize(
     ("gaps", "error", "message"),
     [
-        (torch.tensor([1, 255], dtype=torch.uint8), ValueError, "the last gap is cut off"),
-        (torch.tensor([], dtype=torch.uint8), ValueError, r"must be a vector with entries, got \[0\]"),
-        (torch.tensor([[1]], dtype=torch.uint8), ValueError, r"must be a vector with entries, got \[1, 1\]"),
-        (torch.tensor([1], dtype=torch.int32), TypeError, r"must be uint8 or uint16, got torch.int32"),
+        (torch.tensor([1, 255], dtype=torch.uint8), ValueError, "last gap"),
+        (torch.tensor([], dtype=torch.uint8), ValueError, r"vector .*\[0\]"),
+        (torch.tensor([[1]], dtype=torch.uint8), ValueError, r"vector .*\[1, 1\]"),
+        (torch.tensor([1], dtype=torch.int32), TypeError, r"uint8 or uint16.*torch\.int32"),
     ],
 )
 def test_gaps_that_mean_nothing(gaps, error, message):
@@ -47,7 +47,7 @@ def test_gaps_that_mean_nothing(gaps, error, message):
     ("mask", "part", "dtype"),
     [
         (PerRow(cols(6, 3000, 1), (6, 3000)), "cols", "uint16"),
-        (PerRow(cols(6, 70_000, 1), (6, 70_000)), "gaps", "uint16"),  # columns would be int32
+        (PerRow(cols(6, 70_000, 1), (6, 70_000)), "gaps", "uint16"),  # columns would need int32
         (PerRow(cols(6, 300, 10), (6, 300)), "gaps", "uint8"),
         (PerRow(cols(6, 300, 100), (6, 300)), "bits", "int32"),
         (PerRow(cols(6, 300, 10), (300, 6), NeuronView((1,))), "gaps", "uint8"),

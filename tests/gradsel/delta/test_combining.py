@@ -25,7 +25,7 @@ def test_combining():
     assert (a | a)["x"].digest == a["x"].digest
     assert a.overlap(b).shared == 1
     clash, _ = delta_of(x={5: 9.0, 7: 3.0})
-    with pytest.raises(ValueError, match=r"both set 1 of the same entries of x, to other values; say which wins"):
+    with pytest.raises(ValueError, match=r"entries of x.*wins"):
         a | clash
     for wins, value in (("self", 2.0), ("other", 9.0)):
         with a.merged(clash, wins=wins).applied(base):
@@ -33,14 +33,14 @@ def test_combining():
     counted = a.difference(clash)
     assert (counted.a, counted.b, counted.shared, counted.differing) == (2, 2, 1, 1)
     assert "differing" in str(counted)
-    with pytest.raises(ValueError, match="wins is 'both'"):
+    with pytest.raises(ValueError, match=r"wins .*'both'"):
         a.merged(b, wins="both")
     with pytest.raises(TypeError):
         a | 3
 
 
 def test_combining_rows_that_are_not_the_first_dimension():
-    """The union is again so many entries a row, whose order is not that of the tensor."""
+    """The union again has a fixed number of entries per row, in an order that differs from the tensor's."""
     base = nn.Module()
     base.x = nn.Parameter(torch.zeros(3, 5))
     deltas = []
@@ -92,12 +92,12 @@ def test_deltas_of_other_bases_do_not_combine():
     other.x = nn.Parameter(torch.ones(2, 4))
     tuned = copy.deepcopy(other)
     tuned.x.data[1, 1] = 4
-    with pytest.raises(ValueError, match="the deltas were made on bases whose x differ"):
+    with pytest.raises(ValueError, match=r"bases .*x"):
         a | Delta.of(tuned, base=other)
     tall = nn.Module()
     tall.x = nn.Parameter(torch.zeros(4, 4))
     for operation in (a.overlap, a.difference, a.merged):
-        with pytest.raises(ValueError, match="x is 2x4 in one delta, 4x4 in the other"):
+        with pytest.raises(ValueError, match=r"x .*2x4 .*4x4"):
             operation(Delta.of(tall, selection=gradsel.Selection({"x": Whole((4, 4))})))
 
 

@@ -45,9 +45,9 @@ def test_a_base_given_for_an_attached_model_is_compared():
         model[0].weight_values.add_(1)
     gradsel.sync(model)
     assert set(Delta.of(model, base=base)) == {"0.weight", "0.bias", "1.weight"}
-    with pytest.raises(ValueError, match=r"0\.weight was not this at attach\(\)"):
+    with pytest.raises(ValueError, match=r"0\.weight .*attach\(\)"):
         Delta.of(model, base={name: tensor + 1 for name, tensor in base.items()})
     with torch.no_grad():
         model[1].bias.add_(1)
-    with pytest.raises(ValueError, match=r"1\.bias was not this at attach\(\), or was changed outside the selection"):
+    with pytest.raises(ValueError, match=r"1\.bias .*attach\(\)"):
         Delta.of(model, base=base)

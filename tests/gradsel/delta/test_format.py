@@ -1,4 +1,4 @@
-"""The format, read by what docs/deltas.md says alone: json, struct, hashlib and NumPy, none of our code, no torch."""
+"""The format, read as docs/deltas.md describes it: with json, struct, hashlib and NumPy, without our code or torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DTYPES = {"F32": ("<f4", "float32"), "U16": ("<u2", "uint16"), "U8": ("u1", "uin
 
 
 def read(path):
-    """Parameters and tensors of a file, whose checksum is looked at."""
+    """The parameters and tensors of a file, after its checksum is verified."""
     raw = path.read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
     header, body = json.loads(raw[8 : 8 + length]), raw[8 + length :]
@@ -42,7 +42,7 @@ def read(path):
 
 
 def matrix(about):
-    """The row-major indices of a tensor in its neuron view."""
+    """The row-major indices of a tensor, arranged in its neuron view."""
     numbers = numpy.arange(math.prod(about["shape"])).reshape(about["shape"])
     if about["groups"] > 1:
         numbers = numbers.reshape(about["groups"], -1, *about["shape"][1:])
@@ -52,7 +52,7 @@ def matrix(about):
 
 
 def entries(about, tensors):
-    """The set entries by their row-major index in the tensor, in mask order."""
+    """The row-major indices of the selected entries, in mask order."""
     kind = about["kind"]
     if kind == "whole":
         return numpy.arange(math.prod(about["shape"]))

@@ -86,21 +86,21 @@ def test_a_plain_model_with_its_selection_and_base():
         for other in (by_both[name], by_state[name]):
             assert (other.digest, other.fingerprint) == (part.digest, part.fingerprint), name
             assert same_bits(other.originals, part.originals)
-    by_base = Delta.of(tuned, base=base)  # only what has moved
+    by_base = Delta.of(tuned, base=base)  # only the entries that changed
     assert 0 < by_base.trained_count() <= attached.trained_count()
     with by_base.applied(base):
         assert_same(base, tuned.state_dict())
-    with pytest.raises(ValueError, match="pass the selection that it was trained with, or its base, or both"):
+    with pytest.raises(ValueError, match=r"selection .*base"):
         Delta.of(tuned)
     with torch.no_grad():
         tuned.pos_embed[0, 0, 0] += 1
-    with pytest.raises(ValueError, match="1 entries of pos_embed differ from the base and are not selected"):
+    with pytest.raises(ValueError, match=r"1 entr.* pos_embed .*not selected"):
         Delta.of(tuned, selection=selection, base=base)
-    with pytest.raises(ValueError, match=r"head.weight is 4x12 in the model, 7x12 in the base; .* new heads included"):
+    with pytest.raises(ValueError, match=r"head\.weight .*4x12 .*7x12"):
         Delta.of(plain(model), selection=selection, base={**base.state_dict(), "head.weight": torch.zeros(7, 12)})
-    with pytest.raises(ValueError, match="pos_embed is 1x5x12 in the model, missing in the base"):
+    with pytest.raises(ValueError, match=r"pos_embed .*1x5x12 .*missing"):
         Delta.of(tuned, selection=selection, base={n: base.get_parameter(n) for n in ("cls_token",)})
-    with pytest.raises(ValueError, match="the base is attached"):
+    with pytest.raises(ValueError, match=r"base .*attached"):
         Delta.of(tuned, base=model)
 
 
@@ -116,12 +116,12 @@ def test_a_selection_alone_recognises_the_base_by_its_fingerprints():
     assert delta.notes == selection.notes
     with delta.applied(base):
         assert_same(base, tuned.state_dict())
-    with pytest.raises(ValueError, match=r"are not those that the delta was made on, first patch_embed.weight"):
+    with pytest.raises(ValueError, match=r"patch_embed\.weight"):
         delta.apply_(tuned)
     unknown = Delta.of(tuned, selection=gradsel.Selection(selection))
-    with pytest.raises(ValueError, match=r"does not know the base of patch_embed.weight, as it was made without"):
+    with pytest.raises(ValueError, match=r"base of patch_embed\.weight"):
         unknown.apply_(base)
-    with pytest.raises(ValueError, match="does not know the base"):
+    with pytest.raises(ValueError, match="know the base"):
         unknown.check(base)
     unknown.apply_(base, force=True)
     assert_same(base, tuned.state_dict())
@@ -136,7 +136,7 @@ def test_the_selection_saves_computing_fingerprints_of_an_attached_model():
     assert [part.fingerprint for part in with_it.values()] == [part.fingerprint for part in without.values()]
     assert with_it.notes["policy"] == selection.notes["policy"]
     assert Delta.of(base, selection=selection, notes={"task": "toys"}).notes["task"] == "toys"
-    with pytest.raises(ValueError, match="is not attached as this selection says"):
+    with pytest.raises(ValueError, match="not attached"):
         Delta.of(base, selection=random_selection(base_of(base)))
 
 

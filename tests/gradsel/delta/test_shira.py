@@ -60,7 +60,7 @@ def test_peft_loads_an_exported_delta(k, tmp_path):
         assert same_bits(parameter[outside], base.get_parameter(name)[outside]), name
     rows = json.loads((tmp_path / "adapter_config.json").read_text())["r"]
     found = load_file(tmp_path / "adapter_model.safetensors")
-    assert found["base_model.model.layers.0.shira_weight"].numel() == rows * 24  # as PEFT insists
+    assert found["base_model.model.layers.0.shira_weight"].numel() == rows * 24  # PEFT insists on it
     assert "base_model.model.head.weight" in found
 
 
@@ -74,7 +74,7 @@ def test_a_round_trip_through_peft(tmp_path):
     for name, part in delta.items():
         assert torch.equal(back[name].mask.entries(), part.mask.entries()), name
         torch.testing.assert_close(back[name].values, part.values, rtol=0, atol=1e-7)
-    with back.applied(base):  # it knows the base that it was read beside
+    with back.applied(base):  # it knows the base that was passed when it was read
         merged = adapted.merge_and_unload()
         for name, parameter in merged.named_parameters():
             assert same_bits(base.get_parameter(name), parameter), name
@@ -96,24 +96,20 @@ def test_differences_are_not_exact_in_low_precision(tmp_path):
 
 def test_what_shira_cannot_hold_is_named(tmp_path):
     base, _, delta = tuned_net()
-    with pytest.raises(
-        ValueError, match=r"no place for 2 parameters, first layers.0.bias: .*drop=True leaves them out"
-    ):
+    with pytest.raises(ValueError, match=r"2 parameters.*layers\.0\.bias.*drop=True"):
         delta.to_shira(tmp_path / "a")
     assert not (tmp_path / "a").exists()
     delta.to_shira(tmp_path / "a", drop=True)
     assert Delta.from_shira(tmp_path / "a", base).keys() == delta.keys() - {"layers.0.bias", "layers.1.bias"}
     head = Delta({name: part for name, part in delta.items() if name.startswith("head")})
-    with pytest.raises(ValueError, match="sets no weight of two dimensions in part"):
+    with pytest.raises(ValueError, match="two dimensions"):
         head.to_shira(tmp_path / "b")
-    with pytest.raises(
-        ValueError, match=r"layers.0.weight is too small for SHiRA with r = 45: 1080 of its 128 entries"
-    ):
+    with pytest.raises(ValueError, match=r"layers\.0\.weight .*r = 45.*1080 .*128"):
         large(delta).to_shira(tmp_path / "c", drop=True)
 
 
 def large(delta):
-    """A layer whose r is too large for the others."""
+    """Adds a layer whose r is too large for the others."""
     base = nn.Module()
     base.wide = nn.Linear(100, 100, bias=False)
     tuned = copy.deepcopy(base)
@@ -126,7 +122,7 @@ def test_originals_come_from_the_base_where_the_file_lacks_them(tmp_path):
     base, _, delta = tuned_net(**NO_BIAS)
     delta.save(tmp_path / "d")
     loaded = Delta.load(tmp_path / "d")
-    with pytest.raises(ValueError, match=r"the original entries of layers.0.weight are not known, .* pass base="):
+    with pytest.raises(ValueError, match=r"layers\.0\.weight .*pass base="):
         loaded.to_shira(tmp_path / "a")
     loaded.to_shira(tmp_path / "a", base=base)
     delta.to_shira(tmp_path / "b")
@@ -137,12 +133,12 @@ def test_originals_come_from_the_base_where_the_file_lacks_them(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.update({"base_model.model.layers.0.shira_indices": torch.zeros(3, 24)}), "has no indices"),
-        (lambda t: t.pop("base_model.model.layers.0.shira_indices"), "has no indices"),
-        (lambda t: t["base_model.model.layers.0.shira_indices"].add_(100), "indices outside of"),
-        (lambda t: t["base_model.model.layers.0.shira_indices"].sub_(100), "indices outside of"),
-        (lambda t: t.update({"base_model.model.other.weight": torch.zeros(3)}), "the base has no 'other.weight'"),
-        (lambda t: t.update({"base_model.model.head.weight": torch.zeros(9, 8)}), "head.weight has shape 9x8, 3x8"),
+        (lambda t: t.update({"base_model.model.layers.0.shira_indices": torch.zeros(3, 24)}), "no indices"),
+        (lambda t: t.pop("base_model.model.layers.0.shira_indices"), "no indices"),
+        (lambda t: t["base_model.model.layers.0.shira_indices"].add_(100), "indices outside"),
+        (lambda t: t["base_model.model.layers.0.shira_indices"].sub_(100), "indices outside"),
+        (lambda t: t.update({"base_model.model.other.weight": torch.zeros(3)}), r"'other\.weight'"),
+        (lambda t: t.update({"base_model.model.head.weight": torch.zeros(9, 8)}), r"head\.weight .*9x8.*3x8"),
     ],
 )
 def test_damaged_adapters_are_refused(change, message, tmp_path):
@@ -156,12 +152,12 @@ def test_damaged_adapters_are_refused(change, message, tmp_path):
 
 
 def test_other_folders_are_no_adapters(tmp_path):
-    with pytest.raises(ValueError, match="is no adapter of PEFT"):
+    with pytest.raises(ValueError, match="adapter of PEFT"):
         Delta.from_shira(tmp_path, Net())
     base, _, delta = tuned_net(**NO_BIAS)
     delta.to_shira(tmp_path)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    with pytest.raises(ValueError, match="is no SHiRA adapter"):
+    with pytest.raises(ValueError, match="SHiRA adapter"):
         Delta.from_shira(tmp_path, base)
 
 
@@ -176,9 +172,9 @@ def test_a_base_with_the_delta_in_it_has_no_differences_to_write(tmp_path):
     delta = Delta.of(model)
     base = gradsel.detach(model, restore=True)
     delta.save(tmp_path / "d")
-    delta = Delta.load(tmp_path / "d")  # without originals
+    delta = Delta.load(tmp_path / "d")  # the original entries were not saved
     delta.to_shira(tmp_path / "right", base=base)
-    with delta.applied(base), pytest.raises(ValueError, match=r"0\.weight of the base is not what"):
+    with delta.applied(base), pytest.raises(ValueError, match=r"0\.weight of the base"):
         delta.to_shira(tmp_path / "wrong", base=base)
 
 
@@ -190,5 +186,5 @@ def test_a_bias_that_is_set_in_part_is_not_saved_whole(tmp_path):
         tuned[1].weight += 1
         tuned[1].bias[1:] += 1
     delta = Delta.of(tuned, base=base)
-    with pytest.raises(ValueError, match=r"SHiRA has no place for 1 parameters, first 1\.bias"):
+    with pytest.raises(ValueError, match=r"1 parameter.*1\.bias"):
         delta.to_shira(tmp_path / "all", base=base)

@@ -48,8 +48,8 @@ def test_jitter_is_the_identity_at_zero_and_shifts_by_pixels():
     spots = torch.zeros(500, 1, 8, 8)
     spots[:, :, 4, 4] = 1.0
     moved = jitter(spots, generator, 1.0, 0, 0)
-    torch.testing.assert_close(moved[:, :, 3:6, 3:6].sum((1, 2, 3)), torch.ones(500))  # never farther than a pixel
-    assert moved[:, 0, 3, 3].max() > 0.8  # but as far, in every direction
+    torch.testing.assert_close(moved[:, :, 3:6, 3:6].sum((1, 2, 3)), torch.ones(500))  # by one pixel at most
+    assert moved[:, 0, 3, 3].max() > 0.8  # but by a whole pixel in every direction
     assert moved[:, 0, 5, 5].max() > 0.8
 
 
@@ -133,7 +133,7 @@ def test_costs_are_counted_as_documented(results):
     assert rows["full fine-tuning"].trained == total
     assert rows["full fine-tuning"].delta_bytes == 4 * total
     tensors = len(list(VisionTransformer(8, 2, 1, 8, 1, 2, num_classes=5).parameters()))
-    assert rows["full fine-tuning"].state_bytes == 8 * total + 4 * tensors  # two moments, and a step count a tensor
+    assert rows["full fine-tuning"].state_bytes == 8 * total + 4 * tensors  # two moments, and one step count per tensor
     assert rows["GPS K=1"].trained == rows["random K=1"].trained
     assert rows["GPS K=1"].used_columns.keys() == {
         "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.attn.proj.weight",
@@ -145,7 +145,7 @@ def test_one_delta_is_saved_and_its_size_printed_beside_the_checkpoints(results)
     saved = results.delta
     assert saved.method == "GPS K=1"
     payload = results.rows[[row.method for row in results.rows].index("GPS K=1")].outcomes[0]
-    assert payload.delta_bytes < saved.delta_bytes + 2 * payload.trained  # columns of so few inputs are bits
+    assert payload.delta_bytes < saved.delta_bytes + 2 * payload.trained  # columns of few inputs are stored as bits
     assert saved.checkpoint_bytes > 4 * payload.parameters
     line = demo.saved_line(saved)
     assert f"{saved.delta_bytes:,} bytes" in line
@@ -159,8 +159,8 @@ def test_a_delta_that_does_not_come_back_is_an_error(monkeypatch):
     model, _ = demo.adapt(pretrained, gps, data, 0, epochs=1)
     demo.saved_bytes(model, demo.fresh(pretrained, 0))
     with torch.no_grad():
-        model.norm.weight[0] += 1  # which is frozen, so that no delta holds it
-    with pytest.raises(RuntimeError, match="did not come back to the bit"):
+        model.norm.weight[0] += 1  # frozen, so no delta holds it
+    with pytest.raises(RuntimeError, match="to the bit"):
         demo.saved_bytes(model, demo.fresh(pretrained, 0))
 
 
@@ -180,7 +180,7 @@ def test_variants_train_about_as_many_weights_and_differ_in_which(ablated):
     assert len(exact) == 10
     assert all(trained[name] == neurons for name in exact)
     assert abs(trained["layer"] - neurons) <= 5  # each layer rounds
-    assert trained["rows"] == trained["rows + L2: GRFT"] == 4 + 8 + 8 + 8 + 32  # one row of each
+    assert trained["rows"] == trained["rows + L2: GRFT"] == 4 + 8 + 8 + 8 + 32  # one row of each matrix
 
     pretrained, _ = demo.pretrain(TINY, quiet=True)
     data = demo.split(demo.NEW, TINY.shots, demo.REPORTED)

@@ -72,7 +72,7 @@ def test_rows_of_a_transposed_convolution_are_its_output_channels(groups):
 
 
 def test_memory_offsets_of_a_tensor_with_gaps_are_refused():
-    with pytest.raises(ValueError, match="is not dense"):
+    with pytest.raises(ValueError, match="not dense"):
         memory_offsets(torch.zeros(4, 6)[:, :3])
 
 
@@ -119,7 +119,7 @@ def test_gather_and_scatter_agree_with_the_dense_mask(shape, view, dtype):
 
 @pytest.mark.parametrize(("shape", "view"), VIEWS, ids=str)
 def test_places_lead_the_kernel_to_the_selected_entries(shape, view):
-    """A step of plain gradient ascent through the kernel moves what the dense mask says, each by its own gradient."""
+    """A step of gradient ascent through the kernel moves the entries of the dense mask, each by its own gradient."""
     for mask in masks_for(shape, view):
         if mask.nnz == 0:
             continue
@@ -138,7 +138,7 @@ def test_places_lead_the_kernel_to_the_selected_entries(shape, view):
 
 @pytest.mark.parametrize(("shape", "view"), VIEWS, ids=str)
 def test_places_lead_the_kernel_from_values_to_their_weight(shape, view):
-    """The same with a gradient in mask order and values of their own, as in an attached model."""
+    """The same with compact gradients and values in mask order, as in an attached model."""
     for mask in masks_for(shape, view):
         if mask.nnz == 0:
             continue
@@ -199,7 +199,7 @@ def test_the_smallest_encoding_is_chosen(mask, part, dtype, size):
 
 @pytest.mark.parametrize(("shape", "view"), [*VIEWS, ((), None), ((0, 4), LEADING), ((3, 0), LEADING)], ids=str)
 def test_other_forms_round_trip(shape, view):
-    """Entries, bits and coordinates are those of the dense mask, and lead back to it."""
+    """Entries, bits and coordinates agree with the dense mask, and each converts back to it."""
     masks = list(masks_for(shape, view)) if view and 0 not in shape else [Whole(shape), Frozen(shape)]
     for mask in masks:
         dense = mask.to_dense()
@@ -232,7 +232,7 @@ def test_imports_find_the_regular_kind(shape, view):
         found = from_dense(mask.to_dense())
         if view.is_leading or mask.kind == "per-row":
             assert (found.kind, found.view) == (mask.kind, view)
-        else:  # may be found from the other side: columns of the first dimension are rows of the others
+        else:  # may be recognised from the other side: columns of the first dimension are rows of the others
             assert found.kind in ("rows", "columns")
             assert torch.equal(found.to_dense(), mask.to_dense())
     irregular = torch.zeros(shape, dtype=torch.bool)
@@ -314,28 +314,28 @@ def int32(*rows):
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: PerRow(int32([0], [1]).long(), (2, 3)), TypeError, "cols must be int32"),
-        (lambda: PerRow(int32([0]), (2, 3)), ValueError, r"cols must be \[2, at most 3\]"),
-        (lambda: PerRow(int32([0], [3]), (2, 3)), ValueError, "0 to 2, found 0 to 3"),
-        (lambda: PerRow(int32([-1], [1]), (2, 3)), ValueError, "found -1 to 1"),
-        (lambda: PerRow(int32([0, 1], [2, 2]), (2, 3)), ValueError, "row 1 does not"),
-        (lambda: WholeRows(torch.tensor([1]), (2, 3)), TypeError, r"rows must be int32 \[k\]"),
-        (lambda: WholeRows(int32([2])[0], (2, 3)), ValueError, "rows must ascend within 0 to 1"),
-        (lambda: WholeColumns(int32([2, 1])[0], (2, 3)), ValueError, "cols must ascend within 0 to 2"),
-        (lambda: Flat(torch.tensor([1, 1]), (2, 3)), ValueError, "must ascend"),
-        (lambda: Flat(torch.tensor([1, 6]), (2, 3)), ValueError, "within 0 to 5"),
+        (lambda: PerRow(int32([0], [1]).long(), (2, 3)), TypeError, "cols .*int32"),
+        (lambda: PerRow(int32([0]), (2, 3)), ValueError, r"cols .*\[2, at most 3\]"),
+        (lambda: PerRow(int32([0], [3]), (2, 3)), ValueError, "0 to 2.*0 to 3"),
+        (lambda: PerRow(int32([-1], [1]), (2, 3)), ValueError, "cols .*-1 to 1"),
+        (lambda: PerRow(int32([0, 1], [2, 2]), (2, 3)), ValueError, "row 1"),
+        (lambda: WholeRows(torch.tensor([1]), (2, 3)), TypeError, r"rows .*int32 \[k\]"),
+        (lambda: WholeRows(int32([2])[0], (2, 3)), ValueError, "rows .*ascend .*0 to 1"),
+        (lambda: WholeColumns(int32([2, 1])[0], (2, 3)), ValueError, "cols .*ascend .*0 to 2"),
+        (lambda: Flat(torch.tensor([1, 1]), (2, 3)), ValueError, "ascend"),
+        (lambda: Flat(torch.tensor([1, 6]), (2, 3)), ValueError, "0 to 5"),
         (lambda: Flat(torch.tensor([1.0]), (2, 3)), TypeError, "int32 or int64"),
-        (lambda: Flat.from_dense(torch.ones(2, 3)), TypeError, "must be bool"),
-        (lambda: Flat(int32([5, -(2**31)])[0], (2, 3)), ValueError, "must ascend"),  # their difference overflows
-        (lambda: WholeRows(int32([1, -(2**31)])[0], (2, 3)), ValueError, "must ascend"),
-        (lambda: from_dense(torch.ones(2, 3)), TypeError, "must be bool"),
-        (lambda: from_bits(torch.ones(2, 1), (2, 3)), TypeError, r"bits must be torch\.int32"),
-        (lambda: from_bits(int32([1, 1]), (2, 3)), ValueError, r"must be \[2, 1\], got \[1, 2\]"),
-        (lambda: from_coo(torch.ones(2, 1), (2, 3)), TypeError, "indices must be int64"),
-        (lambda: from_coo(int32([1, 1]), (2, 3)), ValueError, r"must be \[2, nnz\], got \[1, 2\]"),
-        (lambda: from_coo(int32([1], [3]), (2, 3)), ValueError, "dimension 1 must lie in 0 to 2, found 3 to 3"),
-        (lambda: from_coo(int32([-1], [1]), (2, 3)), ValueError, "dimension 0 must lie in 0 to 1, found -1"),
-        (lambda: from_parts("diagonal", (2, 3), {}, {}), ValueError, "unknown kind of mask 'diagonal'"),
+        (lambda: Flat.from_dense(torch.ones(2, 3)), TypeError, "bool"),
+        (lambda: Flat(int32([5, -(2**31)])[0], (2, 3)), ValueError, "ascend"),  # their difference overflows
+        (lambda: WholeRows(int32([1, -(2**31)])[0], (2, 3)), ValueError, "ascend"),
+        (lambda: from_dense(torch.ones(2, 3)), TypeError, "bool"),
+        (lambda: from_bits(torch.ones(2, 1), (2, 3)), TypeError, r"bits .*torch\.int32"),
+        (lambda: from_bits(int32([1, 1]), (2, 3)), ValueError, r"\[2, 1\].*\[1, 2\]"),
+        (lambda: from_coo(torch.ones(2, 1), (2, 3)), TypeError, "indices .*int64"),
+        (lambda: from_coo(int32([1, 1]), (2, 3)), ValueError, r"\[2, nnz\].*\[1, 2\]"),
+        (lambda: from_coo(int32([1], [3]), (2, 3)), ValueError, "dimension 1 .*0 to 2.*3 to 3"),
+        (lambda: from_coo(int32([-1], [1]), (2, 3)), ValueError, "dimension 0 .*0 to 1.*-1"),
+        (lambda: from_parts("diagonal", (2, 3), {}, {}), ValueError, "kind .*'diagonal'"),
     ],
 )
 def test_bad_input(make, error, message):

@@ -149,7 +149,7 @@ def test_embeddings_with_sparse_gradients_or_counts(sparse):
     grad = dense.weight.grad.to_dense() if sparse else dense.weight.grad
     torch.testing.assert_close(model.weight_values.grad, selection["weight"].gather(grad))
     limited = nn.Embedding(6, 4, max_norm=1.0)
-    with pytest.raises(ValueError, match="max_norm rescales the whole weight"):
+    with pytest.raises(ValueError, match="max_norm"):
         gradsel.attach(limited, random_selection(limited, rank=["weight"]))
 
 
@@ -160,7 +160,7 @@ def test_casts_keep_values_in_float32():
     before = values.detach().clone()
     model.to(torch.bfloat16)
     assert model.blocks[0].fc1.weight_values is values
-    assert torch.equal(values, before)  # float32, and not rounded on the way
+    assert torch.equal(values, before)  # in float32, never rounded on the way
     check_consistent(model)
     cross_entropy(model, data(torch.bfloat16)[0]).backward()
     model.double()
@@ -210,7 +210,7 @@ def test_loading_a_plain_checkpoint_refreshes_the_values():
     check_consistent(model)
     assert torch.equal(model.blocks[0].fc1._parameters["weight"], base["blocks.0.fc1.weight"])
     values = {name: torch.zeros_like(v) for name, v in model.state_dict().items() if name.endswith("_values")}
-    model.load_state_dict(values, strict=False)  # values alone: a fine-tuned difference
+    model.load_state_dict(values, strict=False)  # only the values: the fine-tuned difference
     check_consistent(model)
     assert int((model.blocks[0].fc1._parameters["weight"] == 0).sum()) >= 24
     with pytest.raises(RuntimeError, match="Missing key"):
@@ -273,12 +273,12 @@ def test_detach_gives_everything_back(kind):
             model.load_state_dict(original)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, original[name]), name
-    with pytest.raises(ValueError, match="the model is not attached"):
+    with pytest.raises(ValueError, match="not attached"):
         gradsel.detach(model)
 
 
 def test_inference_runs_the_plain_operators():
-    """Attached without gradients, and detached: the operators of the plain model, in number and kind."""
+    """An attached model without gradients runs the same operators as the plain model, and so does a detached one."""
     model, selection = toy()
     model.eval()
     x = data()[0][0]
@@ -306,16 +306,16 @@ def test_a_selection_of_another_model_changes_nothing():
     more = gradsel.Selection({**selection, "extra.weight": Whole((3,))})
     whole_number = gradsel.Selection({**selection, "patch_embed.weight": Whole((3, 3))})
     for bad, error, message in [
-        (larger, ValueError, "is for shape .* the parameter has .*; select on this model"),
-        (fewer, KeyError, "no parameter 'head.bias'"),
-        (more, ValueError, "1 parameters that the model lacks .*'extra.weight'"),
-        (whole_number, ValueError, r"patch_embed.weight is for shape \[3, 3\]"),
+        (larger, ValueError, "shape .*select on this model"),
+        (fewer, KeyError, r"'head\.bias'"),
+        (more, ValueError, r"1 parameter.*'extra\.weight'"),
+        (whole_number, ValueError, r"patch_embed\.weight .*\[3, 3\]"),
     ]:
         with pytest.raises(error, match=message):
             gradsel.attach(model, bad)
         assert before == (repr(model), [p.requires_grad for p in model.parameters()])
     model.blocks[1].fc1.weight_values = torch.zeros(1)
-    with pytest.raises(ValueError, match="has an attribute weight_values already"):
+    with pytest.raises(ValueError, match="weight_values"):
         gradsel.attach(model, selection)
     assert before[1] == [p.requires_grad for p in model.parameters()]
 
@@ -325,7 +325,7 @@ def test_sync_and_detach_of_a_wrapper():
     gradsel.attach(model, selection)
     wrapped = nn.Sequential(model)
     gradsel.sync(wrapped)
-    with pytest.raises(ValueError, match="a module around it"):
+    with pytest.raises(ValueError, match="module around"):
         gradsel.detach(model.blocks[0])
     assert gradsel.detach(wrapped) is wrapped
     assert type(model.blocks[0].fc1) is nn.Linear

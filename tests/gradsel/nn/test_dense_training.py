@@ -28,7 +28,7 @@ RULES = {"tied Llama": {"rank": ["model.embed_tokens.weight"]}, "GPT-2": {"rank"
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["ViT", "ConvNeXt", "Llama", "tied Llama", "GPT-2"])
 def test_double_precision_equals_dense_training_with_masked_gradients(name, kind):
-    """By plain gradient descent, which hides no difference behind a normalisation."""
+    """With plain gradient descent: unlike Adam, it does not normalise differences away."""
     model, inputs = hugging_face(name)
     model = model.double()
     if name == "ConvNeXt":
@@ -99,7 +99,7 @@ def test_half_precision_weights_train_in_float32(dtype):
     values = model.blocks[0].fc1.weight_values
     assert values.dtype is torch.float32
     assert torch.equal(values.detach().to(dtype).float(), values.detach())
-    optimizer = gradsel.MaskedAdam(gradsel.trainable_parameters(model), lr=1e-5)  # steps too small for the weights
+    optimizer = gradsel.MaskedAdam(gradsel.trainable_parameters(model), lr=1e-5)  # steps below the weights' precision
     start = values.detach().clone()
     for batch in data(dtype):
         optimizer.zero_grad()

@@ -19,18 +19,18 @@ STEPS = 4
 
 OPTIMIZERS = {
     "MaskedAdam": lambda parameters: gradsel.MaskedAdam(parameters, lr=1e-2),
-    "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.1),  # which does not normalise an error away
+    "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.1),  # unlike Adam, it does not normalise errors away
 }
 
 
 def train(rank: int, world: int, folder: str, optimizer_name: str) -> None:
-    """One process: trains on its share of every batch, and writes down what it has and what it has sent."""
+    """One process: trains on its share of every batch, and records its weights and what it sent."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     model, selection = toy(dtype=torch.float64)
     before = frozen_entries(model, selection)
     gradsel.attach(model, selection)
-    model.eval()  # no dropout: the processes see different images, but must draw alike otherwise
+    model.eval()  # no dropout, which the two processes could not draw alike
     parallel = DistributedDataParallel(model)
     sent = []
 

@@ -16,7 +16,7 @@ from gradsel.views import NeuronView
 
 
 def masks_of(shape: tuple[int, ...], view: NeuronView | None = None, seed: int = 0) -> dict[str, Mask]:
-    """One mask of every kind, and a per-row mask that reads few columns."""
+    """One mask of every kind, and a per-row mask that uses few columns."""
     view = view or NeuronView()
     generator = torch.Generator().manual_seed(seed)
     rows, n = view.shape(shape)
@@ -43,7 +43,7 @@ KINDS = list(masks_of((3, 4)))
 
 
 def written(weight: Tensor, mask: Mask, values: Tensor) -> Tensor:
-    """The weight with ``values`` in it: makes finite differences of the values reach the output."""
+    """The weight with ``values`` written into it, so that finite differences of the values reach the output."""
     weight = weight.detach().clone()
     mask.scatter_(weight, values.detach())
     return weight
@@ -153,7 +153,7 @@ def test_gradcheck_harvest(kind):
 
 
 def kept_bytes(function, *owned: Tensor) -> int:
-    """Bytes of everything autograd saves, each storage once, what is ``owned`` by the layer left out."""
+    """Bytes that autograd saves, counting each storage once and leaving out what the layer ``owns``."""
     known = {tensor.untyped_storage().data_ptr() for tensor in owned}
     found: dict[int, int] = {}
 
@@ -203,7 +203,7 @@ def test_a_convolution_keeps_the_smallest_of_taps_channels_and_input():
     assert kept([0, 1, 9, 10]) == 2 * plane
     assert kept(list(range(72))) == 8 * plane  # everything: the input
     assert kept([0, 9, 18, 27, 36]) == 8 * plane  # more than half of it
-    assert kept([0, 1, 2], stride=(3, 3)) == 3 * 2 * 16 * 4  # at a stride, taps are small
+    assert kept([0, 1, 2], stride=(3, 3)) == 3 * 2 * 16 * 4  # with a stride, taps are small
 
 
 def test_an_embedding_keeps_the_token_numbers():
@@ -270,7 +270,7 @@ def test_backward_allocates_nothing_of_the_weights_size(kind):
         assert values.grad is not None
     dense = nn.Parameter(weight)
     output = F.linear(torch.randn(tokens, n), dense)
-    dense_backward = output.sum().backward  # both watches do see a dense gradient
+    dense_backward = output.sum().backward  # both measurements do notice a dense gradient
     assert Largest().watch(lambda: dense_backward(retain_graph=True), weight) >= rows * n
     assert largest_allocation(dense_backward) >= 4 * rows * n
 

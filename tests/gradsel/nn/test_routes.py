@@ -115,6 +115,6 @@ def test_values_without_a_gradient_are_reported_once():
     gradsel.attach(model, random_selection(model))
     for optimizer in (gradsel.MaskedAdam(model.parameters()), torch.optim.AdamW(model.parameters())):
         model(torch.randn(3, 4)).sum().backward()
-        with pytest.warns(UserWarning, match=r"1 of 2 selected weights got no gradient .*: unused.weight\."):
+        with pytest.warns(UserWarning, match=r"1 of 2 .*no gradient .*unused\.weight"):
             optimizer.step()
         optimizer.step()

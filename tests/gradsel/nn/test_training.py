@@ -32,7 +32,7 @@ def test_lbfgs_sees_the_weights_it_tries(search):
     dense = copy.deepcopy(model)
     gradsel.attach(model, selection)
     gradsel.freeze(dense, selection)
-    # For the dense model, a parameter of the selected entries, written before every evaluation.
+    # The dense model's selected entries as one parameter, written into its weights before every evaluation.
     own = {name: selection[name].gather(p.detach()).requires_grad_() for name, p in dense.named_parameters()
            if p.requires_grad}  # fmt: skip
 
@@ -109,9 +109,9 @@ def test_masks_and_attach_exclude_each_other():
     gradsel.attach(model, selection)
     with pytest.raises(ValueError, match="leave out masks"):
         gradsel.MaskedAdam(model.named_parameters(), masks=selection)
-    with pytest.raises(ValueError, match=r"attached already; call gradsel.detach\(model\) first"):
+    with pytest.raises(ValueError, match=r"attached.*gradsel\.detach\(model\)"):
         gradsel.attach(model, selection)
-    with pytest.raises(ValueError, match="attached to a selection"):
+    with pytest.raises(ValueError, match="attached"):
         gradsel.select(model, data(), cross_entropy)
 
 
@@ -138,7 +138,7 @@ def test_grad_scaler_skips_an_overflow():
     before = frozen_entries(model, selection)
     gradsel.attach(model, selection)
     start = copy.deepcopy(model.state_dict())
-    parameters = [p for name, p in model.named_parameters() if name.endswith("_values")]  # in float32, as scalers ask
+    parameters = [p for name, p in model.named_parameters() if name.endswith("_values")]  # in float32, as scalers need
     optimizer = gradsel.MaskedAdam(parameters, lr=1e-2)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     for i, batch in enumerate(data(torch.float16)):

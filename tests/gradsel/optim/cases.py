@@ -26,7 +26,7 @@ ANCHORS = [
     {"anchor": 10.0, "anchor_decoupled": True, "amsgrad": True},
     {"anchor": 1.0, "anchor_decoupled": True, "anchor_norm": 1, "weight_decay": 0.1},
 ]
-#: Takes every entry with a gradient of zero back to its original, in one step.
+#: Returns every entry whose gradient is zero to its original in one step.
 RETURN = {"anchor": 1e9, "anchor_decoupled": True, "anchor_norm": 1, "betas": (0.0, 0.999)}
 
 
@@ -57,7 +57,7 @@ def train(model, optimizer, steps=4, scheduler=None):
 
 
 def random_masks(model, seed, k=2):
-    """K random entries in every neuron, and all other parameters whole."""
+    """K random entries of every neuron; parameters with fewer than two dimensions are trained whole."""
     generator = torch.Generator().manual_seed(seed)
 
     def mask(p):
@@ -75,7 +75,7 @@ def masked(model, selection, **options):
 
 
 def wide_grads(model, batch, masks=None):
-    """Gradients of a batch, with zeros where nothing is selected."""
+    """Dense gradients of a batch, set to zero outside the masks."""
     model.zero_grad()
     cross_entropy(model, batch).backward()
     for name, p in model.named_parameters():

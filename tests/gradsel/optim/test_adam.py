@@ -98,19 +98,19 @@ def test_adamw_defaults():
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: gradsel.MaskedAdam(one_parameter(), lr=-1), ValueError, "Invalid learning rate: -1"),
-        (lambda: gradsel.MaskedAdam(one_parameter(), eps=-1), ValueError, "Invalid epsilon value: -1"),
-        (lambda: gradsel.MaskedAdam(one_parameter(), betas=(1.0, 0.9)), ValueError, "parameter at index 0: 1.0"),
-        (lambda: gradsel.MaskedAdam(one_parameter(), weight_decay=-1), ValueError, "Invalid weight_decay value: -1"),
-        (lambda: gradsel.MaskedAdam(one_parameter(), anchor=-1), ValueError, "Invalid anchor value: -1"),
-        (lambda: gradsel.MaskedAdam([{"params": one_parameter(), "anchor": -1}]), ValueError, "Invalid anchor value"),
-        (lambda: gradsel.MaskedAdamW(one_parameter(), anchor_norm=3), ValueError, "Invalid anchor_norm value: 3"),
-        (lambda: gradsel.MaskedAdam(one_parameter(), lr=torch.ones(2)), ValueError, "lr must be 1-element"),
-        (lambda: gradsel.MaskedAdam(one_parameter(), masks=MASKS), ValueError, "pass model.named_parameters"),
-        (lambda: gradsel.MaskedAdam(named_parameter(), masks=torch.ones(2)), TypeError, "Selection, got Tensor"),
-        (lambda: gradsel.MaskedAdam(named_parameter(), masks={"w": torch.ones(2, 3)}), TypeError, "is a Tensor"),
-        (lambda: gradsel.MaskedAdam([("v", one_parameter()[0])], masks=MASKS), KeyError, "has no parameter 'v'"),
-        (lambda: gradsel.MaskedAdam(named_parameter((3, 2)), masks=MASKS), ValueError, r"mask of w is for shape"),
+        (lambda: gradsel.MaskedAdam(one_parameter(), lr=-1), ValueError, "learning rate.*-1"),
+        (lambda: gradsel.MaskedAdam(one_parameter(), eps=-1), ValueError, "epsilon.*-1"),
+        (lambda: gradsel.MaskedAdam(one_parameter(), betas=(1.0, 0.9)), ValueError, r"beta.*index 0.*1\.0"),
+        (lambda: gradsel.MaskedAdam(one_parameter(), weight_decay=-1), ValueError, "weight_decay.*-1"),
+        (lambda: gradsel.MaskedAdam(one_parameter(), anchor=-1), ValueError, "anchor.*-1"),
+        (lambda: gradsel.MaskedAdam([{"params": one_parameter(), "anchor": -1}]), ValueError, "anchor.*-1"),
+        (lambda: gradsel.MaskedAdamW(one_parameter(), anchor_norm=3), ValueError, "anchor_norm.*3"),
+        (lambda: gradsel.MaskedAdam(one_parameter(), lr=torch.ones(2)), ValueError, "lr .*1-element"),
+        (lambda: gradsel.MaskedAdam(one_parameter(), masks=MASKS), ValueError, r"model\.named_parameters"),
+        (lambda: gradsel.MaskedAdam(named_parameter(), masks=torch.ones(2)), TypeError, "Selection.*Tensor"),
+        (lambda: gradsel.MaskedAdam(named_parameter(), masks={"w": torch.ones(2, 3)}), TypeError, "w.*Tensor"),
+        (lambda: gradsel.MaskedAdam([("v", one_parameter()[0])], masks=MASKS), KeyError, "'v'"),
+        (lambda: gradsel.MaskedAdam(named_parameter((3, 2)), masks=MASKS), ValueError, r"mask of w .*shape"),
     ],
 )  # fmt: skip
 def test_bad_input(make, error, message):
@@ -121,8 +121,8 @@ def test_bad_input(make, error, message):
 @pytest.mark.parametrize(
     ("grad", "message"),
     [
-        (torch.ones(2, 3).to_sparse(), "does not support sparse gradients, please consider SparseAdam instead"),
-        (None, "MaskedAdam does not support complex parameters"),
+        (torch.ones(2, 3).to_sparse(), "sparse.*SparseAdam"),
+        (None, "complex"),
     ],
 )
 def test_sparse_and_complex_gradients(grad, message):

@@ -17,7 +17,7 @@ from tests.support.toy import Toy, batches, cross_entropy
 @pytest.mark.parametrize("options", [{"anchor": 0.125}, {"anchor": 0.1, "anchor_norm": 1}], ids=str)
 @pytest.mark.parametrize("maximize", [False, True])
 def test_with_an_anchor_it_is_adam_on_the_regularised_loss(backend, options, maximize):
-    """To the bit: products with a power of two and with a sign are exact, so autograd rounds once as we do."""
+    """Bit for bit: products with a power of two or a sign are exact, so autograd rounds once, as we do."""
     model = Toy().eval()
     selection = selection_for(model, 2)
     masks = {name: mask.to_dense() for name, mask in selection.items()}
@@ -90,7 +90,7 @@ def test_an_anchor_that_comes_later_holds_the_weights_of_then():
 @pytest.mark.parametrize("duplicate", [lambda x: x, copy.deepcopy], ids=["itself", "deepcopy"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_attached_models_are_anchored_to_what_they_were_at_attach(backend, dtype, duplicate):
-    """Also where the anchor comes later; and what detach() restores has not changed."""
+    """Even if the anchor is set later; what detach() restores does not change."""
     model = Toy().to(dtype).eval()
     selection = gradsel.select(model, None, None, criterion="random")
     pretrained = copy.deepcopy(model.state_dict())
@@ -106,7 +106,7 @@ def test_attached_models_are_anchored_to_what_they_were_at_attach(backend, dtype
 
     steps()
     with torch.no_grad():
-        for p in wholes:  # these are anchored to what they are at the first step with an anchor
+        for p in wholes:  # whole parameters are anchored to their values at the first step with an anchor
             p.copy_(next(pretrained[name] for name, q in model.named_parameters() if q is p))
     for group in optimizer.param_groups:
         group.update(anchor=0.1, anchor_norm=1)
@@ -151,7 +151,7 @@ def test_a_resumed_run_keeps_its_anchor_where_the_model_is_attached_as_trained(b
 
 
 def test_the_stronger_the_anchor_the_nearer_the_weights_stay():
-    """Parameter groups have anchors of their own: here none for heads and biases."""
+    """Parameter groups have their own anchors: here, heads and biases have none."""
     start = Toy().eval()
     selection = gradsel.select(start, None, None, criterion="random")
 
@@ -189,9 +189,9 @@ def test_a_bad_anchor_in_the_middle_and_rounded_moments():
     weight.grad = torch.ones_like(weight)
     optimizer.step()
     optimizer.param_groups[0]["anchor"] = -50.0
-    with pytest.raises(ValueError, match=r"Invalid anchor value: -50\.0"):
+    with pytest.raises(ValueError, match=r"anchor.*-50\.0"):
         optimizer.step()
-    with pytest.warns(UserWarning, match=r"beta2 = 0\.999 second moments never fall"):
+    with pytest.warns(UserWarning, match=r"beta2 = 0\.999"):
         rounded = gradsel.MaskedAdam([weight], state_dtype=torch.bfloat16)
     rounded.step()
     assert rounded.dense_state_dict()["state"][0]["exp_avg"].dtype is torch.float32

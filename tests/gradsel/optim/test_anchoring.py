@@ -1,4 +1,4 @@
-"""GRFT's regular set, and a whole fine-tuning with its pull against one written out in plain torch."""
+"""GRFT's regular set, and a whole fine-tuning run compared with one written out in plain torch."""
 
 from __future__ import annotations
 
@@ -41,19 +41,19 @@ def test_the_regular_set():
 @pytest.mark.parametrize("wrong", [3, -1, "some", 1.0])
 def test_numbers_of_blocks_that_do_not_exist(wrong):
     model, *_ = attached()
-    with pytest.raises(ValueError, match=r"last_blocks must be 'all' or 0 to 2, the blocks there are, got"):
+    with pytest.raises(ValueError, match=r"last_blocks .*'all' or 0 to 2"):
         gradsel.anchored_groups(model, 0.1, wrong)
 
 
 def test_nothing_to_train():
     model = Toy().requires_grad_(False)
-    with pytest.raises(ValueError, match="no parameter requires gradients"):
+    with pytest.raises(ValueError, match="requires gradients"):
         gradsel.anchored_groups(model, 0.1)
 
 
 @pytest.mark.parametrize("norm", [2, 1])
 def test_grft_from_end_to_end(norm):
-    """Rows, the pull over the last block, patch embedding and head: attached, and as Alg. 1 of GRFT has it."""
+    """An attached model against Alg. 1 of GRFT: rows, and a pull on the last block, patch embedding and head."""
     model, plain, selection, data = attached()
     optimizer = gradsel.MaskedAdam(gradsel.anchored_groups(model, 0.05, 1), lr=1e-2, eps=1e-3, anchor_norm=norm)
     for batch in data * 3:
@@ -69,7 +69,7 @@ def test_grft_from_end_to_end(norm):
         pull = sum(
             torch.linalg.vector_norm(plain.get_parameter(name) - before[name], norm) ** norm
             for name in regular
-            if not torch.equal(plain.get_parameter(name), before[name])  # whose norm has no gradient
+            if not torch.equal(plain.get_parameter(name), before[name])  # the norm has no gradient there
         )
         (cross_entropy(plain, batch) + 0.05 * pull).backward()
         for name, parameter in plain.named_parameters():
@@ -80,7 +80,7 @@ def test_grft_from_end_to_end(norm):
     moved = 0
     for name, parameter in model.named_parameters():
         if norm == 1 and name.endswith("qkv.bias"):
-            continue  # keys' biases have gradients of noise, and so their differences signs of noise
+            continue  # gradients of the keys' biases are rounding noise, so the signs of their differences are too
         torch.testing.assert_close(parameter, plain.get_parameter(name), rtol=1e-6, atol=1e-8, msg=name)
         moved += int((parameter != before[name]).sum())
     assert moved > 400

@@ -16,11 +16,11 @@ from tests.support.toy import Toy, batches
 
 
 def test_a_step_is_one_operator_call_and_allocates_nothing():
-    """After the first: on an attached model, with moments, anchor and all, only masked_adam_ is dispatched."""
+    """From the second step on, an attached model dispatches masked_adam_ only, whatever the options."""
 
     class Count(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if "profiler" not in str(func):  # torch's own, around every step
+            if "profiler" not in str(func):  # torch wraps every step in this one
                 calls.append(str(func))
             return func(*args, **(kwargs or {}))
 
@@ -38,7 +38,7 @@ def test_a_step_is_one_operator_call_and_allocates_nothing():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_a_step_remembers_is_forgotten_when_it_no_longer_holds(dtype):
-    """Whatever is done to model and optimizer between steps, they go on as an optimizer does that remembers nothing."""
+    """Whatever happens to model and optimizer between steps, training continues as if nothing were cached."""
     generator = torch.Generator().manual_seed(0)
     plain = nn.Sequential(nn.Linear(6, 4), nn.Conv2d(2, 3, 2), nn.Linear(4, 4)).to(dtype)
     selection = random_masks(plain, 0)

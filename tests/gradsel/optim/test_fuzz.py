@@ -1,4 +1,4 @@
-"""Random training runs: whatever they combine, not one frozen bit changes, and stopping half-way changes nothing."""
+"""Random training runs: no frozen bit ever changes, and stopping half-way makes no difference."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ SCHEDULERS = [
     lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0),
 ]
 CLIPS = [None, "selected", "torch"]
-#: What a frozen entry may hold: it must survive with the payload of its NaN and the sign of its zero.
+#: What a frozen entry may hold. NaN payloads and the signs of zeros must survive.
 SPECIAL = [float("nan"), float("inf"), -float("inf"), -0.0, 1e-42]
 
 
 class Holder(nn.Module):
-    """A weight of any shape and layout, used as it is: the harvest route where attached."""
+    """A weight of any shape and layout, read directly, so that an attached model takes the harvest route."""
 
     def __init__(self, weight):
         super().__init__()
@@ -57,7 +57,7 @@ class Holder(nn.Module):
 
 
 class Config:
-    """One random run, the same for the same number."""
+    """One random run, determined by its number."""
 
     def __init__(self, seed):
         self.random = random.Random(seed)
@@ -76,7 +76,7 @@ class Config:
             self.model[f"m{number}"] = Holder(weight)
             masks[f"m{number}.weight"] = self.mask(weight.shape)
         self.selection = gradsel.Selection(masks)
-        with torch.no_grad():  # frozen entries hold what is hardest to keep
+        with torch.no_grad():  # frozen entries hold the values that are hardest to preserve
             for name, p in self.model.named_parameters():
                 frozen = ~masks[name].to_dense()
                 special = torch.tensor(SPECIAL).to(p.dtype)[self.integers(len(SPECIAL), p.shape)]
@@ -120,7 +120,7 @@ class Config:
         return of(lines.to(torch.int32), shape, view)
 
     def grads(self):
-        """A dense gradient for each weight, None for some; a poison at some entries."""
+        """A dense gradient for each weight, None for some, with poison at some entries."""
         grads = {}
         weights = dict(self.model.named_parameters())
         for name in self.selection:
@@ -133,7 +133,7 @@ class Config:
 
 
 class Run:
-    """A model, an optimizer, and what goes with it."""
+    """A model with its optimizer, scheduler and scaler."""
 
     def __init__(self, config, model):
         self.config, self.model = config, model
@@ -207,7 +207,7 @@ def frozen_of(weights, selection):
 
 
 def one_nan(tensor):
-    """NaN of any payload as one: torch rounds a trained NaN to other bits than the kernels do, when it is loaded."""
+    """All NaN as one: when a state is loaded, torch rounds a trained NaN to other bits than the kernels do."""
     return torch.where(tensor.isnan(), float("nan"), tensor)
 
 
@@ -245,7 +245,7 @@ def test_no_frozen_bit_changes_and_a_resumed_run_is_the_same(part):
 
 
 def test_the_same_runs_change_frozen_bits_with_torch_s_adamw():
-    """With gradients masked to zero: weight decay, and moments of before, move what is not selected."""
+    """Masking gradients is not enough: weight decay and earlier moments still move entries outside the selection."""
     changed = 0
     for seed in range(100):
         config = Config(seed)

@@ -59,7 +59,7 @@ def test_a_parameter_put_into_a_group_by_hand():
     assert (new != 0).all()
     masked = gradsel.MaskedAdam([("old", old)], masks={"old": Whole((3,))})
     masked.param_groups[0]["params"][0] = new
-    with pytest.raises(KeyError, match="put into a group by hand"):
+    with pytest.raises(KeyError, match="group by hand"):
         masked.step()
 
 
@@ -85,7 +85,7 @@ def test_groups_have_masks_of_their_own():
     assert torch.equal(changed[1][0], own["1.weight"].to_dense())
     assert not changed[1][1].any()
     assert all(c.all() for c in (changed[0][1], *changed[2]))
-    with pytest.raises(TypeError, match="masks must be a Selection"):
+    with pytest.raises(TypeError, match=r"masks .*Selection"):
         gradsel.MaskedAdam([{"params": list(model.named_parameters()), "masks": [1]}])
 
 

@@ -16,7 +16,7 @@ HALF = [torch.bfloat16, torch.float16]
 
 
 def start(dtype, **options):
-    """A matrix of which every row trains two entries, and a bias, with the optimizer."""
+    """A matrix that trains two entries per row, a bias, and their optimizer."""
     generator = torch.Generator().manual_seed(0)
     weight = nn.Parameter(torch.randn(300, 20, generator=generator).to(dtype))
     bias = nn.Parameter(torch.randn(300, generator=generator).to(dtype))
@@ -57,7 +57,7 @@ def test_small_steps_are_not_lost(dtype):
 
 
 def test_bytes_of_the_state():
-    """Two entries a row and the bias; a step count each."""
+    """Two entries per row and the bias, each with a step count."""
     entries, steps = 300 * 3, 2 * 4
     sizes = {}
     for how in HOW:
@@ -82,7 +82,7 @@ def test_resuming_is_bit_equal(dtype, how):
     torch.save({"optimizer": stopped[2].state_dict(), "weights": stopped[:2]}, file)
     file.seek(0)
     saved = torch.load(file, weights_only=True)
-    resumed = start(dtype)  # the groups bring their options
+    resumed = start(dtype)  # the loaded groups bring their options
     for parameter, value in zip(resumed[:2], saved["weights"], strict=True):
         parameter.data.copy_(value)
     resumed[2].load_state_dict(saved["optimizer"])
@@ -125,7 +125,8 @@ def test_changing_the_option_in_the_middle(first, then):
     kept = {"master": {"master"}, "kahan": {"compensation"}, "stochastic": set()}[then]
     assert {"master", "compensation"} & state.keys() == kept
     assert state["exp_avg"].dtype is torch.bfloat16
-    if (first, then) == ("kahan", "master"):  # the digits go over: this is one step of at most lr away
+    if (first, then) == ("kahan", "master"):
+        # The master starts from the compensated weight, and one step moves it by at most lr.
         assert (state["master"] - before).abs().max() < 1.1e-3
 
 
@@ -144,12 +145,12 @@ def test_values_of_an_attached_model_need_nothing():
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"low_precision": "none"}, "Invalid low_precision value: 'none'; it is 'master', 'kahan' or 'stochastic'"),
-        ({"seed": -1}, "Invalid seed value: -1"),
-        ({"seed": 2**31}, "Invalid seed value: 2147483648"),
-        ({"seed": 0.5}, "Invalid seed value: 0.5"),
-        ({"state_dtype": torch.float16}, "Invalid state_dtype value: torch.float16"),
-        ({"anchor": float("inf")}, "Invalid anchor value: inf"),
+        ({"low_precision": "none"}, "low_precision.*'none'.*'master', 'kahan' or 'stochastic'"),
+        ({"seed": -1}, "seed.*-1"),
+        ({"seed": 2**31}, "seed.*2147483648"),
+        ({"seed": 0.5}, r"seed.*0\.5"),
+        ({"state_dtype": torch.float16}, r"state_dtype.*torch\.float16"),
+        ({"anchor": float("inf")}, "anchor.*inf"),
     ],
 )
 def test_bad_options(option, message):

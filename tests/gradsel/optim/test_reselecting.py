@@ -31,7 +31,7 @@ from tests.support.toy import Toy, batches
 @pytest.mark.parametrize("cls", [torch.optim.Adam, torch.optim.AdamW])
 @pytest.mark.parametrize("attached", [False, True])
 def test_a_dense_run_goes_on_as_a_masked_one(cls, attached):
-    """Bit for bit on the selected entries: torch's run with masked gradients from there, and ours."""
+    """On the selected entries, ours and torch's run with masked gradients agree bit for bit from there on."""
     torch.manual_seed(1)
     twin, data = Toy().eval(), batches(8)
     theirs = cls(twin.named_parameters(), foreach=False, fused=False, amsgrad=True)
@@ -48,7 +48,7 @@ def test_a_dense_run_goes_on_as_a_masked_one(cls, attached):
         own = {name.removesuffix("_values"): p for name, p in model.named_parameters() if p.requires_grad}
         named = dict(model.named_parameters())
         order = [(name, own.get(name, named[name])) for name, _ in twin.named_parameters()]
-        ours = kind(order[::-1])  # names say what belongs together
+        ours = kind(order[::-1])  # parameters are matched by name
     else:
         ours = kind(model.named_parameters(), masks=selection)
     ours.load_state_dict(theirs.state_dict())
@@ -72,7 +72,7 @@ def test_a_dense_run_goes_on_as_a_masked_one(cls, attached):
 
 @pytest.mark.parametrize("kind", ["drop-in", "attached"])
 def test_a_masked_run_goes_on_as_a_dense_one(kind):
-    """Its moments among zeros; torch's Adam then moves what was selected as we would."""
+    """Its moments are padded with zeros; torch's Adam then moves the selected entries as we would."""
     model = Toy().eval()
     selection = selection_for(model, k=2)
     if kind == "attached":
@@ -159,7 +159,7 @@ def test_reselection_of_a_dense_run_and_what_it_refuses():
     model(torch.ones(2, 9)).sum().backward()
     optimizer.step()
     moments = optimizer.state[model[0].weight]["exp_avg"].clone()
-    with pytest.raises(KeyError, match=r"has no parameter '0\.bias'"):
+    with pytest.raises(KeyError, match=r"'0\.bias'"):
         optimizer.reselect({"0.weight": PerRow(torch.zeros(4, 1, dtype=torch.int32), (4, 9))})
     assert torch.equal(optimizer.state[model[0].weight]["exp_avg"], moments)
     optimizer.reselect(random_masks(model, 0))
@@ -167,12 +167,12 @@ def test_reselection_of_a_dense_run_and_what_it_refuses():
     gradsel.attach(model, random_masks(model, 0))
     with pytest.raises(ValueError, match="attached"):
         gradsel.MaskedAdam(gradsel.trainable_parameters(model)).reselect(random_masks(model, 0))
-    with pytest.raises(ValueError, match="have no names"):
+    with pytest.raises(ValueError, match="names"):
         gradsel.MaskedAdam([nn.Parameter(torch.ones(2, 3))]).reselect(MASKS)
 
 
 def test_attached_models_are_reselected_through_the_dense_state():
-    """As docs/optimizer.md has it: dense_state_dict, detach, attach, a new optimizer, load_state_dict."""
+    """As docs/optimizer.md describes: dense_state_dict, detach, attach, a new optimizer, load_state_dict."""
     model = nn.Sequential(nn.Linear(9, 6), nn.ReLU(), nn.Linear(6, 3))
     first, second = random_masks(model, 0, 3), random_masks(model, 1, 3)
     gradsel.attach(model, first)
@@ -212,5 +212,5 @@ def test_reselecting_leaves_groups_with_masks_of_their_own_and_failures_change_n
     assert optimizer.state[model[1].weight]["exp_avg"].shape == model[1].weight.shape
     attached = nn.Linear(4, 4)
     gradsel.attach(attached, gradsel.select(attached, None, None, criterion="random"))
-    with pytest.raises(ValueError, match="the model is attached; detach it"):
+    with pytest.raises(ValueError, match=r"attached.*detach"):
         gradsel.MaskedAdam(gradsel.trainable_parameters(attached)).reselect(None)

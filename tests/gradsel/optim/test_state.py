@@ -95,7 +95,7 @@ def test_an_optimizer_of_an_older_version_can_be_copied_and_extended():
 
 @pytest.mark.parametrize("cls", [nn.Linear, lambda n, m: nn.Conv2d(n, m, 1)], ids=["linear", "conv"])
 def test_state_of_another_selection_is_refused(cls):
-    """Though the shapes agree; the error names the parameter, and nothing has changed."""
+    """Even where the shapes agree; the error names the parameter, and nothing changes."""
     model = nn.Sequential(cls(9, 4))
     masks, others = random_masks(model, 0), random_masks(model, 1)
     optimizer = masked(model, masks)
@@ -108,13 +108,13 @@ def test_state_of_another_selection_is_refused(cls):
     state = torch.load(file, weights_only=True)
     masked(model, masks).load_state_dict(state)
     second = masked(model, others)
-    with pytest.raises(ValueError, match=r"another selection of 0\.weight"):
+    with pytest.raises(ValueError, match=r"selection of 0\.weight"):
         second.load_state_dict(state)
     assert not second.state
     unnamed = gradsel.MaskedAdam(model.parameters())
-    with pytest.raises(ValueError, match="another selection of parameter 0"):
+    with pytest.raises(ValueError, match="selection of parameter 0"):
         unnamed.load_state_dict(state)
-    torch.optim.Adam(model.parameters()).load_state_dict(state)  # shapes are its own affair
+    torch.optim.Adam(model.parameters()).load_state_dict(state)  # torch's Adam does not check shapes
 
 
 def test_state_of_another_selection_is_refused_where_the_model_is_attached():
@@ -127,13 +127,13 @@ def test_state_of_another_selection_is_refused_where_the_model_is_attached():
         model(torch.ones(2, 9)).sum().backward()
         optimizer.step()
         states.append(optimizer.state_dict())
-    with pytest.raises(ValueError, match=r"another selection of 0\.weight"):
+    with pytest.raises(ValueError, match=r"selection of 0\.weight"):
         optimizer.load_state_dict(states[0])
     optimizer.load_state_dict(states[1])
 
 
 def test_fingerprints_tell_masks_apart():
-    """Kind, view and shape too: they decide on the order of moments. Copies and files change nothing."""
+    """Kind, view and shape count too, as they determine the order of the moments. Copies and files change nothing."""
     cols = torch.tensor([[0, 1], [1, 2], [0, 2]], dtype=torch.int32)
     masks = [
         PerRow(cols, (3, 3)),
@@ -154,7 +154,7 @@ def test_fingerprints_tell_masks_apart():
 
 
 def test_a_state_without_fingerprints_is_taken_where_shapes_agree():
-    """Of the version before; but not of another number of entries."""
+    """As the previous version saved it; a different number of entries is still refused."""
     model = nn.Sequential(nn.Linear(9, 4))
     optimizer = masked(model, random_masks(model, 0))
     model(torch.ones(2, 9)).sum().backward()
@@ -163,12 +163,12 @@ def test_a_state_without_fingerprints_is_taken_where_shapes_agree():
     del state["state"][0]["mask_fingerprint"]
     optimizer.load_state_dict(state)
     assert "mask_fingerprint" in optimizer.state[model[0].weight]
-    with pytest.raises(ValueError, match=r"exp_avg of 0\.weight has shape 4x2 .* the mask selects 4x3"):
+    with pytest.raises(ValueError, match=r"exp_avg of 0\.weight .*4x2 .*4x3"):
         masked(model, random_masks(model, 0, k=3)).load_state_dict(state)
 
 
 def test_states_find_their_parameters_by_name():
-    """attach() puts values behind biases, and all shapes here are the same."""
+    """attach() registers values after biases, and all shapes here are equal, so order alone would mix them up."""
     model = nn.LayerNorm(6)
     whole = gradsel.Selection({"weight": Whole((6,)), "bias": Whole((6,))})
     part = gradsel.Selection({"weight": Flat(torch.tensor([0, 2, 5], dtype=torch.int32), (6,)), "bias": Whole((6,))})
@@ -186,7 +186,7 @@ def test_states_find_their_parameters_by_name():
     assert torch.equal(second.state[model.bias]["exp_avg"], moments["bias"])
     assert torch.equal(second.state[model.weight_values]["exp_avg"], moments["weight"][[0, 2, 5]])
     assert second.param_groups[0]["param_names"] == ["bias", "weight_values"]
-    with pytest.raises(ValueError, match="takes a dense state by name only"):
+    with pytest.raises(ValueError, match=r"dense state .*name"):
         gradsel.MaskedAdam(gradsel.trainable_parameters(model)).load_state_dict(state)
 
 

@@ -139,7 +139,7 @@ def test_state_of_a_float32_run_grows_masters_on_bfloat16():
 
 @pytest.mark.parametrize("k", [2, 3, 7])
 def test_rows_kept_whole_on_transposed_weights(backend, k):
-    """K at or past the row's length makes dense and compact gradients look alike."""
+    """If K is at least the row's length, dense and compact gradients have the same shape."""
     parameter = nn.Parameter(torch.randn(5, 3).t())
     before = parameter.detach().clone()
     rows, n = parameter.shape
@@ -154,7 +154,7 @@ def test_rows_kept_whole_on_transposed_weights(backend, k):
 @pytest.mark.parametrize("how", ["master", "kahan", "stochastic"])
 @pytest.mark.parametrize("dtypes", [(0, 1), (1, 0), (1, 2), (0, 3), (3, 0)], ids=str)
 def test_a_model_cast_between_steps(dtypes, how):
-    """The plan and the state follow, in both routes."""
+    """The plan and the state follow the cast, on both routes."""
     first, then = ([torch.float32, torch.bfloat16, torch.float16, torch.float64][i] for i in dtypes)
     model = nn.Linear(8, 6).to(first)
     selection = gradsel.select(model, None, None, criterion="random")
@@ -181,7 +181,7 @@ def test_a_model_cast_between_steps(dtypes, how):
         model.weight.fill_(5.0)
     before = model.weight.detach().clone()
     step()
-    assert (model.weight.detach() - before).abs().max() < 0.05  # nothing old is written back
+    assert (model.weight.detach() - before).abs().max() < 0.05  # the old values are not written back
 
 
 def test_data_that_is_swapped_is_taken_over():

@@ -14,8 +14,9 @@ from gradsel.papers import counting
 from gradsel.papers.counting import count, meta_model, reproduce, trainable_count
 from tests.support.toy import Toy
 
-# Typed off the papers once more, so that a slip in the library's tables shows. Data set, classes, policy, figure, unit.
-# K of Clevr/count is not the table's 1, with which its figure does not go together.
+# Typed from the papers a second time, so that a slip in the library's tables shows.
+# Each row: data set, classes, policy, figure, unit.
+# Clevr/count has K = 2 here: the table's K = 1 does not fit its figure.
 GPS = [
     ("CUB-200-2011", 200, PerNeuron(2), 0.47, "%"),
     ("NABirds", 555, PerNeuron(10), 1.35, "M"),
@@ -186,9 +187,9 @@ def test_models_lie_on_the_meta_device():
 
 
 def test_an_unknown_model_is_an_error():
-    with pytest.raises(ValueError, match="no model 'vit-l'; there are vit-b-16, swin-b, convnext-b, llama"):
+    with pytest.raises(ValueError, match=r"'vit-l'.*vit-b-16, swin-b, convnext-b, llama"):
         meta_model("vit-l", 10)
-    with pytest.raises(ValueError, match="no model 'vit-l'"):
+    with pytest.raises(ValueError, match="'vit-l'"):
         reproduce(["vit-b-16", "vit-l"])
 
 
@@ -196,7 +197,7 @@ def test_without_transformers_the_other_rows_remain(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert counting.available_models() == ["vit-b-16"]
     assert len(reproduce(counting.available_models())) == 25 + 24
-    with pytest.raises(ModuleNotFoundError, match=r"swin-b is built by transformers, .* pip install 'gradsel-kernels"):
+    with pytest.raises(ModuleNotFoundError, match=r"swin-b .*transformers.* pip install 'gradsel-kernels"):
         meta_model("swin-b", 10)
     with pytest.raises(ModuleNotFoundError, match="transformers"):
         reproduce()

@@ -1,8 +1,9 @@
-"""The papers' settings: what their tables print, and nothing that they do not tell."""
+"""The papers' settings: what their tables print, and nothing that the papers leave open."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 
@@ -183,11 +184,10 @@ def test_an_unknown_name_suggests_and_lists():
     with pytest.raises(KeyError) as caught:
         presets.gps("NABird")
     message = str(caught.value)
-    assert message.startswith("GPS has no preset 'NABird'; did you mean NABirds? it has CUB-200-2011, NABirds,")
-    assert message.endswith("CIFAR-100 (ConvNeXt)")
-    with pytest.raises(KeyError, match="did you mean Oxford Flowers, Flowers102"):
+    assert re.search(r"GPS .*'NABird'.*NABirds\?.*CUB-200-2011, NABirds, .*CIFAR-100 \(ConvNeXt\)$", message)
+    with pytest.raises(KeyError, match="Oxford Flowers, Flowers102"):
         presets.grft("flowers")
-    with pytest.raises(KeyError, match=r"^GRFT has no preset 'iNaturalist'; it has CUB"):
+    with pytest.raises(KeyError, match=r"^GRFT .*'iNaturalist'; it has CUB"):
         presets.grft("iNaturalist")
-    with pytest.raises(KeyError, match=r"^GRFT has no preset ''; it has CUB"):
+    with pytest.raises(KeyError, match=r"^GRFT .*''; it has CUB"):
         presets.grft("")

@@ -48,7 +48,7 @@ def test_attention_mixes_tokens_head_by_head():
 
 
 def test_sizes_that_do_not_fit_are_named():
-    with pytest.raises(ValueError, match="patch must divide image_size, got 3 and 8"):
+    with pytest.raises(ValueError, match=r"patch .*image_size.*3 and 8"):
         VisionTransformer(8, 3)
-    with pytest.raises(ValueError, match="heads must divide dim, got 5 and 768"):
+    with pytest.raises(ValueError, match=r"heads .*dim.*5 and 768"):
         VisionTransformer(heads=5)

@@ -74,7 +74,7 @@ class Flat(nn.Module):
 
 
 def wrapped(model: nn.Module, name: str) -> nn.Module:
-    """As DistributedDataParallel, torch.compile and both name what is inside them."""
+    """Wraps a model under the names that DistributedDataParallel, torch.compile or both would give it."""
     for part in name.split("+"):
         model = checkpoint_wrapper(model) if part == "checkpoint" else Holder(**{part: model})
     return model

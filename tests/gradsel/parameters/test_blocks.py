@@ -64,7 +64,7 @@ def test_block_names(name):
     make, expected = STACKS[name]
     model = make()
     assert block_names(model) == expected
-    for number, path in enumerate(expected):  # the numbers count through all stages
+    for number, path in enumerate(expected):  # blocks are numbered across all stages
         inside = [full for full in actions(model) if full.startswith(f"{path}.")]
         others = [full for full in actions(model) if full not in inside]
         for wanted in (number, number - len(expected)):
@@ -89,7 +89,7 @@ def test_blocks_keep_the_head_and_nothing_else():
         "head.weight",
         "head.bias",
     ]
-    assert actions(model, skip_blocks=[0])["blocks.0.head.weight"] == "freeze"  # to skip a block is to skip all of it
+    assert actions(model, skip_blocks=[0])["blocks.0.head.weight"] == "freeze"  # skipping a block skips all of it
     assert with_action(model, "rank", blocks=[]) == []
     assert with_action(model, "whole", blocks=[], head=["head"])[-2:] == ["head.weight", "head.bias"]
 
@@ -116,7 +116,7 @@ def test_blocks_and_skip_blocks_together_and_under_patterns():
 @pytest.mark.parametrize("argument", ["blocks", "skip_blocks"])
 @pytest.mark.parametrize("number", [3, -4])
 def test_blocks_that_are_not_there(argument, number):
-    with pytest.raises(ValueError, match=rf"{argument} names block {number}, but Flat has 3 blocks, blocks.0 to bloc"):
+    with pytest.raises(ValueError, match=rf"{argument} .*block {number}\b.*Flat .*3 blocks"):
         parameter_rules(Flat(), **{argument: [0, number]})
-    with pytest.raises(ValueError, match=rf"{argument} names block 0, but Linear has no repeated blocks"):
+    with pytest.raises(ValueError, match=rf"{argument} .*block 0.*Linear"):
         parameter_rules(nn.Linear(2, 2), **{argument: [0]})

@@ -27,7 +27,7 @@ def test_fingerprints_are_of_logical_entries(shape, dtype):
     raw = bytes(sample.view(torch.uint8).tolist())
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
     total = sum(weight.contiguous().view(integers).reshape(-1).tolist())
-    total = (total + 2**63) % 2**64 - 2**63  # as 64 bits add
+    total = (total + 2**63) % 2**64 - 2**63  # wraps around as 64-bit integers do
     assert digest == hashlib.blake2b(raw + str(total).encode(), digest_size=8).hexdigest()
     assert fingerprint(nn.Parameter(weight, requires_grad=False)) == text
     if weight.ndim == 4:
@@ -36,7 +36,9 @@ def test_fingerprints_are_of_logical_entries(shape, dtype):
         assert fingerprint(weight.t().contiguous().t()) == text
     if weight.numel() > 1 and dtype is not torch.bool:
         assert fingerprint(weight + 1) != text
-        weight.view(-1)[-1].zero_().add_(1 if flat[-1] == 0 else 0)  # one entry, which no sample reads in a large one
+        weight.view(-1)[-1].zero_().add_(
+            1 if flat[-1] == 0 else 0
+        )  # a single entry, which sampling a large tensor misses
         assert fingerprint(weight) != text
 
 
@@ -60,7 +62,7 @@ def test_a_selection_knows_its_model(tmp_path):
     assert gradsel.Selection.load(tmp_path / "s").base == fingerprints(model)
     loaded = gradsel.Selection.load(tmp_path / "s", copy.deepcopy(model))
     loaded.check(model.double())  # another dtype is not compared
-    with pytest.raises(ValueError, match="differ from the weights this selection was made on"):
+    with pytest.raises(ValueError, match="differ"):
         gradsel.Selection.load(tmp_path / "s", Toy())
 
 
@@ -75,13 +77,11 @@ def test_other_weights_are_told_by_name_but_not_those_trained_whole():
         model.blocks[1].fc1.weight += 1  # ranked
         model.blocks[1].norm.weight += 1  # frozen
     compared = sum(not mask.is_whole for mask in selection.values())
-    message = (
-        rf"2 of {compared} ranked and frozen parameters differ .*, first blocks\.1\.norm\.weight: pass values=False"
-    )
+    message = rf"2 of {compared} .*blocks\.1\.norm\.weight.*values=False"
     with pytest.raises(ValueError, match=message):
         selection.check(model)
     selection.check(model, values=False)
-    gradsel.Selection(selection).check(model)  # knows of no weights
+    gradsel.Selection(selection).check(model)  # has no fingerprints
 
 
 def test_other_models_are_told_by_their_parameters():
@@ -91,12 +91,10 @@ def test_other_models_are_told_by_their_parameters():
     renamed_model.backbone = renamed_model.blocks
     del renamed_model.blocks
     message = (
-        r"the model lacks 18 parameters \(blocks\.0\.gamma, .* and 15 more\); did you mean backbone\.0\.gamma\?; "
-        r"the selection lacks 18 parameters \(backbone\.0\.gamma"
+        r"model .*18 parameters \(blocks\.0\.gamma, .*15 more.*backbone\.0\.gamma.*"
+        r"selection .*18 parameters \(backbone\.0\.gamma"
     )
     with pytest.raises(ValueError, match=message):
         selection.check(renamed_model, values=False)
-    with pytest.raises(
-        ValueError, match=r"shapes differ in 2 parameters .*: head\.weight is 4x12 in .*, 7x12 in the mo"
-    ):
+    with pytest.raises(ValueError, match=r"shapes .*2 parameters .*head\.weight .*4x12 .*7x12"):
         selection.check(Toy(classes=7), values=False)

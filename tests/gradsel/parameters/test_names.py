@@ -25,7 +25,7 @@ def test_shared_parameters_belong_to_all_their_blocks():
     assert actions(model, blocks=[0])["blocks.0.fc1.weight"] == "rank"
     assert actions(model, blocks=[1])["blocks.0.fc1.weight"] == "rank"
     assert actions(model, blocks=[2])["blocks.0.fc1.weight"] == "freeze"
-    assert actions(model, skip_blocks=[1])["blocks.0.fc1.weight"] == "freeze"  # block 1 would not be left alone
+    assert actions(model, skip_blocks=[1])["blocks.0.fc1.weight"] == "freeze"  # training it would change block 1
     assert actions(model, whole=["blocks.1.fc1.weight"])["blocks.0.fc1.weight"] == "whole"
 
 
@@ -53,7 +53,7 @@ def test_a_compiled_model_has_the_rules_of_the_plain_one():
 
 
 class Talking(nn.Module):
-    """A language model that says which layer its output embedding is, as those of transformers do."""
+    """A language model that names its output embedding, as transformers' models do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ def test_the_output_embedding_is_found_inside_wrappers():
 
 def test_names_that_wrappers_would_make_equal_are_refused():
     model = Holder(module=nn.Linear(3, 3), weight=nn.Parameter(torch.ones(2, 2)))
-    with pytest.raises(ValueError, match=r"module.weight and another parameter of Holder are both weight without"):
+    with pytest.raises(ValueError, match=r"module\.weight .*Holder"):
         parameter_rules(model)
 
 

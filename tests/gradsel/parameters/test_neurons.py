@@ -17,7 +17,7 @@ from tests.support.zoo import ZOO, built
 
 
 def identity(parameter: Tensor) -> None:
-    """Makes the last step of a layer show what went into it."""
+    """Turns the last step of a layer into the identity, so that its output shows what went in."""
     parameter.data.copy_(torch.eye(*parameter.shape[-2:]).expand(parameter.shape))
 
 
@@ -46,7 +46,7 @@ def grouped_linear(module, short, rows):
 
 
 def attention(module, short, rows):
-    """With as many heads as there are features, and nothing behind them, no two features ever meet."""
+    """With one head per feature and an identity as output projection, no two features ever mix."""
     module.num_heads, module.head_dim = module.embed_dim, 1
     identity(module.out_proj.weight)
     x = [noise(seed, 1, 4, width) for seed, width in enumerate((module.embed_dim, module.kdim, module.vdim))]
@@ -55,7 +55,7 @@ def attention(module, short, rows):
 
 
 def recurrent(module, short, rows):
-    """One step of the layer that the weight belongs to: gate after gate, the rows are the units of the state."""
+    """One step of the layer that the weight belongs to: its rows are the state's units, gate after gate."""
     number, _, reverse = short.partition("_l")[2].partition("_")
     suffix = f"_l{number}" + (f"_{reverse}" if reverse else "")
     width = module._parameters[f"weight_ih{suffix}"].shape[1]
@@ -71,7 +71,7 @@ def recurrent(module, short, rows):
             layer._parameters[own].data.copy_(module._parameters[own.removesuffix("_l0") + suffix])
         if not module.proj_size or short.startswith("weight_hr"):
             return layer(noise(1, 1, 3, width), state)[0][0]
-        shown = []  # the projection shows part of the units at a time
+        shown = []  # the projection shows only some of the units at a time
         for part in torch.eye(module.hidden_size).split(module.proj_size):
             layer.weight_hr_l0.data.copy_(part)
             shown.append(layer(noise(1, 1, 3, width), state)[0][0])
@@ -81,7 +81,7 @@ def recurrent(module, short, rows):
 
 
 def experts(module, short, rows):
-    """Every expert gets a token of its own; what gates and up-projections do is shown by an identity behind them."""
+    """Every expert gets its own token; an identity as down-projection shows what gates and up-projections do."""
     kind = type(module).__name__
     dbrx = kind == "DbrxExpertGLU"
     count = module.moe_num_experts if dbrx else module.num_experts
@@ -105,7 +105,9 @@ def experts(module, short, rows):
     for row in range(rows):
         expert, inner = divmod(row, a_unit)
         if short != last:
-            inner = inner // 2 if kind == "GptOssExperts" else inner % wide  # gates and ups take turns, or follow
+            inner = (
+                inner // 2 if kind == "GptOssExperts" else inner % wide
+            )  # gates and ups are interleaved, or one follows the other
         units.append(expert * out + inner)
     return lambda: each().reshape(1, -1), units
 
@@ -127,10 +129,10 @@ def probe_of(module: nn.Module) -> Callable:
 
 
 def check_neurons(module: nn.Module, short: str, view: NeuronView) -> None:
-    """Changing a row of the neuron view changes one output unit, the one that the probe says."""
+    """Changing one row of the neuron view changes one output unit: the one that the probe names."""
     module = copy.deepcopy(module)
     for number, parameter in enumerate(module.parameters()):
-        parameter.copy_(0.3 * noise(number + 10, *parameter.shape))  # of a size that every change shows
+        parameter.copy_(0.3 * noise(number + 10, *parameter.shape))  # large enough for every change to show
     weight = module._parameters[short]
     matrix = view.of(weight.detach()).clone()
     look, units = probe_of(module)(module, short, len(matrix))
@@ -161,7 +163,7 @@ def test_one_neuron_is_one_output_unit(name):
 def test_fused_queries_keys_and_values_are_three_rows_of_neurons():
     """timm's layout: queries, then keys, then values, head by head."""
     dim = 6
-    layer = Attention(dim, dim)  # heads of one feature do not meet
+    layer = Attention(dim, dim)  # heads of one feature do not mix
     identity(layer.proj.weight)
     x = noise(1, 1, 4, dim)
     before = layer(x)[0]

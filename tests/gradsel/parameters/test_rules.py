@@ -45,10 +45,10 @@ def test_whatever_is_ranked_can_be_selected_and_trained(kind):
 @pytest.mark.parametrize(
     ("kinds", "message"),
     [
-        ({"normalization": "whole"}, "kinds names 'normalization', expected one of .*did you mean 'normalisation'"),
-        ({"wait": "whole"}, "did you mean 'weight'"),
-        ({"bias": "frozen"}, r"kinds\['bias'\] is 'frozen', expected one of rank, whole, freeze"),
-        ({"xyz": "whole"}, "kinds names 'xyz', expected one of weight, bias, head, [^?]*$"),
+        ({"normalization": "whole"}, "kinds .*'normalization'.*normalisation"),
+        ({"wait": "whole"}, "'wait'.*weight"),
+        ({"bias": "frozen"}, r"kinds\['bias'\] .*'frozen'.*rank, whole, freeze"),
+        ({"xyz": "whole"}, "kinds .*'xyz'.*weight, bias, head, [^?]*$"),
     ],
 )
 def test_unknown_kinds_and_actions(kinds, message):
@@ -100,7 +100,7 @@ class LayerScale(nn.Module):
         (BN(3), {"weight": "normalisation", "bias": "normalisation"}),
         (NormalizedLinear(3, 4), {"weight": "weight", "bias": "bias"}),
         (PatchEmbedding(3, 4, 2), {"weight": "weight", "bias": "bias"}),
-        (PromptEmbeddings(), {"weight": "embedding"}),  # frozen, but not without a word
+        (PromptEmbeddings(), {"weight": "embedding"}),  # frozen, but named as an embedding
         (LayerScale(), {"scale": "layer scale"}),
         (nn.EmbeddingBag(3, 4), {"weight": "embedding"}),
     ],
@@ -150,7 +150,7 @@ def test_vectors_with_dimensions_for_broadcasting_are_no_matrices():
 @pytest.mark.parametrize("policy", [gradsel.PerNeuron(1), gradsel.Rows(1), gradsel.Global(count=1)], ids=str)
 @pytest.mark.parametrize("options", [{"rank": ["scale"]}, {"kinds": {"other": "rank"}}], ids=["rank=", "kinds="])
 def test_a_parameter_without_dimensions_is_trained_whole(options, policy):
-    """CLIP's logit_scale: one number is no layer of neurons."""
+    """CLIP's logit_scale: a single number is not a layer of neurons."""
     model = Holder(scale=nn.Parameter(torch.tensor(2.0)), linear=nn.Linear(2, 2))
     assert parameter_rules(model)["scale"].action == "freeze"
     rule = parameter_rules(model, **options)["scale"]
@@ -190,7 +190,7 @@ def test_biases_have_one_number_for_each_neuron():
 
 
 def test_bare_projections_multiply_from_the_right():
-    """CLIP's own text_projection and proj are [in, out], and nothing but their names says so."""
+    """CLIP's own text_projection and proj are [in, out], and only their names say so."""
     visual = Holder(proj=nn.Parameter(torch.randn(6, 4)), conv=nn.Conv2d(3, 6, 2))
     model = Holder(visual=visual, text_projection=nn.Parameter(torch.randn(5, 4)), proj=nn.Linear(6, 4))
     sizes = ranked_sizes(model)
@@ -225,7 +225,7 @@ class Prompted(nn.Module):
 
 def test_a_head_may_be_nested_or_a_bare_parameter():
     model = Prompted()
-    assert heads(model) == []  # overhead is no head
+    assert heads(model) == []  # "overhead" is not a head
     assert heads(model, head=["readout"]) == ["readout"]
     inside = ["decoder.out.0.weight", "decoder.out.0.bias", "decoder.out.2.weight", "decoder.out.2.bias"]
     assert heads(model, head=["decoder"]) == inside  # its norm is a norm
@@ -241,16 +241,16 @@ def test_a_head_may_be_nested_or_a_bare_parameter():
 def test_a_head_that_is_not_there():
     model = Prompted()
     assert parameter_rules(model, head=HEAD) == parameter_rules(model, head=[])
-    with pytest.raises(ValueError, match=r"head=\['redout'\] names no module or parameter of Prompted; did you mean"):
+    with pytest.raises(ValueError, match=r"head=\['redout'\].*readout"):
         parameter_rules(model, head=["redout"])
-    assert heads(model, head=["nowhere", "readout"]) == ["readout"]  # one of several is enough
+    assert heads(model, head=["nowhere", "readout"]) == ["readout"]  # it is enough that one of several exists
 
 
 def test_a_lone_string_is_one_name():
     model = Flat()
     assert heads(model, head="head") == ["head.weight", "head.bias"]
     assert actions(model, freeze="blocks.*")["blocks.0.fc1.weight"] == "freeze"
-    with pytest.raises(ValueError, match=r"rank='bloks\.\*' matches no parameter of Flat"):
+    with pytest.raises(ValueError, match=r"rank='bloks\.\*'"):
         parameter_rules(model, rank="bloks.*")
 
 

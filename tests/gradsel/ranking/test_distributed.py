@@ -14,7 +14,7 @@ from tests.support.toy import Toy, batches, cross_entropy
 
 
 def choose(rank: int, world: int, folder: str) -> None:
-    """One process: selects with the others from its share of the batches, and writes the masks down."""
+    """One process: selects together with the others from its share of the batches, and saves the masks."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     model = Uneven()
@@ -27,9 +27,9 @@ def choose(rank: int, world: int, folder: str) -> None:
         assert selection.notes["batches"] == 3
     alone = gradsel.select(
         model, [(rank, *batches()[i]) for i in share], uneven_loss, process_group=dist.group.WORLD
-    )  # not wrapped, but told of the others
+    )  # not wrapped, but given the process group
     masks["alone"] = {key: mask.to_dense() for key, mask in alone.items()}
-    with pytest.raises(ValueError, match="memory='streaming' cannot reduce gradients over ranks"):
+    with pytest.raises(ValueError, match=r"memory='streaming' .*ranks"):
         gradsel.select(parallel, [(rank, *batches()[0])], uneven_loss, memory="streaming")
     loss = cross_entropy(parallel, batches()[0])
     loss.backward()  # the wrapper still works, and reduces
@@ -38,7 +38,7 @@ def choose(rank: int, world: int, folder: str) -> None:
 
 
 class Uneven(torch.nn.Module):
-    """One of its layers is used by one process only."""
+    """A model with a layer that only one process uses."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ def test_two_processes_select_what_one_does(tmp_path):
         assert masks["toy.unused.weight"].any()
         for key, mask in masks.items():
             assert torch.equal(mask, second["masks"][name][key]), (name, key)
-            assert (mask == expected[key].to_dense()).float().mean() > 0.999, (name, key)  # sums round differently
+            assert (mask == expected[key].to_dense()).float().mean() > 0.999, (name, key)  # the order of sums differs
 
 
 def fail_alone(rank: int, world: int, folder: str) -> None:
@@ -90,7 +90,7 @@ def fail_alone(rank: int, world: int, folder: str) -> None:
     def loss(model, batch):
         return cross_entropy(model, batch) * (float("nan") if rank == 0 else 1.0)
 
-    expected = {0: (ValueError, "loss of batch 1 is nan"), 1: (RuntimeError, "rank 0 failed with ValueError: the sel")}
+    expected = {0: (ValueError, "batch 1 .*nan"), 1: (RuntimeError, "rank 0 .*ValueError")}
     error, message = expected[rank]
     with pytest.raises(error, match=message):
         gradsel.select(parallel, batches(), loss)

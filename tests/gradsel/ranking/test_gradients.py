@@ -59,7 +59,7 @@ def test_a_weight_shared_by_reentrant_segments_arrives_in_parts():
     def loss(model, batch):
         return model(batch).square().mean()
 
-    with pytest.raises(ValueError, match=r"gradient of layer.weight arrives in parts.*use_reentrant=False"):
+    with pytest.raises(ValueError, match=r"layer\.weight .*use_reentrant=False"):
         gradsel.select(model, data, loss, memory="streaming")
     selection = gradsel.select(model, data, loss, memory="full")
     loss(model, data[0]).backward()
@@ -87,7 +87,7 @@ def tiny_loss(model, batch):
 
 def test_float16_underflow_is_reported_and_loss_scale_mends_it():
     model = Toy().eval()
-    with pytest.warns(UserWarning, match=r"neurons score zero everywhere .* raise loss_scale"):
+    with pytest.warns(UserWarning, match=r"zero .*raise loss_scale"):
         lost = gradsel.select(model, batches(), tiny_loss)
     assert lost.notes["neurons that score zero"] > 0
     assert lost.notes["gradient entries that are zero"].endswith(" %")
@@ -96,7 +96,7 @@ def test_float16_underflow_is_reported_and_loss_scale_mends_it():
     exact = gradsel.select(model, batches(), cross_entropy)
     rows = [(scaled[n].cols == exact[n].cols).float().mean() for n in exact if isinstance(exact[n], PerRow)]
     assert min(rows) > 0.8
-    with pytest.raises(ValueError, match=r"gradient of \S+ is not finite .*lower loss_scale=1.8\d+e\+19"):
+    with pytest.raises(ValueError, match=r"not finite .*loss_scale=1\.8\d+e\+19"):
         gradsel.select(model, batches(), tiny_loss, loss_scale=2.0**64)
 
 
@@ -106,7 +106,7 @@ def test_a_hook_of_the_callers_would_act_on_our_gradients():
     gradsel.select(model, batches(), cross_entropy)  # the head is not ranked
     handle.remove()
     handle = model.blocks[0].fc1.weight.register_post_accumulate_grad_hook(lambda p: p.data.sub_(p.grad))
-    with pytest.raises(ValueError, match=r"blocks.0.fc1.weight has a hook of its own that acts on gradients"):
+    with pytest.raises(ValueError, match=r"blocks\.0\.fc1\.weight .*hook"):
         gradsel.select(model, batches(), cross_entropy)
     handle.remove()
     gradsel.select(model, batches(), cross_entropy)
@@ -144,7 +144,7 @@ def test_batches_of_any_kind_can_be_grouped(extra):
     expected = gradsel.select(model, data, loss, memory="full")
     assert gradsel.select(model, data, loss, max_gradient_bytes=6000) == expected
     changed = Changing(lambda _, number: [Record(b.images, b.labels, number) for b in data])
-    with pytest.raises(ValueError, match="other data in batch 1"):
+    with pytest.raises(ValueError, match="batch 1"):
         gradsel.select(model, changed, loss, max_gradient_bytes=6000)
 
 
@@ -163,7 +163,7 @@ def test_half_precision_scores_are_squared_and_summed_in_float32():
 def test_nan_weights_are_blamed():
     model = nn.Linear(3, 2)
     model.weight.data[0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"the weight weight is not finite \(1 of 6 entries\); load the model anew"):
+    with pytest.raises(ValueError, match=r"weight weight .*not finite \(1 of 6 .*load the model"):
         gradsel.select(model, None, None, criterion="magnitude")
 
 

@@ -59,8 +59,8 @@ def test_scale_of_features_does_not_matter_and_half_precision_is_computed_in_flo
     ("features", "labels", "message"),
     [
         (torch.randn(4), torch.zeros(4), r"\[batch, dim\] or \[batch, views, dim\]"),
-        (torch.randn(4, 3), torch.zeros(5), r"labels must be \[4\]"),
-        (torch.randn(4, 3), torch.arange(4), "no two of the 4 samples share a class"),
+        (torch.randn(4, 3), torch.zeros(5), r"labels .*\[4\]"),
+        (torch.randn(4, 3), torch.arange(4), "4 samples .*class"),
     ],
 )
 def test_bad_input(features, labels, message):
@@ -69,5 +69,5 @@ def test_bad_input(features, labels, message):
 
 
 def test_temperature_must_be_positive():
-    with pytest.raises(ValueError, match="temperature must be positive, got 0"):
+    with pytest.raises(ValueError, match=r"temperature .*0"):
         SupConLoss(0)

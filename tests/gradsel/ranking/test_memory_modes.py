@@ -89,7 +89,7 @@ def test_peak_memory(dtype):
         return peak_bytes(lambda: gradsel.select(model, data[:count], loss, gradsel.PerNeuron(1), **arguments))
 
     activations = peak_bytes(lambda: loss(model, data[0]))
-    ranked = 512 * 512 * 5 if dtype is torch.float32 else 512 * 512 * 12  # a gradient with its scores, in float32
+    ranked = 512 * 512 * 5 if dtype is torch.float32 else 512 * 512 * 12  # a gradient and its scores, in float32
     assert weights + peak(1, memory="streaming") <= 1.05 * (weights + layer + activations) + max(0, ranked - layer)
     full = 8 * 512 * 512 * 4
     assert full <= peak(2, memory="full") <= full + activations + 2 * ranked
@@ -137,23 +137,23 @@ def shuffled(model, batch, generator=torch.Generator()):  # noqa: B008
 @pytest.mark.parametrize(
     ("data", "loss", "message"),
     [
-        (batches(), shuffled, r"pass 2 has loss [\d.]+ in batch \d, the first had [\d.]+"),
-        (Changing(lambda data, number: data[::-1] if number > 1 else data), cross_entropy, "other data in batch 1"),
+        (batches(), shuffled, r"pass 2 .*loss [\d.]+ in batch \d"),
+        (Changing(lambda data, number: data[::-1] if number > 1 else data), cross_entropy, "batch 1"),
         (
             Changing(lambda data, number: data[: 4 - number]),
             cross_entropy,
-            "pass 2 has only 2 batches, the first had 3",
+            "pass 2 .*2 batches.*3",
         ),
         (
             Changing(lambda data, number: data[:number]),
             cross_entropy,
-            "pass 2 has more than the 1 batches of the first",
+            "pass 2 .*more than .*1 batch",
         ),
     ],
 )
 def test_passes_that_differ_are_refused(data, loss, message):
     model = Toy().eval()
-    with pytest.raises(ValueError, match=f"must be alike, but .*{message}"):
+    with pytest.raises(ValueError, match=f"alike.*{message}"):
         gradsel.select(model, data, loss, max_gradient_bytes=6000)
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
 
@@ -166,33 +166,33 @@ def calls_backward(model, batch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"memory": "streaming"}, "batches has more than one"),
-        ({"memory": "streaming", "batches": iter(batches())}, "batches has more than one"),
-        ({"memory": "little"}, "memory must be one of auto, full, streaming, grouped, got 'little'"),
+        ({"memory": "streaming"}, "batches .*more than one"),
+        ({"memory": "streaming", "batches": iter(batches())}, "batches .*more than one"),
+        ({"memory": "little"}, "memory .*auto, full, streaming, grouped.*'little'"),
         (
             {"memory": "full", "max_gradient_bytes": 1000},
-            "max_gradient_bytes is for memory='grouped', got memory='full'",
+            "max_gradient_bytes .*memory='grouped'.*memory='full'",
         ),
-        ({"max_gradient_bytes": 1000}, r"max_gradient_bytes=1000 is too little for \S+ alone, which needs \d+ bytes"),
-        ({"max_gradient_bytes": 6000, "batches": iter(batches())}, r"can be gone through only once; pass a DataLoader"),
-        ({"loss_scale": 0.0}, r"loss_scale must be positive and finite, got 0\.0"),
-        ({"policy": gradsel.PerLayer(fraction=1e-9)}, r"PerLayer\(fraction=1e-09\) selects nothing of the 8 ranked"),
-        ({"policy": gradsel.Global(fraction=1e-9)}, r"Global\(fraction=1e-09\) selects nothing of the 8 ranked"),
-        ({"memory": "streaming", "batches": []}, "batches is empty"),
-        ({"memory": "grouped", "batches": iter(batches())}, "exceed half of the free memory, .* only once"),
+        ({"max_gradient_bytes": 1000}, r"max_gradient_bytes=1000 .*needs \d+ bytes"),
+        ({"max_gradient_bytes": 6000, "batches": iter(batches())}, "only once.*DataLoader"),
+        ({"loss_scale": 0.0}, r"loss_scale .*0\.0"),
+        ({"policy": gradsel.PerLayer(fraction=1e-9)}, r"PerLayer\(fraction=1e-09\) .*nothing"),
+        ({"policy": gradsel.Global(fraction=1e-9)}, r"Global\(fraction=1e-09\) .*nothing"),
+        ({"memory": "streaming", "batches": []}, "batches .*empty"),
+        ({"memory": "grouped", "batches": iter(batches())}, "free memory.* only once"),
         (
             {"criterion": lambda weight, grad: grad > 0},
-            "returned torch.bool for patch_embed.weight, expected",
+            r"torch\.bool for patch_embed\.weight",
         ),
-        ({"criterion": lambda weight, grad: None}, "returned NoneType for patch_embed.weight, expected"),
-        ({"loss": calls_backward}, r"loss must not call backward\(\) itself"),
-        ({"policy": "PerNeuron"}, "policy must be a policy such as"),
-        ({"freeze": ["*"]}, "nothing would be trained"),
+        ({"criterion": lambda weight, grad: None}, r"NoneType for patch_embed\.weight"),
+        ({"loss": calls_backward}, r"loss .*backward\(\)"),
+        ({"policy": "PerNeuron"}, "policy such as"),
+        ({"freeze": ["*"]}, "nothing .*trained"),
         (
             {"criterion": lambda weight, grad: grad.sum(1)},
-            r"returned \[\d+\] for patch_embed.weight, expected the scores",
+            r"\[\d+\] for patch_embed\.weight",
         ),
-        ({"criterion": lambda weight, grad: grad / 0}, "the score of patch_embed.weight by .* is not finite"),
+        ({"criterion": lambda weight, grad: grad / 0}, r"score of patch_embed\.weight .*not finite"),
     ],
 )
 def test_bad_arguments_change_nothing(arguments, message, monkeypatch):

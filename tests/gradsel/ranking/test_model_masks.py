@@ -16,7 +16,7 @@ from tests.support.zoo import ZOO, built
 def test_masks_equal_a_naive_selection_in_every_memory_mode(name):
     model, family = built(name), ZOO[name]
     without = set(names_in(family.no_gradient))
-    limits = [8 * parameter.numel() for parameter in model.parameters()]  # a float32 gradient, and its sum
+    limits = [8 * parameter.numel() for parameter in model.parameters()]  # a float32 gradient and its running sum
     some = max(*limits, sum(limits) // 4)
     runs = {
         "full": ([1, 2], {"memory": "full"}),

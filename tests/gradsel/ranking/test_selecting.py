@@ -17,7 +17,7 @@ def supcon(model, batch):
 
 
 def naive(model, loss, k):
-    """Dense gradients summed over the batches, then a stable argsort of every row, as published code has it."""
+    """Dense gradients summed over the batches, then a stable argsort of every row, as in published code."""
     model.zero_grad()
     for batch in batches():
         loss(model, batch).backward()
@@ -177,7 +177,7 @@ def test_the_same_selection_on_every_run_and_gradients_kept_signed():
         return sign[0] * cross_entropy(model, batch)
 
     twice = [batches()[0], batches()[0]]
-    with pytest.warns(UserWarning, match="neurons score zero everywhere .* raise loss_scale"):
+    with pytest.warns(UserWarning, match=r"zero .*raise loss_scale"):
         cancelled = gradsel.select(model, twice, alternating)
     assert cancelled["blocks.0.fc1.weight"].cols.eq(0).all()  # a zero row selects its first input
     assert cancelled.notes["neurons that score zero"] > 0
@@ -236,11 +236,11 @@ def test_parameters_that_are_no_floats_are_frozen():
     model.table = nn.Parameter(torch.zeros(4, 5, dtype=torch.int8), requires_grad=False)
     selection = gradsel.select(model, [torch.randn(4, 3)], lambda m, x: m(x).square().sum())
     assert selection["table"].reason == "int8"
-    with pytest.raises(ValueError, match=r"rank names table, which cannot be trained: it is torch\.int8"):
+    with pytest.raises(ValueError, match=r"rank .*table.*torch\.int8"):
         gradsel.select(model, None, None, criterion="magnitude", rank=["table"])
 
 
-#: What each criterion adds up over batches, and its scores from the sum and the weight.
+#: For each criterion, what it sums over batches, and its scores given that sum and the weight.
 FIRST_PRINCIPLES = {
     "gradient": (lambda grad: grad, lambda total, weight: total.abs()),
     "absolute": (lambda grad: grad.abs(), lambda total, weight: total),
@@ -307,15 +307,15 @@ def test_other_criteria():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"batches": []}, ValueError, "batches is empty"),
-        ({"batches": None}, ValueError, "criterion 'gradient' needs gradients"),
-        ({"loss": lambda m, b: torch.tensor(1.0)}, ValueError, r"scalar .* got a tensor \[\] without a gradient"),
-        ({"loss": lambda m, b: m(b[0])}, ValueError, r"got a tensor \[10, 4\]"),
-        ({"loss": lambda m, b: 3.0}, ValueError, "got float"),
-        ({"loss": lambda m, b: cross_entropy(m, b) * float("nan")}, ValueError, "loss of batch 1 is nan"),
-        ({"criterion": "hessian"}, ValueError, "unknown criterion 'hessian'; choose one of gradient, absolute, fisher"),
-        ({"rank": ["unused.weight"]}, ValueError, "unused.weight was named to be ranked, but got no gradient"),
-        ({"freeze": ["blocks.0.qvk.weight"]}, ValueError, "did you mean blocks.0.qkv.weight"),
+        ({"batches": []}, ValueError, "batches .*empty"),
+        ({"batches": None}, ValueError, "criterion 'gradient'"),
+        ({"loss": lambda m, b: torch.tensor(1.0)}, ValueError, r"scalar .*\[\] without"),
+        ({"loss": lambda m, b: m(b[0])}, ValueError, r"scalar .*\[10, 4\]"),
+        ({"loss": lambda m, b: 3.0}, ValueError, "scalar .*float"),
+        ({"loss": lambda m, b: cross_entropy(m, b) * float("nan")}, ValueError, "batch 1 .*nan"),
+        ({"criterion": "hessian"}, ValueError, "criterion 'hessian'.*gradient, absolute, fisher"),
+        ({"rank": ["unused.weight"]}, ValueError, r"unused\.weight .*no gradient"),
+        ({"freeze": ["blocks.0.qvk.weight"]}, ValueError, r"blocks\.0\.qkv\.weight"),
     ],
 )
 def test_bad_input(arguments, error, message):
@@ -334,16 +334,16 @@ def test_a_gradient_that_is_not_finite_names_the_parameter():
         weight = model.blocks[1].fc2.weight
         return out + (weight[0, 0] - weight[0, 0].detach()).abs().sqrt()  # derivative 1 / 0
 
-    with pytest.raises(ValueError, match=r"the gradient of blocks.1.fc2.weight is not finite \(1 of 288 entries\)"):
+    with pytest.raises(ValueError, match=r"blocks\.1\.fc2\.weight .*not finite \(1 of 288"):
         gradsel.select(model, batches(), loss)
 
 
 @pytest.mark.parametrize("policy", [gradsel.Rows, gradsel.Columns])
 def test_rows_and_columns_need_a_positive_k(policy):
-    with pytest.raises(ValueError, match=rf"{policy.__name__}\(k\) needs an integer k >= 1, got 0"):
+    with pytest.raises(ValueError, match=rf"{policy.__name__}\(k\) .*k >= 1.*0"):
         policy(0)
 
 
 def test_per_neuron_needs_a_positive_k():
-    with pytest.raises(ValueError, match="k >= 1, got 0"):
+    with pytest.raises(ValueError, match=r"k >= 1.*0"):
         gradsel.PerNeuron(0)

@@ -1,4 +1,4 @@
-"""The easiest part of a data set: which one it is, and that looking for it leaves no trace."""
+"""The easiest part of a data set: finding it, without leaving a trace on model or data."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def by(size):
 
 
 class Noisy(nn.Module):
-    """Has modes, a buffer that forward changes, and dropout."""
+    """A model with train and eval modes, a buffer that forward changes, and dropout."""
 
     def __init__(self):
         super().__init__()
@@ -70,7 +70,7 @@ def test_the_part_with_the_smallest_mean_of_its_batches_wins():
     def batches(part):
         numbers = [float(x) for x in part]
         parts.append((numbers[0] + sum(numbers[1:]) / (len(numbers) - 1)) / 2)
-        return [torch.tensor(numbers[:1]), torch.tensor(numbers[1:])]  # of unequal sizes, and of equal weight
+        return [torch.tensor(numbers[:1]), torch.tensor(numbers[1:])]  # batches of unequal sizes but equal weight
 
     easiest = easiest_subset(nn.Identity(), Numbers(40), value, 5, batches=batches, seed=3)
     assert isinstance(easiest, EasiestSubset)
@@ -93,8 +93,8 @@ def test_the_split_is_random_and_follows_the_seed_alone():
     assert indices(0) == indices(0)
     assert sorted(indices(0)) != sorted(indices(1))
     found = indices(0)
-    assert found != sorted(found)  # shuffled inside, too
-    assert max(found) - min(found) > 20  # no contiguous piece
+    assert found != sorted(found)  # shuffled within the part, too
+    assert max(found) - min(found) > 20  # not a contiguous piece
 
 
 def test_one_part_is_everything_and_nothing_runs():
@@ -118,7 +118,7 @@ def test_the_model_and_the_random_numbers_are_given_back():
 
     def loss(model, batch):
         assert not torch.is_grad_enabled()
-        assert model.training  # as the caller left it
+        assert model.training  # in the mode the caller had set
         out = model(batch).square().mean()
         model.eval()
         model.train()
@@ -156,7 +156,7 @@ def test_dropout_draws_alike_for_every_part():
     model = nn.Dropout(0.5)
     easiest = easiest_subset(model, data, lambda model, batch: model(batch[0]).mean(), 3, batches=by(100))
     assert len(set(easiest.losses)) == 1
-    assert easiest.losses[0] != 1.0  # it did drop some
+    assert easiest.losses[0] != 1.0  # some samples were dropped
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -169,20 +169,20 @@ def test_a_loss_that_is_not_finite_names_the_part(bad):
 
     order = torch.randperm(10, generator=torch.Generator().manual_seed(0))
     number = next(i for i, part in enumerate(order.tensor_split(4)) if 0 in part)
-    with pytest.raises(ValueError, match=rf"the loss of batch 0 in part {number} of 4 is -?(nan|inf)"):
+    with pytest.raises(ValueError, match=rf"batch 0 in part {number} of 4 .*(nan|inf)"):
         easiest_subset(nn.Identity(), Numbers(10), loss, 4, batches=batches)
 
 
 @pytest.mark.parametrize(
     ("data", "n", "error", "message"),
     [
-        (Numbers(4), 0, ValueError, "n must be an integer >= 1, got 0"),
-        (Numbers(4), -1, ValueError, "n must be an integer >= 1, got -1"),
-        (Numbers(4), True, ValueError, "n must be an integer >= 1, got True"),
-        (Numbers(4), 2.0, ValueError, "n must be an integer >= 1, got 2.0"),
-        (Numbers(4), 5, ValueError, "4 samples cannot be split in n = 5 parts"),
-        (Numbers(0), 1, ValueError, "0 samples cannot be split in n = 1 parts"),
-        (Endless(), 2, TypeError, "needs a map-style data set with a length, got Endless"),
+        (Numbers(4), 0, ValueError, "n .*>= 1.*0"),
+        (Numbers(4), -1, ValueError, "n .*>= 1.*-1"),
+        (Numbers(4), True, ValueError, "n .*>= 1.*True"),
+        (Numbers(4), 2.0, ValueError, r"n .*>= 1.*2\.0"),
+        (Numbers(4), 5, ValueError, "4 samples .*n = 5"),
+        (Numbers(0), 1, ValueError, "0 samples .*n = 1"),
+        (Endless(), 2, TypeError, "map-style .*Endless"),
     ],
 )
 def test_bad_arguments(data, n, error, message):
@@ -191,9 +191,9 @@ def test_bad_arguments(data, n, error, message):
 
 
 def test_a_loss_that_is_no_scalar_and_a_part_without_batches_are_errors():
-    with pytest.raises(ValueError, match=r"the loss of batch 0 in part 0 of 2 is no scalar, its shape is \[3\]"):
+    with pytest.raises(ValueError, match=r"batch 0 in part 0 of 2 .*scalar.*\[3\]"):
         easiest_subset(nn.Identity(), Numbers(6), lambda model, batch: batch, 2, batches=by(3))
-    with pytest.raises(ValueError, match="batches gives nothing for part 0 of 2: is drop_last set"):
+    with pytest.raises(ValueError, match=r"part 0 of 2.*drop_last"):
         easiest_subset(
             nn.Identity(), Numbers(6), value, 2, batches=lambda part: DataLoader(part, batch_size=4, drop_last=True)
         )

@@ -28,17 +28,17 @@ def replace_in(metadata, old, new):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m, t: m.update(format="pt"), "is not a selection: its format is 'pt'"),
-        (lambda m, t: m.update(version="99"), "is of version 99; this library reads 1"),
-        (lambda m, t: t["blocks.0.fc1.weight:cols"].fill_(65535), "is damaged.*found 65535"),
-        (lambda m, t: t.pop("blocks.0.fc1.weight:cols"), "is damaged: KeyError"),
-        (lambda m, t: replace_in(m, "per-row", "diagonal"), "unknown kind"),
-        (lambda m, t: m.update(parameters=json.dumps({"a": 1})), "is damaged"),
-        (lambda m, t: m.update(parameters="[]"), "is damaged"),
-        (lambda m, t: m.update(parameters="[" * 100_000), "is damaged"),
+        (lambda m, t: m.update(format="pt"), "format .*'pt'"),
+        (lambda m, t: m.update(version="99"), "version 99"),
+        (lambda m, t: t["blocks.0.fc1.weight:cols"].fill_(65535), "damaged.*65535"),
+        (lambda m, t: t.pop("blocks.0.fc1.weight:cols"), "damaged: KeyError"),
+        (lambda m, t: replace_in(m, "per-row", "diagonal"), "kind .*'diagonal'"),
+        (lambda m, t: m.update(parameters=json.dumps({"a": 1})), "damaged"),
+        (lambda m, t: m.update(parameters="[]"), "damaged"),
+        (lambda m, t: m.update(parameters="[" * 100_000), "damaged"),
         (
             lambda m, t: m.update(parameters=m["parameters"].replace('"row_dims": [0]', '"row_dims": [5]')),
-            "not distinct",
+            "row_dims .*distinct",
         ),
         (lambda m, t: m.update(parameters=m["parameters"].replace('"groups": 1', '"groups": 0')), "groups = 0"),
         (lambda m, t: m.update(parameters='{"a": {"kind": "whole", "shape": [-3, 4]}}'), "list of sizes"),
@@ -55,5 +55,5 @@ def test_damaged_files_are_refused(tmp_path, change, message):
 def test_a_file_that_is_no_safetensors(tmp_path):
     path = tmp_path / "s.selection"
     path.write_bytes(b"not a file of tensors")
-    with pytest.raises(ValueError, match="is not a readable safetensors file"):
+    with pytest.raises(ValueError, match="readable safetensors"):
         gradsel.Selection.load(path)

@@ -40,16 +40,16 @@ def test_what_an_import_lacks_is_frozen_and_what_is_too_much_refused():
     shapes = {"a": (2, 3), "b": (2,)}
     selection = gradsel.Selection.from_coo({"a": torch.tensor([[1], [2]])}, shapes)
     assert (selection["a"].nnz, selection["b"].how) == (1, "nothing selected")
-    with pytest.raises(ValueError, match="no shape is given for 1 parameters, first c"):
+    with pytest.raises(ValueError, match=r"shape .*1 parameter.* c"):
         gradsel.Selection.from_coo({"c": torch.tensor([[1], [2]])}, shapes)
-    with pytest.raises(ValueError, match="a: indices of dimension 0 must lie in 0 to 1, found 2"):
+    with pytest.raises(ValueError, match=r"a: .*dimension 0 .*0 to 1.*2"):
         gradsel.Selection.from_coo({"a": torch.tensor([[2], [2]])}, shapes)
-    with pytest.raises(TypeError, match="b: bits must be"):
+    with pytest.raises(TypeError, match="b: bits"):
         gradsel.Selection.from_bits({"b": torch.zeros(2)}, shapes)
 
 
 class Square(nn.Module):
-    """Layers in which K = 2 r entries a neuron are as many as SHiRA's r * (in + out)."""
+    """Square layers, where K = 2 r entries per neuron equal SHiRA's r * (in + out)."""
 
     def __init__(self):
         super().__init__()
@@ -119,7 +119,7 @@ def test_shira_adapters_come_back_as_selections(tmp_path):
             else:
                 assert mask.how == ("whole" if name.startswith("head") else "not adapted")
     gradsel.attach(original, found)
-    with pytest.raises(ValueError, match="has no SHiRA layers with an adapter 'other'"):
+    with pytest.raises(ValueError, match=r"SHiRA .*'other'"):
         gradsel.Selection.from_shira(adapted, "other")
 
 
@@ -140,9 +140,9 @@ def test_a_shira_mask_may_be_of_any_kind():
 @pytest.mark.parametrize(
     ("modules", "message"),
     [
-        (["proj"], r"proj\.weight has 32 .* exactly r \* \(in \+ out\) = 16 .* r = 1; .* of its own with r = 2"),
-        (["head"], r"head\.weight has 72 selected .* no r fits it, as 72 is not a positive multiple of 27"),
-        (["unseen"], r"unseen\.weight has 0 selected .* no r fits it"),
+        (["proj"], r"proj\.weight .*32 .*r \* \(in \+ out\) = 16 .*r = 1.*r = 2"),
+        (["head"], r"head\.weight .*72 .*multiple of 27"),
+        (["unseen"], r"unseen\.weight .*0 "),
     ],
 )
 def test_counts_that_shira_cannot_have_are_refused(modules, message):
@@ -154,7 +154,7 @@ def test_counts_that_shira_cannot_have_are_refused(modules, message):
 
 
 def test_layers_with_other_counts_get_adapters_of_their_own():
-    """4 entries a neuron are 2 * (8 + 8) of one layer, 3 * (8 + 24) of the other."""
+    """Four entries per neuron are 2 * (8 + 8) of one layer and 3 * (8 + 24) of the other."""
     model = Square()
     selection = gradsel.select(model, None, None, gradsel.PerNeuron(4), "magnitude")
     adapted = shira(selection, model, r=2)
@@ -174,9 +174,9 @@ def test_shira_of_another_model_is_refused():
     model, other = Square(), Square()
     selection = gradsel.select(model, None, None, gradsel.PerNeuron(2), "magnitude")
     mask_fn = selection.shira_mask_fn(model)
-    with pytest.raises(ValueError, match="is no layer of the model that shira_mask_fn"):
+    with pytest.raises(ValueError, match="shira_mask_fn"):
         mask_fn(other.head, 1)
-    with pytest.raises(ValueError, match=r"the selection has no parameter 'head\.weight'"):
+    with pytest.raises(ValueError, match=r"'head\.weight'"):
         selection_of(a=Whole((2,))).shira_mask_fn(model)(model.head, 1)
-    with pytest.raises(ValueError, match=r"head\.weight is \[2\] in the selection, \[3, 24\] in the model"):
+    with pytest.raises(ValueError, match=r"head\.weight .*\[2\] .*\[3, 24\]"):
         selection_of(**{"head.weight": Whole((2,))}).shira_mask_fn(model)(model.head, 1)

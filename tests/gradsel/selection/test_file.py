@@ -96,7 +96,7 @@ def test_the_file_says_what_wrote_it(path):
 
 
 def rewrite(path, change, seal=True):
-    """Changes the parts of a file; sealed, the checksum is right again, as a hostile author would see to."""
+    """Changes the parts of a file; if ``sealed``, recomputes the checksum, as a hostile author would."""
     metadata, tensors = metadata_of(path), load_file(path)
     parameters = json.loads(metadata["parameters"])
     change(metadata, tensors, parameters)
@@ -152,7 +152,7 @@ def test_an_unchanged_file_stays_readable_when_rewritten(path):
 )
 def test_the_checksum_tells_any_change(path, change):
     rewrite(path, change, seal=False)
-    with pytest.raises(ValueError, match=r"is damaged: .*the checksum does not match"):
+    with pytest.raises(ValueError, match=r"damaged: .*checksum"):
         gradsel.Selection.load(path)
 
 
@@ -163,81 +163,81 @@ def ints(*numbers, dtype=torch.int32):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (put("few:cols", lambda c: c.to(torch.int64)), r"few: cols must be one of torch\.uint16, torch\.int32, got"),
-        (put("few:cols", lambda c: c.to(torch.float32)), "few: cols must be one of"),
-        (put("few:cols", lambda c: torch.full_like(c, 300)), "few: cols must lie in 0 to 299, found 300 to 300"),
-        (put("few:cols", lambda c: c.to(torch.int32) - 300), "found -"),
-        (put("few:cols", lambda c: c.to(torch.int32).flip(1).to(torch.uint16)), "few: cols must ascend in every row"),
-        (put("few:cols", lambda c: c[:5]), r"few: cols must be \[6, at most 300\]"),
-        (put("few:cols", lambda c: c[0]), r"few: cols must be \[6"),
-        (put("few:cols", lambda c: torch.zeros((), dtype=torch.int32)), r"few: cols must be \[6"),
-        (put("many:bits", lambda b: b.to(torch.int64)), r"many: bits must be torch\.int32"),
+        (put("few:cols", lambda c: c.to(torch.int64)), r"few: cols .*torch\.uint16, torch\.int32"),
+        (put("few:cols", lambda c: c.to(torch.float32)), r"few: cols .*torch\.uint16, torch\.int32"),
+        (put("few:cols", lambda c: torch.full_like(c, 300)), "few: cols .*0 to 299.*300 to 300"),
+        (put("few:cols", lambda c: c.to(torch.int32) - 300), "few: cols .*-"),
+        (put("few:cols", lambda c: c.to(torch.int32).flip(1).to(torch.uint16)), "few: cols .*ascend"),
+        (put("few:cols", lambda c: c[:5]), r"few: cols .*\[6, at most 300\]"),
+        (put("few:cols", lambda c: c[0]), r"few: cols .*\[6"),
+        (put("few:cols", lambda c: torch.zeros((), dtype=torch.int32)), r"few: cols .*\[6"),
+        (put("many:bits", lambda b: b.to(torch.int64)), r"many: bits .*torch\.int32"),
         (
             put("many:bits", lambda b: b[:, :9].clone()),
-            r"many: bits must be \[6, 10\] .*, got \[6, 9\]",
+            r"many: bits .*\[6, 10\].*\[6, 9\]",
         ),
-        (put("many:bits", lambda b: torch.full_like(b, -1)), "many: bits are set behind the last column, 299"),
-        (put("many:bits", lambda b: b.index_fill(0, torch.tensor([0]), 0)), "many: rows have 0 to 100 bits set"),
-        (put("most:bits", lambda b: torch.full_like(b, -1)), "most: bits are set behind the last column, 599"),
-        (put("most:bits", lambda b: b.view(-1)), r"most: bits must be \[1, 19\]"),
-        (put("rows:rows", lambda r: ints(1, 6)), "rows: rows must ascend within 0 to 5"),
-        (put("rows:rows", lambda r: ints(4, 1)), "rows: rows must ascend"),
-        (put("rows:rows", lambda r: ints(1, -(2**31))), "rows: rows must ascend"),
-        (put("rows:rows", lambda r: ints(1, 1)), "rows: rows must ascend"),
-        (put("rows:rows", lambda r: ints(0, 1, dtype=torch.int64)), "rows: rows must be one of"),
-        (put("columns:cols", lambda c: ints(0, 5)), "columns: cols must ascend within 0 to 4"),
-        (put("some:indices", lambda i: ints(0, 300)), "some: indices must ascend within 0 to 299"),
-        (put("some:indices", lambda i: ints(5, -(2**31))), "some: indices must ascend"),
-        (put("some:indices", lambda i: ints(5, -(2**63), dtype=torch.int64)), "some: indices must ascend"),
-        (put("some:indices", lambda i: i.to(torch.float16)), "some: indices must be one of"),
-        (put("huge:indices", lambda i: ints(5, 2**40, dtype=torch.int64)), "huge: indices must ascend"),
-        (put("bias:indices", lambda i: ints(0)), "bias: expected no tensors, got indices"),
-        (put("few:bits", lambda b: ints(0)), "few: expected cols or bits, got "),
-        (put("stranger:cols", lambda c: ints(0)), "tensors of unknown parameters: stranger"),
-        (put("no colon", lambda c: ints(0)), "tensors of unknown parameters"),
-        (renamed("few:cols", "few:indices"), "few: expected cols or bits, got indices"),
-        (renamed("some:indices", "some:cols"), "some: expected indices or bits, got cols"),
-        (drop("few:cols"), r"is damaged: KeyError\('cols'\)"),
-        (drop("most:bits"), r"is damaged: KeyError\('indices'\)"),
-        (describe("few", shape=[6, -300]), "few: a shape is a list of sizes"),
-        (describe("few", shape=[6, 300.0]), "a shape is a list of sizes"),
-        (describe("few", shape=[True, 300]), "a shape is a list of sizes"),
-        (describe("few", shape="6x300"), "a shape is a list of sizes"),
-        (describe("few", shape={"0": 6}), "a shape is a list of sizes"),
-        (describe("few", shape=[2**40, 2**40]), r"a shape with more than 64 dimensions or 2\*\*63 entries"),
-        (describe("bias", shape=[2**70]), "a shape with more than"),
-        (describe("bias", shape=[1] * 65), "a shape with more than 64 dimensions"),
-        (describe("bias", shape=[0, 2**70]), "a shape with more than"),
-        (describe("few", shape=[10**12, 300]), r"few: cols must be \[1000000000000, at most 300\]"),
-        (describe("most", shape=[10**12]), r"most: bits must be \[1, 31250000000\]"),
-        (describe("many", shape=[10**12, 0]), r"many: bits must be \[1000000000000, 0\]"),
-        (describe("few", shape=[]), "row_dims .* are not distinct dimensions"),
-        (describe("few", kind="diagonal"), "unknown kind of mask 'diagonal'"),
-        (describe("few", kind=["per-row"]), "is damaged: .*few: .*unhashable"),
-        (describe("few", kind=None), "unknown kind of mask None"),
-        (describe("few", row_dims=[0, 0]), r"few: row_dims \(0, 0\) are not distinct"),
-        (describe("few", row_dims=[-1]), "are not distinct dimensions"),
-        (describe("few", row_dims=[0.0]), "row_dims and groups are integers"),
-        (describe("few", row_dims="0"), "row_dims and groups are integers"),
-        (describe("few", groups=2.0), "row_dims and groups are integers"),
-        (describe("few", groups=-6), "groups = -6 does not divide"),
-        (describe("few", groups=4), "groups = 4 does not divide"),
-        (describe("few", groups=None), "row_dims and groups are integers"),
-        (lambda m, t, p: p["few"].pop("row_dims"), r"is damaged: KeyError\('row_dims'\)"),
-        (lambda m, t, p: p["bias"].pop("shape"), r"is damaged: KeyError\('shape'\)"),
-        (lambda m, t, p: p.pop("few"), "tensors of unknown parameters: few"),
-        (lambda m, t, p: p.update(few=[1]), "is damaged"),
-        (lambda m, t, p: m.pop("base"), r"is damaged: KeyError\('base'\)"),
-        (lambda m, t, p: m.pop("checksum"), r"is damaged: KeyError\('checksum'\)"),
-        (note(notes="[]"), "notes must be a JSON object, got a list"),
-        (note(notes="{"), "is damaged"),
-        (note(base="3"), "base must be a JSON object, got a int"),
-        (note(base='{"few": 3}'), "fingerprints are texts"),
-        (note(notes='{"n": ' + "9" * 5000 + "}"), "is damaged"),
+        (put("many:bits", lambda b: torch.full_like(b, -1)), "many: bits .*last column, 299"),
+        (put("many:bits", lambda b: b.index_fill(0, torch.tensor([0]), 0)), "many: rows .*0 to 100 bits"),
+        (put("most:bits", lambda b: torch.full_like(b, -1)), "most: bits .*last column, 599"),
+        (put("most:bits", lambda b: b.view(-1)), r"most: bits .*\[1, 19\]"),
+        (put("rows:rows", lambda r: ints(1, 6)), "rows: rows .*0 to 5"),
+        (put("rows:rows", lambda r: ints(4, 1)), "rows: rows .*ascend"),
+        (put("rows:rows", lambda r: ints(1, -(2**31))), "rows: rows .*ascend"),
+        (put("rows:rows", lambda r: ints(1, 1)), "rows: rows .*ascend"),
+        (put("rows:rows", lambda r: ints(0, 1, dtype=torch.int64)), "rows: rows .*torch.int64"),
+        (put("columns:cols", lambda c: ints(0, 5)), "columns: cols .*0 to 4"),
+        (put("some:indices", lambda i: ints(0, 300)), "some: indices .*0 to 299"),
+        (put("some:indices", lambda i: ints(5, -(2**31))), "some: indices .*ascend"),
+        (put("some:indices", lambda i: ints(5, -(2**63), dtype=torch.int64)), "some: indices .*ascend"),
+        (put("some:indices", lambda i: i.to(torch.float16)), "some: indices .*torch.float16"),
+        (put("huge:indices", lambda i: ints(5, 2**40, dtype=torch.int64)), "huge: indices .*ascend"),
+        (put("bias:indices", lambda i: ints(0)), "bias: .*no tensors.*indices"),
+        (put("few:bits", lambda b: ints(0)), "few: .*cols or bits"),
+        (put("stranger:cols", lambda c: ints(0)), "unknown parameters: stranger"),
+        (put("no colon", lambda c: ints(0)), "unknown parameters"),
+        (renamed("few:cols", "few:indices"), "few: .*cols or bits.*indices"),
+        (renamed("some:indices", "some:cols"), "some: .*indices or bits.*cols"),
+        (drop("few:cols"), r"damaged: KeyError\('cols'\)"),
+        (drop("most:bits"), r"damaged: KeyError\('indices'\)"),
+        (describe("few", shape=[6, -300]), "few: .*list of sizes"),
+        (describe("few", shape=[6, 300.0]), "few: .*list of sizes"),
+        (describe("few", shape=[True, 300]), "few: .*list of sizes"),
+        (describe("few", shape="6x300"), "few: .*list of sizes"),
+        (describe("few", shape={"0": 6}), "few: .*list of sizes"),
+        (describe("few", shape=[2**40, 2**40]), r"few: .*shape .*2\*\*63"),
+        (describe("bias", shape=[2**70]), "bias: .*shape .*more than"),
+        (describe("bias", shape=[1] * 65), "bias: .*shape .*64 dimensions"),
+        (describe("bias", shape=[0, 2**70]), "bias: .*shape .*more than"),
+        (describe("few", shape=[10**12, 300]), r"few: cols .*\[1000000000000, at most 300\]"),
+        (describe("most", shape=[10**12]), r"most: bits .*\[1, 31250000000\]"),
+        (describe("many", shape=[10**12, 0]), r"many: bits .*\[1000000000000, 0\]"),
+        (describe("few", shape=[]), "few: row_dims .*distinct"),
+        (describe("few", kind="diagonal"), "kind .*'diagonal'"),
+        (describe("few", kind=["per-row"]), "damaged: .*few: .*unhashable"),
+        (describe("few", kind=None), "kind .*None"),
+        (describe("few", row_dims=[0, 0]), r"few: row_dims \(0, 0\)"),
+        (describe("few", row_dims=[-1]), r"few: row_dims \(-1"),
+        (describe("few", row_dims=[0.0]), "row_dims and groups"),
+        (describe("few", row_dims="0"), "row_dims and groups"),
+        (describe("few", groups=2.0), "row_dims and groups"),
+        (describe("few", groups=-6), "groups = -6"),
+        (describe("few", groups=4), "groups = 4"),
+        (describe("few", groups=None), "row_dims and groups"),
+        (lambda m, t, p: p["few"].pop("row_dims"), r"damaged: KeyError\('row_dims'\)"),
+        (lambda m, t, p: p["bias"].pop("shape"), r"damaged: KeyError\('shape'\)"),
+        (lambda m, t, p: p.pop("few"), "unknown parameters: few"),
+        (lambda m, t, p: p.update(few=[1]), "damaged"),
+        (lambda m, t, p: m.pop("base"), r"damaged: KeyError\('base'\)"),
+        (lambda m, t, p: m.pop("checksum"), r"damaged: KeyError\('checksum'\)"),
+        (note(notes="[]"), "notes .*JSON object.*list"),
+        (note(notes="{"), "damaged"),
+        (note(base="3"), "base .*JSON object.*int"),
+        (note(base='{"few": 3}'), "fingerprints"),
+        (note(notes='{"n": ' + "9" * 5000 + "}"), "damaged"),
     ],
 )
 def test_hostile_files_are_refused(path, change, message):
-    """Their checksums are right: what they say is looked at all the same."""
+    """Their checksums are correct, yet their contents are checked all the same."""
     rewrite(path, change)
     with pytest.raises(ValueError, match=message):
         gradsel.Selection.load(path)
@@ -249,7 +249,7 @@ def test_bits_without_columns_are_refused_before_they_take_memory(path):
         parameters["many"]["shape"] = [10**15, 0]
 
     rewrite(path, change)
-    with pytest.raises(ValueError, match=r"many: bits must be \[1000000000000000, 0\] for a matrix"):
+    with pytest.raises(ValueError, match=r"many: bits .*\[1000000000000000, 0\]"):
         gradsel.Selection.load(path)
 
 
@@ -260,7 +260,7 @@ def test_sizes_without_entries_take_no_memory(path):
 
 
 def test_garbled_bytes_never_crash(path):
-    """Any byte may be wrong: what loads all the same is the selection that was saved."""
+    """Any byte may be wrong; a file that still loads gives the saved selection."""
     whole = path.read_bytes()
     header = struct.unpack("<Q", whole[:8])[0]
     random.seed(0)

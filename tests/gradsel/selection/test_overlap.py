@@ -53,17 +53,17 @@ def test_overlap_agrees_with_the_dense_masks():
         (
             selection_of(**{"fc.weight": Whole((2, 3))}),
             selection_of(**{"fc1.weight": Whole((2, 3))}),
-            r"the other lacks 1 parameter \(fc\.weight\); did you mean fc1\.weight\?; this selection lacks 1 parameter",
+            r"other .*1 parameter \(fc\.weight\).*fc1\.weight\?.*1 parameter \(fc1\.weight",
         ),
         (
             selection_of(w=Whole((2, 3))),
             selection_of(w=Whole((3, 2))),
-            "shapes differ in 1 parameter .*: w is 2x3 in this selection, 3x2 in the other",
+            "shapes .*1 parameter .*w .*2x3 .*3x2",
         ),
         (
             selection_of(**{f"w{i}": Whole((2,)) for i in range(5)}),
             selection_of(w0=Whole((2,))),
-            r"lacks 4 parameters \(w1, w2, w3 and 1 more\)",
+            r"4 parameters \(w1, w2, w3 .*1 more",
         ),
     ],
 )

@@ -1,7 +1,7 @@
-"""The checks that torch puts its own optimizers through (class TestOptimRenewed of its test suite), in our words.
+"""The checks that torch puts its own optimizers through (class TestOptimRenewed of its test suite), rewritten for ours.
 
-They run over torch's inputs, errors and schedulers for Adam, on MaskedAdam and MaskedAdamW without masks, and on a
-MaskedAdam that trains every other entry. docs/optimizer.md lists them, and those that do not apply.
+They use torch's inputs, errors and schedulers for Adam, and run on MaskedAdam and MaskedAdamW without masks and on a
+MaskedAdam that trains every other entry. docs/optimizer.md lists them, and says which ones do not apply.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 class HalfAdam(gradsel.MaskedAdam):
-    """Every other entry of what it is given, whatever that is."""
+    """Trains every other entry of each parameter that it is given."""
 
     def add_param_group(self, param_group):
         given = param_group["params"]
@@ -69,7 +69,7 @@ each_input = pytest.mark.parametrize("kwargs", [i.kwargs for i in all_inputs()],
 
 
 def problem(seed=0, dtype=torch.float32):
-    """A weight, a bias, and a loss of them."""
+    """A weight, a bias, and a loss that depends on them."""
     generator = torch.Generator().manual_seed(seed)
     weight, bias = Parameter(torch.randn(10, 5, generator=generator)), Parameter(torch.randn(10, generator=generator))
     input = torch.randn(5, generator=generator)

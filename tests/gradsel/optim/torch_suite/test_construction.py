@@ -52,10 +52,10 @@ def test_errors(cls, error):
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
-        ({"fused": True, "foreach": True}, RuntimeError, "`fused` and `foreach` cannot be `True` together"),
-        ({"fused": True, "differentiable": True}, RuntimeError, "`fused` does not support `differentiable`"),
-        ({"differentiable": True}, ValueError, r"use torch.optim.Adam\(differentiable=True\)"),
-        ({"lr": float("nan")}, ValueError, "Invalid learning rate: nan"),
+        ({"fused": True, "foreach": True}, RuntimeError, "`fused`.*`foreach`"),
+        ({"fused": True, "differentiable": True}, RuntimeError, "`fused`.*`differentiable`"),
+        ({"differentiable": True}, ValueError, r"torch\.optim\.Adam\(differentiable=True\)"),
+        ({"lr": float("nan")}, ValueError, "learning rate.*nan"),
     ],
 )
 def test_more_errors_of_torch(kwargs, error, message):

@@ -30,7 +30,7 @@ def test_param_groups_weight_decay(cls):
 
 @each_class
 def test_param_groups_lr(cls):
-    """A learning rate of zero in one group only, and of zero by default with one group that has one."""
+    """A learning rate of zero in either group; the default is zero, too."""
     for rates in ((0.0, 0.01), (0.01, 0.0)):
         (weight, bias), loss = problem()
         before = [p.detach().clone() for p in (weight, bias)]
@@ -71,7 +71,7 @@ def test_step_is_noop_when_params_have_no_grad(cls, kwargs):
 @each_class
 @each_input
 def test_step_is_noop_for_zero_grads(cls, kwargs):
-    """Without weight decay; the step counts."""
+    """The step is counted; without weight decay, nothing moves."""
     params, _ = problem()
     before = [p.detach().clone() for p in params]
     optimizer = cls(params, **{**kwargs, "weight_decay": 0.0})

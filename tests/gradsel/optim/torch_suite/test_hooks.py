@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.s
 
 @each_class
 def test_step_hooks(cls):
-    """test_step_pre_hook, test_step_post_hook, test_step_all_hooks: each once, in order, and none once removed."""
+    """test_step_pre_hook, test_step_post_hook, test_step_all_hooks: each runs once, in order, never after removal."""
     params, loss = problem()
     optimizer = cls(params)
     calls = []
@@ -63,7 +63,7 @@ def test_state_dict_hooks(cls):
 
 @each_class
 def test_load_state_dict_hooks(cls):
-    """test_load_state_dict_pre_hook_and_prepend, _post_hook, _pre_post_hook: once, and what they return is loaded."""
+    """test_load_state_dict_pre_hook_and_prepend, _post_hook, _pre_post_hook: each runs once; its result is loaded."""
     params, loss = problem()
     optimizer = cls(params, lr=0.5)
     steps(optimizer, loss)
@@ -100,7 +100,7 @@ def test_load_state_dict_hooks(cls):
 @each_class
 @pytest.mark.parametrize("fused", [None, True])
 def test_does_not_step_if_foundinf(cls, fused):
-    """Infinite gradients skip the step and its count, and the scale falls; a finite one undoes the scale."""
+    """Infinite gradients skip the step and its count and lower the scale; finite ones are unscaled."""
     params, loss = problem()
     twins, twin_loss = problem()
     optimizer, plain = cls(params, fused=fused, weight_decay=0.1), cls(twins, fused=fused, weight_decay=0.1)
@@ -138,7 +138,7 @@ def test_found_inf_is_a_sum_over_devices():
 
 
 def test_unscale_and_clip_before_a_fused_step():
-    """The gradients are unscaled by then, and GradScaler hands over no scale."""
+    """By then the gradients are unscaled, and GradScaler passes no scale."""
     params, loss = problem()
     twins, twin_loss = problem()
     optimizer, plain = gradsel.MaskedAdam(params, fused=True), gradsel.MaskedAdam(twins)

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.s
 
 @each_input
 def test_state_dicts_interchange_with_torch(kwargs):
-    """Without masks, keys and contents are torch's, both ways, and either goes on as the other would."""
+    """Without masks, states have torch's keys and contents, and either optimizer continues the other's run."""
     for ours_cls, theirs_cls in ((gradsel.MaskedAdam, torch.optim.Adam), (gradsel.MaskedAdamW, torch.optim.AdamW)):
         plain = {name: value for name, value in kwargs.items() if name not in ("foreach", "fused")}
         params, loss = problem()
@@ -40,7 +40,7 @@ def test_state_dicts_interchange_with_torch(kwargs):
 
 
 def test_adamw_serialization():
-    """A state of Adam keeps AdamW's weight decay decoupled, as in torch."""
+    """Loading Adam's state keeps AdamW's weight decay decoupled, as in torch."""
     params, loss = problem()
     adam = torch.optim.Adam(params)
     steps(adam, loss)

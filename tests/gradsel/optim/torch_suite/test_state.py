@@ -28,7 +28,7 @@ def assert_same_state_dict(a, b):
 @each_class
 @each_input
 def test_state_dict_deterministic(cls, kwargs):
-    """A copy that loads the state goes on with the same bits."""
+    """A copy that loads the state continues with the same bits."""
     params, loss = problem()
     optimizer = cls(params, **kwargs)
     steps(optimizer, loss, 3)
@@ -51,7 +51,7 @@ def test_state_dict_deterministic(cls, kwargs):
 @each_class
 @each_input
 def test_can_load_older_state_dict(cls, kwargs):
-    """Without the flags that came later."""
+    """States saved before some flags existed."""
     params, loss = problem()
     optimizer = cls(params, **kwargs)
     steps(optimizer, loss, 2)
@@ -130,7 +130,7 @@ def test_an_unpickled_nontensor_step():
 @each_class
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_state_dict_of_another_dtype(cls, dtype):
-    """test_state_dict_with_cuda_params, test_cpu_load_state_dict: what a load has to convert, on one device."""
+    """test_state_dict_with_cuda_params, test_cpu_load_state_dict: what loading has to convert on one device."""
     params, loss = problem()
     optimizer = cls(params)
     steps(optimizer, loss, 2)
@@ -148,7 +148,7 @@ def test_state_dict_of_another_dtype(cls, dtype):
 
 
 def test_load_to_the_meta_device_and_its_errors():
-    """Another device than the state's; wrong sizes are refused in torch's words."""
+    """The parameters' device differs from the state's; wrong sizes are refused with torch's messages."""
     params, loss = problem()
     optimizer = gradsel.MaskedAdam(params)
     steps(optimizer, loss)
@@ -195,7 +195,7 @@ def test_deepcopy_copies_all_public_attrs(cls, kwargs):
 
 
 def test_state_bytes_are_those_of_the_selection():
-    """test_peak_memory_foreach, by a measure of our own: a step allocates nothing but the state, and that once."""
+    """test_peak_memory_foreach, measured our way: steps allocate the state once and nothing else."""
     params = [Parameter(torch.ones(64, 32)), Parameter(torch.ones(64))]
     optimizer, theirs = HalfAdam(params), torch.optim.Adam(params)
     for p in params:
