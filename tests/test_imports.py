@@ -1,6 +1,7 @@
 """The rooms of the library and the arrows between them: imports point down, and never in a circle.
 
-Imports inside functions and under ``TYPE_CHECKING`` count, too: an annotation needs the name it mentions.
+Imports inside functions and under ``TYPE_CHECKING`` count, too: an annotation needs the name it mentions. Test modules
+never import one another; what they share is in ``cases`` modules and in ``tests/support``.
 """
 
 from __future__ import annotations
@@ -88,3 +89,11 @@ def test_kernels_know_nothing_of_the_library_above():
     known = set(modules("gradsel"))
     for name, path in modules("gradsel_kernels").items():
         assert not imports(path, known), f"{name} imports gradsel"
+
+
+def test_no_test_module_imports_another():
+    """What several of them need has a place of its own, so that each can be read, moved and run alone."""
+    files = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in (ROOT / "tests").rglob("*.py")}
+    known = {name for name in files if name.rpartition(".")[2].startswith("test_")}
+    for name, path in files.items():
+        assert not imports(path, known), f"{name} imports {imports(path, known)}; move what they share to tests/support"

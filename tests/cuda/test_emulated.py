@@ -20,6 +20,10 @@ ROOT = Path(__file__).parents[2]
 TESTS = (
     "tests/kernels/test_topk.py",
     "tests/kernels/test_adam.py",
+    "tests/kernels/test_adam_bad_input.py",
+    "tests/kernels/test_adam_low_precision.py",
+    "tests/kernels/test_adam_scaling.py",
+    "tests/kernels/test_adam_specification.py",
     "tests/cuda/test_bounds.py",
     "tests/cuda/test_backend.py",
     "tests/gpu/test_kernels.py",

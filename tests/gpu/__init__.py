@@ -20,9 +20,9 @@ import gradsel_kernels as gk
 from gradsel_kernels import Layout
 from gradsel_kernels._checks import sum_dtype
 from tests.conftest import EMULATED
-from tests.gradsel.memory import peak_bytes
 from tests.kernels import cases
-from tests.kernels.test_adam import Problem, masks
+from tests.kernels.adam_cases import Problem, masks
+from tests.support.memory import peak_bytes
 
 ON_CPU = os.environ.get("GRADSEL_GPU_TESTS_ON") == "cpu"
 BACKENDS = ["triton", "cuda"]

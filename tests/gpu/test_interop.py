@@ -14,10 +14,10 @@ import gradsel
 import gradsel_kernels as gk
 from gradsel.masks import Flat, PerRow, Whole
 from tests.gpu import ON_CPU
-from tests.gpu.test_training import Net, assert_close, attached, moved, toy, train
-from tests.gradsel.test_attach import check_consistent, check_frozen, frozen_entries, random_selection
-from tests.gradsel.toy import batches, cross_entropy
+from tests.gpu.training import Net, assert_close, attached, moved, toy, train
 from tests.kernels import cases
+from tests.support.selections import check_consistent, check_frozen, frozen_entries, random_selection
+from tests.support.toy import batches, cross_entropy
 
 
 def through_a_file(thing, **options):

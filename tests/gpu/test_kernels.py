@@ -10,7 +10,7 @@ import gradsel_kernels as gk
 from gradsel_kernels import Layout, reference
 from tests.gpu import OPERATORS, SIZE, columns, copy_gradients, differing, one_of_each, wait
 from tests.kernels import cases
-from tests.kernels.test_adam import Problem, flat_indices
+from tests.kernels.adam_cases import Problem, flat_indices
 
 RUNS = 20
 FEW = (Layout.COLS, Layout.FLAT)

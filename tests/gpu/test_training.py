@@ -13,55 +13,14 @@ import gradsel
 from gradsel.attached import selected_in
 from gradsel.masks import Flat, PerRow, Whole
 from tests.gpu import ON_CPU
-from tests.gradsel.test_attach import (
-    check_consistent,
-    check_frozen,
-    frozen_entries,
-    hugging_face,
-    model_loss,
-    random_selection,
-)
-from tests.gradsel.toy import Toy, batches, cross_entropy
+from tests.gpu.training import Data, Net, assert_close, moved, toy, train
 from tests.kernels import cases
-
-Data = list[tuple[Tensor, ...]]
-
-
-def moved(data: Data, device: str, dtype: torch.dtype = torch.float32) -> Data:
-    return [tuple(x.to(device, dtype) if x.is_floating_point() else x.to(device) for x in batch) for batch in data]
-
-
-def toy(device: str, dtype: torch.dtype = torch.float32, kind: str = "per-row"):
-    """A model without dropout or running statistics, and masks on the CPU, as a loaded selection has them."""
-    torch.manual_seed(0)
-    model = Toy().eval().to(device, dtype)
-    return model, random_selection(model, kind, freeze=["unused.*"])
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, data: Data) -> list[float]:
-    losses = []
-    for batch in data:
-        optimizer.zero_grad()
-        loss = cross_entropy(model, batch)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
-def attached(device: str, dtype: torch.dtype = torch.float32, **options):
-    model, selection = toy(device, dtype)
-    gradsel.attach(model, selection)
-    return model, gradsel.MaskedAdam(gradsel.trainable_parameters(model), lr=1e-2, **options)
-
-
-def assert_close(left: nn.Module, right: nn.Module) -> None:
-    """For float64: other orders of sums, and nothing else. Adam divides gradients near zero by eps = 1e-8."""
-    for (name, a), b in zip(left.state_dict().items(), right.state_dict().values(), strict=True):
-        torch.testing.assert_close(a.cpu(), b.cpu(), rtol=1e-8, atol=1e-8, msg=name)
-
+from tests.support.hugging_face import hugging_face, model_loss
+from tests.support.selections import check_consistent, check_frozen, frozen_entries, random_selection
+from tests.support.toy import Toy, batches, cross_entropy
 
 # --- Selecting ---------------------------------------------------------------------------------------------------
+
 
 POLICIES = [
     gradsel.PerNeuron(2),
@@ -87,19 +46,6 @@ def test_the_selection_is_that_of_the_cpu(device, policy):
 
 
 # --- The same training as with dense gradients -------------------------------------------------------------------
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(3, 8, 3, padding=1)
-        self.grouped = nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=2)
-        self.point = nn.Conv2d(8, 16, 1)
-        self.head = nn.Linear(16, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = nn.functional.gelu(self.grouped(nn.functional.gelu(self.first(x))))
-        return self.head(nn.functional.gelu(self.point(x)).mean((2, 3)))
 
 
 class Words(nn.Module):

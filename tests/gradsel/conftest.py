@@ -1,4 +1,4 @@
-"""One thread: on a busy machine, threads that wait for each other cost networks this small ten times their work."""
+"""One thread: on a busy machine, threads waiting for each other make networks this small ten times slower."""
 
 from __future__ import annotations
 

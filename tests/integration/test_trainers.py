@@ -1,4 +1,4 @@
-"""Real runs of loops that others wrote, transformers' Trainer, accelerate and Lightning, each stopped and resumed."""
+"""Real training loops of other libraries (transformers' Trainer, accelerate, Lightning), each stopped and resumed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import gradsel
-from tests.gradsel.toy import Toy, cross_entropy
+from tests.support.toy import Toy, cross_entropy
 
 STEPS, STOP, BATCH = 6, 3, 8
 
@@ -48,7 +48,7 @@ def chosen(model: nn.Module) -> gradsel.Selection:
 
 
 def optimizer_for(model: nn.Module, selection: gradsel.Selection, route: str) -> gradsel.MaskedAdamW:
-    """Attached, or with dense gradients; the only line of a training script that changes is this one."""
+    """A model attached or with dense gradients: the only line of a training script that changes."""
     if route == "attached":
         gradsel.attach(model, selection)
         return gradsel.MaskedAdamW(gradsel.trainable_parameters(model), lr=1e-2, weight_decay=0.1)
@@ -58,7 +58,7 @@ def optimizer_for(model: nn.Module, selection: gradsel.Selection, route: str) ->
 
 
 def check_trained(model: nn.Module, before: dict[str, Tensor], selection: gradsel.Selection) -> None:
-    """Something of every mask has moved, and nothing else."""
+    """Some entries of every mask have moved, and nothing else."""
     for name, parameter in model.named_parameters():
         if name not in selection:
             continue  # the values of an attached weight

@@ -8,7 +8,7 @@ import torch
 import gradsel_kernels as gk
 from gradsel_kernels._ops import SCHEMAS
 from tests.kernels import cases
-from tests.kernels.test_adam import everything
+from tests.kernels.adam_cases import everything
 
 OPS = torch.ops.gradsel_kernels
 

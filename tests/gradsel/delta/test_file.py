@@ -1,0 +1,116 @@
+"""What the file of a delta holds and costs, and saves that fail."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import gradsel_kernels as gk
+from gradsel import sealed
+from gradsel.delta.delta import Delta, save_delta
+from gradsel.delta.parts import same_bits
+from tests.gradsel.delta.cases import every_kind
+from tests.support.deltas import delta_of, trained
+
+# --- What a file holds -------------------------------------------------------------------------------------------
+
+
+def test_every_kind_comes_back(path):
+    delta, loaded = every_kind(), Delta.load(path)
+    assert loaded == delta
+    assert list(loaded) == list(delta)
+    assert loaded.notes == delta.notes
+    for name, part in delta.items():
+        other = loaded[name]
+        assert (other.dtype, other.digest, other.fingerprint) == (part.dtype, part.digest, part.fingerprint)
+        assert other.originals is None
+        assert other.values.data_ptr() % other.values.element_size() == 0
+    assert str(loaded) == str(delta)
+
+
+def test_the_file_is_as_documented(path):
+    tensors = load_file(path)
+    found = {key: (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)) for key, tensor in tensors.items()}
+    assert found["one:cols"] == ("uint16", (6, 1))
+    assert found["few:gaps"][0] == "uint8"
+    assert found["many:bits"] == ("int32", (6, 10))
+    assert found["some:gaps"] == ("uint8", (4,))
+    assert found["one:values"] == ("float32", (6, 1))
+    assert found["scalar::values"] == ("float32", ())
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    assert (metadata["format"], metadata["version"], metadata["library"]) == ("gradsel.delta", "1", gk.__version__)
+    assert json.loads(metadata["notes"]) == every_kind().notes
+    assert json.loads(metadata["parameters"])["turned"] == {
+        "kind": "per-row", "shape": [300, 6], "row_dims": [1], "groups": 1, "dtype": "float32",
+        "digest": "d" * 32, "fingerprint": "6x300 float32 0123456789abcdef",
+    }  # fmt: skip
+
+
+def test_entries_cost_six_bytes_or_four(tmp_path):
+    _, selection, model = trained()
+    entries = sum(mask.nnz for mask in selection.values() if not mask.is_whole)
+    wholes = selection.trainable_count() - entries
+    for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
+        delta = save_delta(model, tmp_path / "d", dtype=dtype)
+        # Columns of these matrices take a byte or two each; those of narrow matrices are stored as gaps.
+        assert delta.nbytes <= (size + 2) * entries + size * wholes
+        assert delta.nbytes < (tmp_path / "d").stat().st_size
+
+
+def test_originals_are_kept_if_asked_for(tmp_path):
+    base, _, model = trained()
+    delta = Delta.of(model)
+    delta.save(tmp_path / "with", originals=True)
+    loaded = Delta.load(tmp_path / "with")
+    for name, part in delta.items():
+        assert same_bits(loaded[name].originals, part.originals)
+        assert same_bits(part.originals, part.mask.gather(base.get_parameter(name).detach())), name
+    delta.save(tmp_path / "without")
+    with pytest.raises(ValueError, match=r"original entries of patch_embed\.weight"):
+        Delta.load(tmp_path / "without").save(tmp_path / "again", originals=True)
+
+
+# --- Saves that fail ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fails", ["write", "fsync", "replace"])
+def test_a_crash_leaves_the_old_file(path, monkeypatch, fails):
+    before = path.read_bytes()
+    fault = OSError(28, "No space left on device")
+
+    def broken(*args, **kwargs):
+        if fails == "write":  # leave half a file behind
+            args[1].write_bytes(b"half")
+        raise fault
+
+    target, name = {"write": (sealed, "save_file"), "fsync": (os, "fsync"), "replace": (os, "replace")}[fails]
+    monkeypatch.setattr(target, name, broken)
+    with pytest.raises(OSError, match="No space left"):
+        delta_of(x={0: 1.0})[0].save(path)
+    monkeypatch.undo()
+    assert path.read_bytes() == before
+    assert [other.name for other in path.parent.iterdir()] == [path.name]
+
+
+def test_file_and_folder_are_on_the_disk_before_and_after_it_takes_its_place(path, monkeypatch):
+    order = []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (order.append(os.readlink(f"/proc/self/fd/{fd}")), sync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (order.append("replace"), replace(a, b)))
+    every_kind().save(path)
+    assert [os.path.basename(step) for step in order] == [
+        f"{path.name}.{os.getpid()}.tmp", "replace", path.parent.name,
+    ]  # fmt: skip
+
+
+def test_notes_that_are_no_json(path):
+    before = path.read_bytes()
+    with pytest.raises(TypeError, match="JSON serializable"):
+        Delta(every_kind(), {"policy": object()}).save(path)
+    assert path.read_bytes() == before

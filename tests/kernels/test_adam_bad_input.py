@@ -1,0 +1,109 @@
+"""Arguments that masked_adam_ refuses, with no tensor changed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import gradsel_kernels as gk
+from gradsel_kernels import Layout, reference
+from tests.kernels import cases
+from tests.kernels.adam_cases import Problem, adam_arguments
+
+
+def test_wrong_bit_count(fast):
+    if fast != "cpu" or cases.INTERPRETED:
+        pytest.skip("counting would synchronise a CUDA device")
+    problem = Problem()
+    mask = cases.random_mask(4, 40)
+    mask[0, 0] = True
+    nnz = int(mask.sum())
+    problem.add(torch.randn(4, 40), reference.pack_bits(mask), Layout.BITS, (nnz,), compact=False, master=False)
+    problem.indices[0][0, 0] -= 1
+    for backend in ("reference", "native"):
+        with gk.use_backend(backend), pytest.raises(ValueError, match=f"has {nnz - 1} bits set, but exp_avg has {nnz}"):
+            problem.step()
+
+
+def test_no_tensors():
+    gk.masked_adam_([], [], [], [], [], lr=0.1)
+
+
+HALF_WEIGHT = {"weights": [torch.ones(2, 3).half()]}
+COMPENSATED = {**HALF_WEIGHT, "compensations": [torch.zeros(2, 1).half()]}
+BF16_MOMENTS = {"exp_avgs": [torch.zeros(2, 1).bfloat16()], "exp_avg_sqs": [torch.zeros(2, 1).bfloat16()]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"grads": []}, ValueError, "grads has 0 entries, but weights has 1"),
+        ({"values": [torch.ones(2, 1)] * 2}, ValueError, "values has 2 entries"),
+        ({"grads": [torch.ones(3, 2)]}, ValueError, r"tensor 0: grad must be dense .*weight \[2, 3\]"),
+        ({"grads": [torch.ones(2, 3).to_sparse()]}, TypeError, "does not support sparse gradients"),
+        ({"grads": [torch.ones(2, 3, dtype=torch.complex64)]}, TypeError, "complex tensors are not supported"),
+        ({"grads": [torch.ones(2, 3, device="meta")]}, ValueError, "grad is on meta"),
+        ({"exp_avgs": [torch.zeros(2, 1).half()]}, TypeError, "exp_avg must be float32 or bfloat16"),
+        ({"exp_avgs": [torch.zeros(2, 1).bfloat16()]}, ValueError, "exp_avg_sq must match exp_avg .torch.bfloat16"),
+        ({**BF16_MOMENTS, "values": [torch.ones(2, 1).bfloat16()]}, ValueError, "values must match .*torch.float32"),
+        ({**BF16_MOMENTS, "originals": [torch.ones(2, 1).bfloat16()]}, ValueError, "original must match .*float32"),
+        ({**BF16_MOMENTS, "weights": [torch.ones(2, 3).double()]}, TypeError, "a state of torch.bfloat16 cannot train"),
+        ({"grad_scale": torch.ones(2)}, ValueError, r"grad_scale must be one float32 on cpu, got torch.float32 \[2\]"),
+        ({"grad_scale": torch.ones(1).double()}, ValueError, "grad_scale must be one float32 .*float64"),
+        ({"found_inf": torch.ones(1).bool()}, ValueError, "found_inf must be one float32 .*bool"),
+        ({"found_inf": torch.ones((), device="meta")}, ValueError, "found_inf must be one float32 on cpu, .* on meta"),
+        ({"seeds": [1, 2]}, ValueError, "seeds has 2 entries"),
+        ({**HALF_WEIGHT, "seeds": [2**63]}, ValueError, "tensor 0: seed must be an int64, .*got 9223372036854775808"),
+        ({"seeds": [1]}, TypeError, "tensor 0: a seed needs a bfloat16 or float16 weight, got torch.float32"),
+        ({"compensations": [torch.zeros(2, 1)]}, TypeError, "0: a compensation needs .* weight, got torch.float32"),
+        ({**HALF_WEIGHT, "seeds": [1], "values": [torch.ones(2, 1)]}, ValueError, "a seed is for a weight without val"),
+        ({**COMPENSATED, "values": [torch.ones(2, 1)]}, ValueError, "a compensation is for a weight without values"),
+        ({**COMPENSATED, "seeds": [1]}, ValueError, "tensor 0: it has a seed and a compensation"),
+        ({**COMPENSATED, "compensations": [torch.zeros(2, 1)]}, ValueError, "compensation must match .*torch.float16"),
+        ({**COMPENSATED, "compensations": [torch.zeros(2).half()]}, ValueError, r"compensation must match .*\[2, 1\]"),
+        ({**COMPENSATED, "compensations": [None, None]}, ValueError, "compensations has 2 entries"),
+        (
+            {**HALF_WEIGHT, "compensations": [torch.zeros(2, 2).half()[:, :1]]},
+            ValueError,
+            "compensation must be contiguous",
+        ),
+        (
+            {"weights": [None], "values": [torch.ones(2, 1)], "grads": [torch.ones(2, 1)], "seeds": [1]},
+            ValueError,
+            "a seed needs a weight to round, got none",
+        ),
+        (
+            {**HALF_WEIGHT, "seeds": [1], "exp_avgs": [torch.zeros(2, 1).double()],
+             "exp_avg_sqs": [torch.zeros(2, 1).double()]},
+            TypeError,
+            "a seed needs moments in float32 or bfloat16, got torch.float64",
+        ),
+        ({"exp_avg_sqs": [torch.zeros(2, 2)]}, ValueError, "exp_avg_sq must match exp_avg"),
+        ({"values": [torch.zeros(2, 1).half()]}, ValueError, "values must match exp_avg"),
+        ({"originals": [torch.ones(2, 1)] * 2}, ValueError, "originals has 2 entries"),
+        ({"originals": [torch.ones(2, 1).bfloat16()]}, ValueError, "original must match exp_avg"),
+        ({"originals": [torch.ones(2, 2)[:, :1]]}, ValueError, "original must be contiguous"),
+        ({"originals": [torch.ones(2, 1, device="meta")]}, ValueError, "original is on meta"),
+        ({"indices": [torch.zeros(2, 2, dtype=torch.int32)]}, ValueError, r"shape of exp_avg \[2, 1\]"),
+        ({"exp_avgs": []}, ValueError, "exp_avgs has 0 entries"),
+        ({"indices": [torch.zeros(2, 1, dtype=torch.int32, device="meta")]}, ValueError, "indices is on meta"),
+        ({"indices": [torch.zeros(2, 1)]}, ValueError, r"indices must be int32 \[rows, k\]"),
+        ({"layouts": [9]}, ValueError, "unknown layout 9"),
+        ({"layouts": [Layout.FLAT], "indices": [torch.zeros(3, dtype=torch.int32)]}, ValueError, "indices must be 2"),
+        ({"layouts": [Layout.BITS], "indices": [torch.zeros(2, 4, dtype=torch.int32)]}, ValueError, "4 words a row"),
+        ({"weights": [torch.ones(3, 3)]}, ValueError, "the mask is for 2 rows"),
+        ({"weights": [torch.ones(2, 3).double()]}, TypeError, "which a state of torch.float32 cannot train"),
+        ({"weights": [torch.ones(1, 3).expand(2, 3)]}, ValueError, "stride 0"),
+        ({"weights": [None]}, ValueError, "neither values nor a weight"),
+        ({"steps": [torch.zeros((), dtype=torch.int64)]}, ValueError, "step must be one float"),
+    ],
+)  # fmt: skip
+def test_bad_input(changes, error, message):
+    arguments = adam_arguments(**changes)
+    lists = [given for given in arguments.values() if isinstance(given, list)]
+    before = [given.clone() for tensors in lists for given in tensors if isinstance(given, Tensor)]
+    with pytest.raises(error, match=message):
+        gk.masked_adam_(**arguments)
+    after = [given for tensors in lists for given in tensors if isinstance(given, Tensor)]
+    assert all(a.device.type == "meta" or a.is_sparse or torch.equal(a, b) for a, b in zip(after, before, strict=True))
