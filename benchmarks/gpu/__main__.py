@@ -1,4 +1,4 @@
-"""Everything about speed on one GPU: ``python benchmarks/gpu [PART ...]``, or ``make gpu``.
+"""Everything about speed on one GPU: ``python -m benchmarks.gpu [PART ...]``, or ``make gpu``.
 
 The parts, in order: build (both extensions), tests (tests/gpu and tests/kernels), topk, adam, weight_grad (the
 operators), cost, llama (training steps of whole models), plots, sanitizer (memory errors and races in every kernel;
@@ -22,20 +22,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# The packages of this checkout, what all benchmarks share, and the modules here; none of them is installed.
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "python"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 import torch
-from checks import RED, Checks
-from common import RESULTS
-from comparing import Bench
-from environment import environment, now
-from results import Results
-from tables import general
-from working import DONE, LEFT, run_worker, work, worker_command
+
+from benchmarks.gpu.workers import DONE, LEFT, run_worker, work, worker_command
+from benchmarks.harness.bench import Bench
+from benchmarks.harness.checks import RED, Checks
+from benchmarks.harness.environment import RESULTS, environment, now
+from benchmarks.harness.results import Results
+from benchmarks.harness.tables import general
 
 
 @dataclass(frozen=True)
@@ -101,7 +95,7 @@ class Run:
         if PARTS[name].measures:
             return self.measured(name)
         if name == "plots":
-            plots = importlib.import_module("plots")
+            plots = importlib.import_module("benchmarks.gpu.pictures")
             return [f"plot: {path}" for path in plots.draw(self.results.path, self.results.rows())] or [
                 "plots: no data"
             ]
@@ -129,7 +123,7 @@ class Run:
         """What the results say about a part, in few lines."""
         rows = self.results.rows(name)
         try:
-            return getattr(importlib.import_module(name), "table", general)(rows)
+            return getattr(importlib.import_module(f"benchmarks.gpu.{name}"), "table", general)(rows)
         except Exception as error:  # a table must not cost what was measured
             return [f"  no table of its own: {type(error).__name__}: {error}", *general(rows)]
 
@@ -153,7 +147,10 @@ class Run:
     def continuing(self) -> str:
         more = ["--anyway"] * self.options.anyway
         minutes = ["--minutes", f"{self.options.minutes:g}"]
-        return shlex.join([sys.executable, "benchmarks/gpu", *minutes, *self.shared(), *more, *self.left])
+        path = os.environ.get("PYTHONPATH")  # needed again where the package is not installed
+        prefix = f"PYTHONPATH={shlex.quote(path)} " if path else ""
+        command = [sys.executable, "-m", "benchmarks.gpu", *minutes, *self.shared(), *more, *self.left]
+        return prefix + shlex.join(command)
 
     def write_tables(self) -> Path:
         """All tables that the results have lines for, also of earlier runs, in a text file next to them."""
@@ -180,7 +177,7 @@ class Run:
 
 def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python benchmarks/gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"some of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--minutes", type=float, default=9.5, help="for everything (default: %(default)s)")

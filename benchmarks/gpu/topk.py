@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from functools import cache, lru_cache
 
 import torch
-from comparing import Bench, Provider
-from results import Row, failed
-from tables import errors, number, over_k
-from timing import Call
 
 import gradsel_kernels as gk
+from benchmarks.harness.bench import Bench, Provider
+from benchmarks.harness.results import Row, failed
+from benchmarks.harness.tables import errors, number, over_k
+from benchmarks.harness.timing import Call
 from gradsel_kernels import reference
 
 #: The important ones first: ViT-B/16, a Llama's, then what lies between and beyond.

@@ -15,13 +15,13 @@ from functools import cache, lru_cache
 from types import ModuleType
 
 import torch
-from comparing import Bench, Provider
-from results import Row, failed
-from tables import errors, over_k
-from timing import Call
 from torch import Tensor
 
 import gradsel_kernels as gk
+from benchmarks.harness.bench import Bench, Provider
+from benchmarks.harness.results import Row, failed
+from benchmarks.harness.tables import errors, over_k
+from benchmarks.harness.timing import Call
 
 #: (tokens, rows, columns), the important ones first: ViT-B/16 at batch 32, Llama-3.2-1B, few tokens.
 SHAPES = [

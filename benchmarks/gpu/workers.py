@@ -15,9 +15,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from clock import DeviceLost, first_line
-from comparing import Bench, OutOfTime, marker
-from results import CASE, ERROR, Results, rounded
+from benchmarks.harness.bench import Bench, OutOfTime, marker
+from benchmarks.harness.clock import DeviceLost, first_line
+from benchmarks.harness.environment import ROOT
+from benchmarks.harness.results import CASE, ERROR, Results, rounded
 
 #: How a worker ends: everything is measured, an error in the part itself, out of time, the device is lost; or it does
 #: not end.
@@ -76,7 +77,7 @@ def work(bench: Bench) -> int:
         bench.clock.warm_up()
         print(f"  a copy on the device: {bench.copy_rate / 1e9:.4g} GB/s, read and written", flush=True)
         bench.release()
-        module = importlib.import_module(bench.part)
+        module = importlib.import_module(f"benchmarks.gpu.{bench.part}")
         if hasattr(module, "measure"):
             module.measure(bench)
         else:
@@ -110,7 +111,7 @@ def run_worker(part: str, command: Sequence[str], results: Results, until: float
     """
     for _ in range(RESTARTS):
         marker(results.path).unlink(missing_ok=True)
-        process = subprocess.Popen(command)
+        process = subprocess.Popen(command, cwd=ROOT)
         try:
             code = _watched(process, marker(results.path), until + GRACE)
         finally:  # after an interrupt, too, nothing is left running
@@ -171,4 +172,4 @@ def _blame(results: Results, part: str, why: str) -> None:
 
 
 def worker_command(part: str, until: float, options: Sequence[str]) -> list[str]:
-    return [sys.executable, str(Path(__file__).parent), "--worker", part, "--until", str(until), *options]
+    return [sys.executable, "-m", "benchmarks.gpu", "--worker", part, "--until", str(until), *options]

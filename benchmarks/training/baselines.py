@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from models import RATE, Contender, Method, Task
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Adam, AdamW
 
 import gradsel
+from benchmarks.training.models import RATE, Contender, Method, Task
 from gradsel.papers.vit import VisionTransformer
 
 Build = Callable[[nn.Module], Contender]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from results import ERROR, Row, failed
+from benchmarks.harness.results import ERROR, Row, failed
 
 
 def aligned(cells: Sequence[Sequence[str]]) -> list[str]:

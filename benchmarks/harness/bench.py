@@ -1,8 +1,11 @@
-"""What a part gets to measure with: cases that are skipped if they are in the results, and errors that stay in theirs.
+"""What a part of the GPU benchmarks measures with: known cases are skipped, and an error stays in its case.
 
 A part's ``measure(bench)`` calls :meth:`Bench.compare` for each case, the important ones first. It runs in a process of
-its own, because some errors on a GPU end the process: what is about to run is noted in a file beforehand, so that the
-process that is started next (see working.py) knows what to leave out.
+its own, because some errors on a GPU end the process. What is about to run is noted in a file beforehand, so that the
+process that is started next (see gpu/workers.py) knows what to leave out.
+
+Each case includes the baseline that its ``speedup`` refers to, measured in the same rounds from a flushed cache. A
+baseline that does not depend on K is thus measured again with every K; compare times within a case, or its speedups.
 """
 
 from __future__ import annotations
@@ -16,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clock import Clock, DeviceLost, first_line
-from results import CASE, ERROR, OFF, REFUSED, Results, Row, failed, rounded
-from timing import Call, Timing, compare, copy_rate
 
+from benchmarks.harness.clock import Clock, DeviceLost, first_line
+from benchmarks.harness.results import CASE, ERROR, OFF, REFUSED, Results, Row, failed, rounded
+from benchmarks.harness.timing import Call, Rounds, Timing, compare, copy_rate
 from gradsel_kernels import backends
 
 #: Makes a call: allocates what it needs, checks what it likes. It may raise.
@@ -110,7 +113,7 @@ class Bench:
         seconds: float = 0.4,
         expected: float = 2.0,
     ) -> None:
-        """Times the providers of one case in turn, and writes a line for each.
+        """Times the providers of one case in turn, and writes a row for each.
 
         Args:
             baseline: the provider that ``speedup`` is against.
@@ -155,7 +158,8 @@ class Bench:
                 except Exception as error:
                     on_error(name, error)
                     self.clock.check()
-            timings = compare(self.clock, calls, 0.02 if self.small else seconds, on_error, on_turn)
+            rounds = Rounds(0.02, most=3) if self.small else Rounds(seconds)
+            timings = compare(self.clock, calls, rounds, on_error, on_turn)
             for name in timings:
                 on_turn(name)
                 with backends.use_backend(calls[name].backend):

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import adam
-import topk
-import weight_grad
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from results import Row, failed
 
+from benchmarks.gpu import adam, topk, weight_grad
+from benchmarks.harness.results import Row, failed
 from gradsel.demo import plots
 from gradsel.demo.plots import BLUE, GREEN, GREY, ORANGE, PINK, SKY
 

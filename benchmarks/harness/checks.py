@@ -11,10 +11,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-from environment import ROOT, TESTED, source_hash
-from results import Results
+from benchmarks.harness.environment import ROOT, TESTED, source_hash
+from benchmarks.harness.results import Results
 
 GREEN, RED = "green: ", "red: "
 PLACES = ("tests/gpu", "tests/kernels")
@@ -140,7 +139,7 @@ class Checks:
         command = [
             program, "--tool", tool, "--error-exitcode", "86", "--report-api-errors", "no", "--print-limit", "20",
             "--launch-timeout", "0", "--target-processes", "application-only",
-            sys.executable, str(Path(__file__).with_name("sanitized.py")),
+            sys.executable, "-m", "benchmarks.gpu.sanitized",
         ]  # fmt: skip
         # Without torch's own pool of memory every tensor is an allocation whose end the tool knows.
         code, output, seconds = self.run(command, SANITIZER_SECONDS, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})

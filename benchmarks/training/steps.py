@@ -1,9 +1,9 @@
 """How steps of whole models are compared.
 
-Every entry of a comparison is measured twice. Alone on the device for its peak memory; then with all others resident,
-in turns whose order rotates from round to round, so that whatever changes over time (clocks, other users) meets all
-alike. A turn is several calls without a synchronisation in between, because training has none either: the time of
-launching kernels counts only where the device waits for it.
+Every entry of a comparison is measured twice: alone on the device for its peak memory, then with all others resident,
+one turn each in every round. The order of a round is drawn anew, so that whatever changes over time (clock rates, other
+users) meets all of them alike. A turn is several calls without a synchronisation in between, because training has none
+either: the time of launching kernels counts only where the device waits for it.
 """
 
 from __future__ import annotations
@@ -13,41 +13,22 @@ import contextlib
 import statistics
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from clock import check_device, first_line, on_the_device, release
-from common import percentiles
-from models import Entry, Row, Running
-from results import ERROR, rounded
+
+from benchmarks.harness.clock import check_device, first_line, on_the_device, release
+from benchmarks.harness.results import ERROR, rounded
+from benchmarks.harness.timing import percentiles, shuffled, time_calls
+from benchmarks.training.models import Entry, Row, Running
 
 WARM_UP = 2
 FEWEST, MOST = 3, 15  # rounds
 
 
 # --- Measuring ---------------------------------------------------------------------------------------------------
-
-
-def timed(cuda: bool, run: Callable[[], object], calls: int) -> tuple[float, float]:
-    """Milliseconds of a call: on the device's clock from first to last kernel, and on the wall's."""
-    if cuda:
-        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        first.record()
-        for _ in range(calls):
-            run()
-        last.record()
-        torch.cuda.synchronize()
-        return first.elapsed_time(last) / calls, 1000 * (time.perf_counter() - start) / calls
-    start = time.perf_counter()
-    for _ in range(calls):
-        run()
-    wall = 1000 * (time.perf_counter() - start) / calls
-    return wall, wall
 
 
 def peak_bytes(start: Callable[[], Running]) -> int:
@@ -125,7 +106,8 @@ class _Work:
         self.running[entry], self.facts[entry] = running, running.facts
 
     def sample(self, entry: Entry) -> None:
-        self.samples[entry].append(timed(self.cuda, self.running[entry].run, self.how.calls))
+        seconds = time_calls(self.running[entry].run, self.how.calls, self.cuda)
+        self.samples[entry].append((1e3 * seconds[0], 1e3 * seconds[1]))
 
     def measure(self) -> None:
         if self.cuda:  # what libraries take once and keep is no method's: cuBLAS's workspaces, for example
@@ -137,11 +119,10 @@ class _Work:
         release()
         for entry in self.entries:
             self.guarded(entry, self.start)
-        order, began, rounds = deque(self.running), time.monotonic(), 0
+        orders, began, rounds = shuffled(self.running), time.monotonic(), 0
         while rounds < MOST and self.left > 0 and (rounds < FEWEST or time.monotonic() - began < self.how.seconds):
-            for entry in order:
+            for entry in next(orders):
                 self.guarded(entry, self.sample)
-            order.rotate(-1)
             rounds += 1
 
     def report(self) -> None:
@@ -250,7 +231,7 @@ class Alone:
 
 
 def alone(run: Callable[[Any], list[Row]], description: str) -> None:
-    """``python benchmarks/gpu/<part>.py [--device cpu] [--small] [--seconds 600]``."""
+    """``python -m benchmarks.gpu.<part> [--device cpu] [--small] [--seconds 600]``."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--small", action="store_true", help="toy sizes, to see that it runs")
