@@ -1,6 +1,7 @@
 """One optimizer step: ours on a mask, against dense Adam in all of torch's implementations.
 
-Every provider trains its own copy of the weights, so none finds another's data in a cache.
+Every provider trains its own copy of the weights, so none finds another's data in a cache. A dense step takes the same
+time for every K, so it is measured once, in the same rounds as all K. The largest test needs 8 GB of memory.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ except ImportError:
     bitsandbytes = None
 
 LINE = 64  # bytes that the memory moves for one scattered access on a CPU
+#: Bytes of an entry: moments read and written, index, gradient read, weight read and written.
+PER_ENTRY = 4 * 4 + 4 + LINE + 2 * LINE
 SHAPES = [(768, 768), *[(2304, 768), (768, 768), (3072, 768), (768, 3072)] * 12]
 
 
@@ -55,10 +58,68 @@ def attached(k: int) -> tuple[nn.Module, gradsel.MaskedAdam]:
     return model, gradsel.MaskedAdam(parameters)
 
 
-def other_dense(k: int, weights: int) -> dict:
-    """torch's other implementations, and those of bitsandbytes, once: what they take does not depend on K."""
-    if k > 1:
-        return {}
+def attached_step(k: int):
+    """A step of an attached model, which has been seen to change a weight."""
+    model, adam = attached(k)
+    weight = next(model.parameters())
+    before = weight.clone()
+    adam.step()
+    assert not torch.equal(weight, before)
+    return lambda: (adam.step(), model)[0]  # the model has to live for as long as its optimizer
+
+
+def published_step(k: int):
+    """Dense masks multiplied onto dense gradients, then dense Adam: the time is the same for every K."""
+    named = vit()
+    adam = torch.optim.Adam([p for _, p in named], fused=True)
+    masks = [mask.to_dense().float() for mask in random_selection(named, k).values()]
+
+    def step() -> None:
+        for (_, parameter), mask in zip(named, masks, strict=True):
+            parameter.grad.mul_(mask)
+        adam.step()
+
+    return step
+
+
+def test_step(contest):
+    """Every K against the same dense steps, which do not depend on K."""
+    torch.manual_seed(0)
+    weights = sum(rows * cols for rows, cols in SHAPES)
+    dense = torch.optim.Adam([p for _, p in vit()], fused=True)
+    contenders = {
+        0: {
+            "torch Adam(fused), dense": (dense.step, 28 * weights),
+            "dense mask, then torch Adam(fused)": (published_step(1), (28 + 12) * weights),
+        }
+    }
+    read_only = vit()
+    for k in (1, 2, 5, 10):
+        ours, nnz = masked(k)
+        selected = [mask.cols for mask in random_selection(read_only, k).values()]
+
+        def gather_only(selected: list[torch.Tensor] = selected) -> None:
+            """For scale: reads every selected weight and gradient once, by two calls a matrix, and nothing else."""
+            for (_, parameter), cols in zip(read_only, selected, strict=True):
+                gk.gather_rows(parameter.detach(), cols)
+                gk.gather_rows(parameter.grad, cols)
+
+        values = [nn.Parameter(torch.randn(rows, k)) for rows, _ in SHAPES]
+        for value in values:
+            value.grad = torch.randn_like(value)
+        contenders[k] = {
+            "gather_rows of weights and gradients": (gather_only, (4 + 4 + 2 * LINE) * nnz),
+            "native, compact gradient and values": (gradsel.MaskedAdam(values).step, 28 * nnz),
+            "native, attached": (attached_step(k), (28 + 2 * LINE) * nnz),
+            "native": (ours.step, PER_ENTRY * nnz),
+        }
+    contest("masked_adam_", "ViT-B/16, 86 M", "float32", contenders)
+
+
+def test_other_dense_steps(contest):
+    """torch's other implementations and those of bitsandbytes: apart from the rest, because they are slow."""
+    torch.manual_seed(0)
+    weights = sum(rows * cols for rows, cols in SHAPES)
     made = {
         "torch Adam(foreach), dense": torch.optim.Adam([p for _, p in vit()], foreach=True),
         "torch Adam(single), dense": torch.optim.Adam([p for _, p in vit()], foreach=False),
@@ -66,81 +127,24 @@ def other_dense(k: int, weights: int) -> dict:
     if bitsandbytes is not None:
         made["bitsandbytes Adam, dense"] = bitsandbytes.optim.Adam([p for _, p in vit()])
         made["bitsandbytes Adam8bit, dense"] = bitsandbytes.optim.Adam8bit([p for _, p in vit()])
-    return {name: (adam.step, (16 if "8bit" in name else 28) * weights) for name, adam in made.items()}
+    providers = {name: (adam.step, (16 if "8bit" in name else 28) * weights) for name, adam in made.items()}
+    contest("masked_adam_", "ViT-B/16, 86 M", "float32", {0: providers})
 
 
-@pytest.mark.parametrize("k", [1, 2, 5, 10])
-def test_step(compare, k):
+def test_cost_does_not_depend_on_the_size_of_the_model(contest):
+    """Twice the columns, and the same number of selected entries."""
     torch.manual_seed(0)
-    weights = sum(rows * cols for rows, cols in SHAPES)
-    dense = torch.optim.Adam([p for _, p in vit()], fused=True)
-
-    published_named = vit()
-    published = torch.optim.Adam([p for _, p in published_named], fused=True)
-    dense_masks = [mask.to_dense().float() for mask in random_selection(published_named, k).values()]
-
-    def mask_then_step():
-        for (_, parameter), mask in zip(published_named, dense_masks, strict=True):
-            parameter.grad.mul_(mask)
-        published.step()
-
-    ours, nnz = masked(k)
-    bound_named = vit()
-    bound_cols = [mask.cols for mask in random_selection(bound_named, k).values()]
-
-    def gather_only():
-        """For scale: reading every selected weight and gradient once, and nothing else, by two calls a matrix."""
-        for (_, parameter), cols in zip(bound_named, bound_cols, strict=True):
-            gk.gather_rows(parameter.detach(), cols)
-            gk.gather_rows(parameter.grad, cols)
-
-    compact_values = [nn.Parameter(torch.randn(rows, k)) for rows, _ in SHAPES]
-    for values in compact_values:
-        values.grad = torch.randn_like(values)
-    compact = gradsel.MaskedAdam(compact_values)
-    model, of_model = attached(k)
-    weight = next(model.parameters())
-    before = weight.clone()
-    of_model.step()
-    assert not torch.equal(weight, before)
-    per_entry = 4 * 4 + 4 + LINE + 2 * LINE  # moments read and written, index, gradient read, weight read and written
-    compare(
-        "masked_adam_",
-        "ViT-B/16, 86 M",
-        "float32",
-        k,
-        {
-            "torch Adam(fused), dense": (dense.step, 28 * weights),
-            **other_dense(k, weights),
-            "dense mask, then torch Adam(fused)": (mask_then_step, (28 + 12) * weights),
-            "gather_rows of weights and gradients": (gather_only, (4 + 4 + 2 * LINE) * nnz),
-            "native, compact gradient and values": (compact.step, 28 * nnz),
-            "native, attached": (of_model.step, (28 + 2 * LINE) * nnz),
-            "native": (ours.step, per_entry * nnz),
-        },
-    )
-
-
-@pytest.mark.parametrize("k", [1, 10])
-def test_cost_does_not_depend_on_the_size_of_the_model(compare, k):
-    """Twice the columns at the same number of selected entries."""
-    torch.manual_seed(0)
-    twice, nnz = masked(k, width=2)
-    once, same = masked(k)
-    assert nnz == same
     flush = torch.zeros(2**25)
-    per_entry = 4 * 4 + 4 + 3 * LINE
-    compare(
-        "masked_adam_, twice the model",
-        "ViT-B/16, 86 M",
-        "float32",
-        k,
-        {
-            "native, 172 M weights": (twice.step, per_entry * nnz),
-            "memory written in between": (lambda: flush.add_(1), 2 * flush.nbytes),
-            "native": (once.step, per_entry * nnz),
-        },
-    )
+    contenders = {0: {"memory written in between": (lambda: flush.add_(1), 2 * flush.nbytes)}}
+    for k in (1, 10):
+        twice, nnz = masked(k, width=2)
+        once, same = masked(k)
+        assert nnz == same
+        contenders[k] = {
+            "native, 172 M weights": (twice.step, PER_ENTRY * nnz),
+            "native": (once.step, PER_ENTRY * nnz),
+        }
+    contest("masked_adam_, twice the model", "ViT-B/16, 86 M", "float32", contenders)
 
 
 # --- bfloat16: two layers of Llama-3.2-1B ---------------------------------------------------------------------------
@@ -158,7 +162,7 @@ def llama() -> list[tuple[str, nn.Parameter]]:
 
 
 class DenseMasters:
-    """Mixed precision as usual: float32 copies of all weights, dense Adam on them, rounded back."""
+    """Mixed precision as usual: dense Adam on float32 copies of all weights, which are then rounded back."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         self.parameters = parameters
@@ -174,14 +178,8 @@ class DenseMasters:
             parameter.copy_(master)
 
 
-@pytest.mark.parametrize(
-    "policy", [*map(gradsel.PerNeuron, (1, 2, 5, 10)), gradsel.Rows(3)], ids=lambda policy: str(policy)
-)
-def test_low_precision(compare, policy):
-    torch.manual_seed(0)
-    weights = sum(rows * cols for rows, cols in LLAMA)
-    dense = torch.optim.Adam([p for _, p in llama()], fused=True)
-    masters = DenseMasters([p for _, p in llama()])
+def low_precision(policy) -> dict:
+    """Ours on a policy's random selection: with dense gradients and attached."""
 
     def chosen(named: list[tuple[str, nn.Parameter]]) -> gradsel.Selection:
         return gradsel.Selection(
@@ -197,26 +195,36 @@ def test_low_precision(compare, policy):
     of_model = gradsel.MaskedAdam(gradsel.trainable_parameters(model))
     for values in gradsel.trainable_parameters(model):
         values.grad = torch.randn_like(values)
-    line = 2 if isinstance(policy, gradsel.Rows) else LINE  # whole rows lie one entry after the other
-    compare(
-        "masked_adam_, bfloat16",
-        f"Llama-3.2-1B, 2 layers, {policy}",
-        "bfloat16",
-        policy.k,
-        {
+    whole_rows = isinstance(policy, gradsel.Rows)
+    line = 2 if whole_rows else LINE  # entries of whole rows lie side by side
+    name = "native, rows" if whole_rows else "native"
+    return {
+        f"{name}, attached": (lambda: (of_model.step(), model)[0], (28 + 2 * line) * nnz),
+        name: (ours.step, (28 + 3 * line) * nnz),
+    }
+
+
+def test_low_precision(contest):
+    torch.manual_seed(0)
+    weights = sum(rows * cols for rows, cols in LLAMA)
+    dense = torch.optim.Adam([p for _, p in llama()], fused=True)
+    masters = DenseMasters([p for _, p in llama()])
+    contenders = {
+        0: {
             "torch Adam(fused), dense, bfloat16 state": (dense.step, 14 * weights),
             "dense float32 masters, torch Adam(fused)": (masters.step, (28 + 6 + 6) * weights),
-            "native, attached": (of_model.step, (28 + 2 * line) * nnz),
-            "native": (ours.step, (28 + 3 * line) * nnz),
         },
-    )
+        3: low_precision(gradsel.Rows(3)),
+        **{k: low_precision(gradsel.PerNeuron(k)) for k in (1, 2, 5, 10)},
+    }
+    contest("masked_adam_, bfloat16", "Llama-3.2-1B, 2 layers", "bfloat16", contenders)
 
 
 # --- Where the time goes ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [10, 50, 150, 1000])
-def test_many_tensors(compare, count):
+def test_many_tensors(contest, count):
     """K = 1 of [768, 768] each, attached gradients: what a step costs before it computes anything."""
     made = {}
     for name, adam in (("fused", torch.optim.Adam), ("native", gradsel.MaskedAdam)):
@@ -226,24 +234,22 @@ def test_many_tensors(compare, count):
         made[name] = adam(parameters, fused=True) if name == "fused" else adam(parameters)
     moved = 28 * 768 * count
     providers = {"torch Adam(fused), same tensors": (made["fused"].step, moved), "native": (made["native"].step, moved)}
-    compare("MaskedAdam.step, many tensors", f"{count} tensors of 768", "float32", 1, providers)
+    contest("MaskedAdam.step, many tensors", f"{count} tensors of 768", "float32", {1: providers})
 
 
 @pytest.mark.parametrize("nnz", [10**5, 10**6, 10**7, 4 * 10**7])
-def test_time_over_nnz(compare, nnz):
-    """Compact gradients and values: 28 bytes an entry, all of them in order."""
+def test_time_over_nnz(contest, nnz):
+    """Compact gradients and values: 28 bytes an entry, all of them side by side."""
     values = nn.Parameter(torch.randn(nnz))
     values.grad = torch.randn_like(values)
-    compare("MaskedAdam.step, compact", f"{nnz:.0e} entries", "float32", 0, {
-        "native": (gradsel.MaskedAdam([values]).step, 28 * nnz),
-    })  # fmt: skip
+    providers = {"native": (gradsel.MaskedAdam([values]).step, 28 * nnz)}
+    contest("MaskedAdam.step, compact", f"{nnz:.0e} entries", "float32", {0: providers})
 
 
-@pytest.mark.parametrize("density", [0.001, 0.005, 0.02, 0.05, 0.1, 0.2])
-def test_density(compare, density):
-    """One matrix of 4096 x 4096, random masks: from which density on does dense Adam win?"""
+def test_density(contest):
+    """One matrix with random masks: at which density does dense Adam win?"""
     torch.manual_seed(0)
-    size, k = 4096, round(4096 * density)
+    size = 4096
     weights = size * size
 
     def matrix() -> nn.Parameter:
@@ -251,17 +257,22 @@ def test_density(compare, density):
         parameter.grad = torch.randn_like(parameter)
         return parameter
 
-    dense = torch.optim.Adam([matrix()], fused=True)
-    named = [("matrix", matrix())]
-    ours = gradsel.MaskedAdam(named.copy(), masks=random_selection(named, k))
-    model = nn.ModuleList([nn.Linear(size, size, bias=False)])
-    gradsel.attach(model, random_selection(list(model.named_parameters()), k))
-    (values,) = gradsel.trainable_parameters(model)
-    values.grad = torch.randn_like(values)
-    of_model = gradsel.MaskedAdam([values])
-    lines = min(size * k, weights // 16)  # of 64 bytes; above one entry a line, all of them
-    compare("masked_adam_, density", f"4096x4096, {100 * density:g} %", "float32", k, {
-        "torch Adam(fused), dense": (dense.step, 28 * weights),
-        "native, attached": (of_model.step, 28 * size * k + 2 * LINE * lines),
-        "native": (ours.step, 20 * size * k + 3 * LINE * lines),
-    })  # fmt: skip
+    contenders = {0: {"torch Adam(fused), dense": (torch.optim.Adam([matrix()], fused=True).step, 28 * weights)}}
+    for density in (0.001, 0.005, 0.02, 0.05, 0.1, 0.2):
+        k = round(size * density)
+        named = [("matrix", matrix())]
+        ours = gradsel.MaskedAdam(named.copy(), masks=random_selection(named, k))
+        model = nn.ModuleList([nn.Linear(size, size, bias=False)])
+        gradsel.attach(model, random_selection(list(model.named_parameters()), k))
+        (values,) = gradsel.trainable_parameters(model)
+        values.grad = torch.randn_like(values)
+        of_model = gradsel.MaskedAdam([values])
+        lines = min(size * k, weights // 16)  # of 64 bytes: one for each entry, until all of them are read
+        contenders[k] = {
+            "native, attached": (
+                lambda of_model=of_model, model=model: (of_model.step(), model)[0],
+                28 * size * k + 2 * LINE * lines,
+            ),
+            "native": (ours.step, 20 * size * k + 3 * LINE * lines),
+        }
+    contest("masked_adam_, density", f"{size}x{size}", "float32", contenders)
