@@ -46,6 +46,15 @@ def merge(
     os.replace(temporary, path)
 
 
+def latest(rows: Sequence[Row]) -> list[Row]:
+    """The rows of the machine that measured last, because times of two machines do not belong in one picture."""
+    if not rows:
+        return []
+    columns = ("device", "threads") if "threads" in rows[0] else ("device", "torch")
+    last = max(rows, key=lambda row: row["date"])
+    return [row for row in rows if all(row[name] == last[name] for name in columns)]
+
+
 def rounded(number: float | None) -> str:
     return "" if number is None else f"{number:.4g}"
 

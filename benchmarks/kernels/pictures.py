@@ -1,102 +1,68 @@
-"""Draws the plots and prints the ratio table from a results file: ``python benchmarks/plot.py [results.csv]``.
-
-Everything the README says about speed is printed here from the committed results; nothing is measured.
-"""
+"""The picture of the CPU benchmarks: top-K selection and the optimizer step over K. Nothing is measured here."""
 
 from __future__ import annotations
 
-import sys
-from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import common
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9")
-OURS = "native"
+from benchmarks.harness import plots
+from benchmarks.harness.results import Row
+from benchmarks.harness.tables import by_shape
 
-Results = dict[tuple[str, str, str, int], dict[str, dict[str, str]]]
-
-
-def load(path: Path) -> Results:
-    """Lines by (kernel, size, dtype, k), then by provider."""
-    results: Results = defaultdict(dict)
-    for row in common.load(path):
-        results[row["kernel"], row["size"], row["dtype"], int(row["k"])][row["provider"]] = row
-    return results
-
-
-def milliseconds(row: dict[str, str]) -> str:
-    value = float(row["p50_us"]) / 1000
-    return f"{value:.3g} ms"
-
-
-def table(results: Results) -> str:
-    """Markdown: our median, and how many times as long every other provider of the same run takes."""
-    lines = [
-        "| kernel | size | dtype | K | ours | of copy | others, as a multiple of ours |",
-        "|---" * 7 + "|",
-    ]
-    for (kernel, size, dtype, k), rows in sorted(results.items()):
-        ours = rows[OURS]
-        others = ", ".join(
-            f"{name} {float(row['p50_us']) / float(ours['p50_us']):.3g}x" for name, row in rows.items() if name != OURS
-        )
-        fraction = ours["fraction_of_copy"]
-        lines.append(f"| {kernel} | {size} | {dtype} | {k or ''} | {milliseconds(ours)} | {fraction} | {others} |")
-    return "\n".join(lines)
+#: Panels with their shape, and the style of each provider.
+TOPK = {"native": "o-", "native, with bits": "s--", "g.abs().topk": "o-", "g.sum": "-"}
+ADAM = {
+    "native": "o-",
+    "native, attached": "s--",
+    "native, compact gradient and values": "^:",
+    "torch Adam(fused), dense": "-",
+    "dense mask, then torch Adam(fused)": "-",
+    "gather_rows of weights and gradients": "o-",
+}
+PANELS = {
+    ("topk_rows", "3072x768", "float32"): TOPK,
+    ("topk_rows", "4096x14336", "float32"): TOPK,
+    ("masked_adam_", "ViT-B/16, 86 M", "float32"): ADAM,
+}
 
 
-def draw_over_k(axes: Axes, results: Results, kernel: str, size: str, dtype: str, providers: list[str]) -> None:
-    """Median time over K, one line a provider, with the 20th to 80th percentile shaded."""
-    ks = sorted(k for (name, its_size, its_dtype, k) in results if (name, its_size, its_dtype) == (kernel, size, dtype))
-    for provider, colour in zip(providers, COLOURS, strict=False):
-        rows = [results[kernel, size, dtype, k][provider] for k in ks]
-        p20, p50, p80 = ([float(row[f"p{p}_us"]) / 1000 for row in rows] for p in (20, 50, 80))
-        axes.plot(ks, p50, "o-", color=colour, label=provider, markersize=4)
-        axes.fill_between(ks, p20, p80, color=colour, alpha=0.2, linewidth=0)
-    axes.set_xscale("log", base=2)
+def milliseconds(row: Row, percentile: int = 50) -> float:
+    return float(row[f"p{percentile}_us"]) / 1000
+
+
+def draw_over_k(
+    axes: Axes, shape: Sequence[str], by_k: Mapping[int, Mapping[str, Row]], styles: Mapping[str, str]
+) -> None:
+    """Median time over K with the 20th to 80th percentile shaded; a horizontal line for what does not depend on K."""
+    ks = sorted(k for k in by_k if k)
+    for name, style in styles.items():
+        if name in by_k.get(0, {}):
+            row = by_k[0][name]
+            plots.level(axes, milliseconds(row), name, style)
+            axes.axhspan(milliseconds(row, 20), milliseconds(row, 80), color=plots.colour(name), alpha=0.15, lw=0)
+            continue
+        rows = {k: by_k[k][name] for k in ks if name in by_k[k]}
+        plots.line(axes, {k: milliseconds(row) for k, row in rows.items()}, name, style)
+        low, high = ([milliseconds(row, p) for row in rows.values()] for p in (20, 80))
+        axes.fill_between(list(rows), low, high, color=plots.colour(name), alpha=0.2, linewidth=0)
+    plots.k_axis(axes, ks)
     axes.set_yscale("log")
-    axes.set_xticks(ks, [str(k) for k in ks])
-    axes.set_xlabel("K, entries a row")
     axes.set_ylabel("milliseconds")
-    axes.set_title(f"{kernel}, {size}, {dtype}", fontsize=10)
-    axes.grid(True, which="major", alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(", ".join(shape), fontsize=10)
+    plots.legend_below(axes)
 
 
-def draw(results: Results, path: Path) -> None:
-    figure = Figure(figsize=(12, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, middle, right = figure.subplots(1, 3)
-    topk = ["native", "g.abs().topk", "g.sum", "native, with bits"]
-    draw_over_k(left, results, "topk_rows", "3072x768", "float32", topk)
-    draw_over_k(middle, results, "topk_rows", "4096x14336", "float32", topk)
-    adam = [
-        "native",
-        "torch Adam(fused), dense",
-        "dense mask, then torch Adam(fused)",
-        "native, compact gradient and values",
-        "gather_rows of weights and gradients",
-    ]
-    draw_over_k(right, results, "masked_adam_", "ViT-B/16, 86 M", "float32", adam)
-    for axes in (left, middle, right):
-        axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.18))
-    row = next(iter(next(iter(results.values())).values()))
-    figure.suptitle(f"{row['device']}, {row['threads']} threads, torch {row['torch']}", fontsize=10)
-    figure.savefig(path, dpi=150)
-
-
-def main() -> None:
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else common.RESULTS / "cpu.csv"
-    results = load(path)
-    print(table(results))
-    picture = path.with_suffix(".png")
-    draw(results, picture)
-    print(f"\n{picture}")
-
-
-if __name__ == "__main__":
-    main()
+def draw(rows: Sequence[Row], path: Path) -> list[Path]:
+    """Draws ``path``; nothing if the results lack one of the panels."""
+    shapes = by_shape(rows)
+    if any(shape not in shapes for shape in PANELS):
+        return []
+    drawing, all_axes = plots.figure(len(PANELS), 12, 4.8)
+    for axes, (shape, styles) in zip(all_axes, PANELS.items(), strict=True):
+        draw_over_k(axes, shape, shapes[shape], styles)
+    row = rows[0]
+    drawing.suptitle(f"{row['device']}, {row['threads']} threads, torch {row['torch']}", fontsize=10)
+    plots.save(drawing, path)
+    return [path]
