@@ -116,7 +116,7 @@ class Run:
             self.left.append(name)
         self.failed = self.failed or code not in (DONE, LEFT)
         doubt = f", although the tests are {verdict}" if verdict != "green" else ""
-        note = {DONE: "", LEFT: " (not through)"}.get(code, " (ended by an error, see above)")
+        note = {DONE: "", LEFT: " (not finished)"}.get(code, " (ended by an error, see above)")
         return [f"{name}{note}, {self.results.environment['device']}{doubt}", *self.table(name)]
 
     def table(self, name: str) -> list[str]:

@@ -42,7 +42,7 @@ def random_batch(samples: int, side: int, device: str, seed: int = 0) -> Batch:
 
 
 def model_and_selections(device: str, config: dict[str, int]) -> tuple[nn.Module, Selections, str]:
-    """The model in float32, what selects on it, and a note where it is not as it should be."""
+    """The model in float32, the selections on it, and a note if the model is not what it should be."""
     loss = gradsel.contrastive("forward_features")
     try:
         from benchmarks.training.cases import SELECTION_BATCHES, vit
@@ -65,7 +65,7 @@ def model_and_selections(device: str, config: dict[str, int]) -> tuple[nn.Module
 
 
 def check(task: Task, base: nn.Module, batch: Batch) -> str:
-    """Ours has to train as the published way does, or its speed means nothing: what differs, or nothing."""
+    """How ours trains differently from the published way; empty if it does not. Otherwise its speed means nothing."""
     methods = {(method.name, method.k): method for method in for_vit(task, torch.float32)}
     losses = {}
     for name in (OURS, PUBLISHED):

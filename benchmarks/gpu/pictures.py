@@ -155,7 +155,7 @@ def draw_steps(rows: Sequence[Row], path: Path) -> Path | None:
 
 
 def draw(path: Path, rows: Sequence[Row]) -> list[Path]:
-    """Draws what there are lines for; the pictures."""
+    """Draws everything that the results have rows for, and returns the pictures."""
     rows = [row for row in rows if not failed(row)]
     drawn: list[Path | None] = []
     for part, figure in (("topk", draw_topk), ("adam", draw_adam), ("weight_grad", draw_weight_grad)):

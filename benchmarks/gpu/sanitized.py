@@ -1,4 +1,4 @@
-"""Every operation once or twice on small, odd shapes, for ``compute-sanitizer``: see checks.py. Says what it ran."""
+"""Runs every operation once or twice on small, odd shapes, for ``compute-sanitizer`` (see harness/checks.py)."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def number(text: str, digits: int = 3) -> str:
 
 
 def over_k(rows: Sequence[Row], line: Callable[[Row], str | None], cell: Callable[[Row], str], head: str) -> list[str]:
-    """One line for each name that ``line`` gives (None: none), one column for each k."""
+    """One line for each name that ``line`` returns (rows with None are left out), one column for each K."""
     lines: dict[str, dict[str, str]] = {}
     for row in rows:
         name = line(row)
@@ -42,7 +42,7 @@ def over_k(rows: Sequence[Row], line: Callable[[Row], str | None], cell: Callabl
 
 
 def errors(rows: Sequence[Row], most: int = 6) -> list[str]:
-    """Every different error once, with one of the places where it happened and the number of all of them."""
+    """Every different error once, with the number of places where it happened and one of them."""
     found: dict[str, list[str]] = {}
     for row in rows:
         if failed(row):
@@ -57,7 +57,7 @@ def errors(rows: Sequence[Row], most: int = 6) -> list[str]:
 
 
 def general(rows: Sequence[Row]) -> list[str]:
-    """For parts without a table of their own: a line for each row."""
+    """The table of parts that have none of their own: a line for each row."""
     cells = [["", "ms", "host ms", "speedup", "peak GB"]]
     title = ""
     for row in rows:

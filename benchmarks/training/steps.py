@@ -32,7 +32,7 @@ FEWEST, MOST = 3, 15  # rounds
 
 
 def peak_bytes(start: Callable[[], Running]) -> int:
-    """The most that an entry holds on a CUDA device during a call after the first ones, its weights included."""
+    """The most that an entry holds on a CUDA device during a call, weights included, after some calls to warm up."""
     release()
     before = torch.cuda.memory_allocated()
     running = start()
@@ -46,7 +46,7 @@ def peak_bytes(start: Callable[[], Running]) -> int:
 
 
 def kernels(run: Callable[[], object]) -> dict[str, Any]:
-    """How long kernels ran in one call, and how many: what is left of the time are gaps, in which the host was late."""
+    """How long kernels ran in one call, and how many ran. The rest of the time are gaps in which the host was late."""
     try:
         ran = [event.time_range.elapsed_us() for event in on_the_device(run)]
         return {"kernels_ms": rounded(sum(ran) / 1000), "kernels": len(ran)} if ran else {}
@@ -55,7 +55,7 @@ def kernels(run: Callable[[], object]) -> dict[str, Any]:
 
 
 class _Work:
-    """Entries with what has been found out about them."""
+    """Entries and what has been measured of them."""
 
     def __init__(self, context: Any, how: Comparison, entries: Sequence[Entry]) -> None:
         self.context, self.how, self.entries = context, how, entries
@@ -80,7 +80,7 @@ class _Work:
         self.rows.append(row)
 
     def guarded(self, entry: Entry, action: Callable[[Entry], None]) -> None:
-        """Does something for an entry; an error becomes its line."""
+        """Does something for an entry; an error becomes its row."""
         if entry in self.failed:
             return
         try:
@@ -92,7 +92,7 @@ class _Work:
             if self.cuda:
                 check_device()
         if entry in self.failed:
-            release()  # the traceback that held what the entry had is gone only now
+            release()  # only now is the traceback gone that kept the entry's tensors alive
 
     def measure_peak(self, entry: Entry) -> None:
         self.peaks[entry] = peak_bytes(entry.start)
@@ -110,7 +110,7 @@ class _Work:
         self.samples[entry].append((1e3 * seconds[0], 1e3 * seconds[1]))
 
     def measure(self) -> None:
-        if self.cuda:  # what libraries take once and keep is no method's: cuBLAS's workspaces, for example
+        if self.cuda:  # what libraries allocate once and keep, such as cuBLAS's workspaces, belongs to no method
             with contextlib.suppress(Exception):
                 self.entries[0].start().run()
             for entry in self.entries:
@@ -152,7 +152,7 @@ class _Work:
             self.emit(entry, row, told(said))
 
     def profile(self) -> None:
-        """Emits the lines again with what the profiler says: last, because it is an extra that may fail."""
+        """Emits the rows again with what the profiler says. This comes last, because it is an extra that may fail."""
         for row in self.rows if self.cuda else ():
             entry = next((entry for entry in self.running if entry.key.items() <= row.items()), None)
             if entry is not None and "p50_ms" in row and self.left > self.how.seconds:
@@ -169,12 +169,12 @@ class Comparison:
     """Entries that are measured in turn.
 
     Attributes:
-        shared: what their lines have in common.
-        calls: of a turn.
+        shared: what their rows have in common.
+        calls: calls in a turn.
         seconds: for all rounds together, about.
-        baseline: the entry that ``speedup`` is against.
-        ratios: of each name in ``extra``, the entry that it is a share of the time of.
-        tokens: of a call, for ``tokens_per_s``.
+        baseline: the entry that ``speedup`` refers to.
+        ratios: for each name in ``extra``, the entry whose time the ratio is to.
+        tokens: tokens of a call, for ``tokens_per_s``.
     """
 
     shared: Row
@@ -186,11 +186,11 @@ class Comparison:
     tokens: int = 0
 
     def missing(self, context: Any) -> list[Entry]:
-        """What is not in the results yet."""
+        """The entries that are not in the results yet."""
         return [entry for entry in self.entries if not context.done(self.shared | entry.key)]
 
     def measure(self, context: Any) -> list[Row]:
-        """Measures what is missing, beside what it is compared with, and emits a line for each."""
+        """Measures what is missing together with what it is compared with, and emits a row for each."""
         missing = self.missing(context)
         if not missing or context.deadline < time.monotonic():
             return []
