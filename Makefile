@@ -19,15 +19,14 @@ lint: $(VENV)/built
 
 bench: $(VENV)/built
 	$(BIN)/python -m pytest benchmarks
-	$(BIN)/python benchmarks/plot.py
-	$(BIN)/python benchmarks/train_step.py
-	$(BIN)/python benchmarks/plot_train_step.py
-	$(BIN)/python benchmarks/select_memory.py
+	$(BIN)/python -m benchmarks.training.train_step
+	$(BIN)/python -m benchmarks.selection.select_memory
+	$(BIN)/python -m benchmarks.draw
 
-# On a machine with a GPU, with the Python that is there: builds, tests and measures as much as fits into ten minutes;
-# called again, it goes on. make gpu PARTS="topk adam" does these parts only; PARTS takes options too.
+# On a machine with a GPU, with the Python that is there: builds, tests and measures as much as fits into ten minutes.
+# Rerun it to resume. make gpu PARTS="topk adam" does these parts only; PARTS takes options too.
 gpu:
-	$(PYTHON) benchmarks/gpu $(PARTS)
+	PYTHONPATH=.:python $(PYTHON) -m benchmarks.gpu $(PARTS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info gradsel_kernels/_C*.so gradsel_kernels/*.fatbin

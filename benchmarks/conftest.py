@@ -1,108 +1,109 @@
-"""The runner: interleaves every provider of a kernel in one test and collects the results in one tidy file.
+"""Runs the CPU benchmarks: ``pytest benchmarks`` measures, prints a table and writes ``benchmarks/results/cpu.csv``.
 
-``pytest benchmarks`` prints pytest-benchmark's table for our kernels; what all providers took, baselines included, is
-written to ``benchmarks/results/<device>.csv`` (``--results`` names another file), one line for each kernel, size,
-dtype, k and provider. Lines of an earlier run with the same key are replaced, so that a part can be run again.
+A test compares all providers of one kernel, size and dtype, for every K together. What does not depend on K, such as a
+baseline, is measured once, in the same rounds as every K; its row has k = 0. The order within a round is drawn anew
+each time (see harness/timing.py). So a baseline is one figure for each shape, and what its neighbours leave in the
+caches cannot favour any K.
+
+There is a row for each kernel, size, dtype, k and provider. Rows of an earlier run with the same key are replaced, so
+that a part can be run again. ``--results`` names another file, ``--seconds`` a shorter time: ``pytest benchmarks
+--seconds 0 --results /tmp/cpu.csv`` tries the programs.
 """
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from common import MACHINE, RESULTS, machine, merge, percentiles, timed
 
-FIELDS = [
-    "kernel", "size", "dtype", "k", "provider", "p20_us", "p50_us", "p80_us", "rounds", "bytes", "gb_per_s",
-    "fraction_of_copy", *MACHINE,
-]  # fmt: skip
-KEY = ("kernel", "size", "dtype", "k", "provider", "device", "threads")
-SECONDS_PER_TEST = 4.0
+from benchmarks.harness.clock import Clock
+from benchmarks.harness.environment import RESULTS, machine
+from benchmarks.harness.results import CPU_FIELDS, CPU_KEY, load, merge
+from benchmarks.harness.tables import over_baselines
+from benchmarks.harness.timing import Call, Rounds, compare, copy_rate
+
+#: Name to (function, bytes that it has to move at least).
+Providers = Mapping[str, tuple[Callable[[], object], int]]
+Rows = list[dict[str, Any]]
+
+_measured = pytest.StashKey[Rows]()
 
 
 def pytest_addoption(parser):
-    parser.addoption("--results", default=None, help="the CSV file to write (default: benchmarks/results/<device>.csv)")
+    parser.addoption("--results", default=str(RESULTS / "cpu.csv"), help="the CSV file (default: %(default)s)")
+    parser.addoption("--seconds", default=4.0, type=float, help="about so long for each K (default: %(default)s)")
+
+
+def pytest_configure(config):
+    config.stash[_measured] = []
+
+
+def pytest_sessionfinish(session):
+    rows = session.config.stash[_measured]
+    if rows:
+        merge(Path(session.config.getoption("--results")), CPU_FIELDS, CPU_KEY, rows)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """The table of what this run has measured."""
+    new = {tuple(str(row[name]) for name in CPU_KEY) for row in config.stash[_measured]}
+    if new:
+        path = Path(config.getoption("--results"))
+        shown = [row for row in load(path) if tuple(row[name] for name in CPU_KEY) in new]
+        terminalreporter.write_line(over_baselines(shown))
+        terminalreporter.write_line(f"\n{os.path.relpath(path)}")
 
 
 @pytest.fixture(scope="session")
-def copy_bandwidth() -> float:
-    """Bytes a second, read and written, of a copy between two tensors that fit no cache.
-
-    What stays in a cache goes faster, and so does memory that is updated in place: a copy first fetches the lines it
-    is about to overwrite, which nobody counts. Fractions above 1 mean one of the two.
-    """
-    source = torch.ones(2**26)
-    target = torch.empty_like(source)
-    target.copy_(source)
-    return 2 * source.nbytes / statistics.median(timed(lambda: target.copy_(source)) for _ in range(11))
+def clock() -> Clock:
+    return Clock(torch.device("cpu"))
 
 
 @pytest.fixture(scope="session")
-def rows(request):
-    collected: list[dict] = []
-    yield collected
-    default = RESULTS / ("cuda.csv" if torch.cuda.is_available() else "cpu.csv")
-    if collected:
-        merge(Path(request.config.getoption("--results") or default), FIELDS, KEY, collected)
+def bandwidth(clock) -> float:
+    """Bytes a second, read and written, of a large copy."""
+    return copy_rate(clock)
 
 
 @pytest.fixture
-def compare(benchmark, rows, copy_bandwidth):
-    """Times several providers of one kernel in turn, in an order that rotates from round to round."""
+def contest(request, clock, bandwidth):
+    """Times the providers of one kernel, size and dtype against each other."""
+    config = request.config
 
-    def run(kernel: str, size: str, dtype: str, k: int, providers: dict[str, tuple[Callable[[], object], int]]) -> dict:
+    def run(kernel: str, size: str, dtype: str, contenders: Mapping[int, Providers]) -> None:
         """
         Args:
-            providers: name to (function, bytes it has to move at least). Ours comes last; pytest-benchmark times it.
-
-        Returns:
-            Median seconds by provider.
+            contenders: providers by K; those under 0 do not depend on K.
         """
-        *others, ours = providers
-        estimate = 0.0
-        for function, _ in providers.values():
-            function()
-            estimate += timed(function)
-        rounds = int(min(200, max(7, SECONDS_PER_TEST / estimate)))
-        samples: dict[str, list[float]] = {name: [] for name in others}
-        turn = 0
-
-        def others_first():
-            nonlocal turn
-            for i in range(len(others)):
-                name = others[(i + turn) % len(others)]
-                samples[name].append(timed(providers[name][0]))
-            turn += 1
-
-        benchmark.group = f"{kernel} {size} {dtype}"
-        benchmark.pedantic(providers[ours][0], setup=others_first, rounds=rounds)
-        samples[ours] = list(benchmark.stats.stats.data)
-        medians = {}
-        for name, times in samples.items():
-            p20, p50, p80 = percentiles(times)
-            medians[name] = p50
-            moved = providers[name][1]
-            rows.append(
+        calls = {
+            (k, name): Call([function], moved, cold=True)
+            for k, providers in contenders.items()
+            for name, (function, moved) in providers.items()
+        }
+        seconds = config.getoption("--seconds") * len(contenders)
+        rounds = Rounds(seconds, fewest=7, enough=7, most=200) if seconds else Rounds(0, most=3)
+        for (k, name), timing in compare(clock, calls, rounds).items():
+            moved = calls[k, name].moved
+            config.stash[_measured].append(
                 {
                     "kernel": kernel,
                     "size": size,
                     "dtype": dtype,
                     "k": k,
                     "provider": name,
-                    "p20_us": f"{p20 * 1e6:.1f}",
-                    "p50_us": f"{p50 * 1e6:.1f}",
-                    "p80_us": f"{p80 * 1e6:.1f}",
-                    "rounds": rounds,
+                    "p20_us": f"{1e6 * timing.p20:.1f}",
+                    "p50_us": f"{1e6 * timing.p50:.1f}",
+                    "p80_us": f"{1e6 * timing.p80:.1f}",
+                    "rounds": timing.repeats,
                     "bytes": moved,
-                    "gb_per_s": f"{moved / p50 / 1e9:.1f}",
-                    "fraction_of_copy": f"{moved / p50 / copy_bandwidth:.2f}",
+                    "gb_per_s": f"{moved / timing.p50 / 1e9:.1f}",
+                    "fraction_of_copy": f"{moved / timing.p50 / bandwidth:.2f}",
                     **machine(),
                 }
             )
-        benchmark.extra_info.update({f"{name} / ours": medians[name] / medians[ours] for name in others})
-        return medians
 
     return run

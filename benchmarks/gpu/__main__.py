@@ -1,13 +1,13 @@
-"""Everything about speed on one GPU: ``python benchmarks/gpu [PART ...]``, or ``make gpu``.
+"""Everything about speed on one GPU: ``python -m benchmarks.gpu [PART ...]``, or ``make gpu``.
 
 The parts, in order: build (both extensions), tests (tests/gpu and tests/kernels), topk, adam, weight_grad (the
 operators), cost, llama (training steps of whole models), plots, sanitizer (memory errors and races in every kernel;
 last, because it takes long). Nothing is downloaded or installed: the Python that runs this needs torch, triton, pytest
-and setuptools with pybind11.
+and setuptools with pybind11. Where the package is not installed, set PYTHONPATH=.:python, as ``make gpu`` does.
 
-A run takes at most ``--minutes``. What it has measured is in the results file at once, so the same command again goes
-on where the last one stopped; lines about other sources, another device or another torch are measured anew. No speed is
-measured while the tests are red, or not known to be green. ``--device cpu --small`` tries the program itself.
+A run takes at most ``--minutes``. Whatever it measures is written to the results file at once, so rerun the same
+command to resume. Rows about other sources, another device or another torch are measured anew. No speed is measured
+unless the tests are known to be green. ``--device cpu --small`` tries the program itself.
 """
 
 from __future__ import annotations
@@ -22,25 +22,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# The packages of this checkout, what all benchmarks share, and the modules here; none of them is installed.
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "python"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 import torch
-from checks import RED, Checks
-from common import RESULTS
-from comparing import Bench
-from environment import environment, now
-from results import Results
-from tables import general
-from working import DONE, LEFT, run_worker, work, worker_command
+
+from benchmarks.gpu.workers import DONE, LEFT, run_worker, work, worker_command
+from benchmarks.harness.bench import Bench
+from benchmarks.harness.checks import RED, Checks
+from benchmarks.harness.environment import RESULTS, environment, now
+from benchmarks.harness.results import Results
+from benchmarks.harness.tables import general
 
 
 @dataclass(frozen=True)
 class Part:
-    """Seconds that it is not worth starting without, and whether it measures speed, in a module of its name."""
+    """The seconds without which it is not worth starting, and whether it measures speed (in a module of its name)."""
 
     seconds: float
     measures: bool = False
@@ -64,7 +58,7 @@ class Run:
 
     Attributes:
         tables: the lines to print at the end, by part.
-        left: parts that are not through.
+        left: parts that are not finished.
         failed: something went wrong in a part.
     """
 
@@ -97,11 +91,11 @@ class Run:
             print("\n".join([*self.tables[name], f"--- {name} took {time.time() - start:.0f} s"]), flush=True)
 
     def part(self, name: str) -> list[str]:
-        """Runs a part; its table."""
+        """Runs a part and returns its table."""
         if PARTS[name].measures:
             return self.measured(name)
         if name == "plots":
-            plots = importlib.import_module("plots")
+            plots = importlib.import_module("benchmarks.gpu.pictures")
             return [f"plot: {path}" for path in plots.draw(self.results.path, self.results.rows())] or [
                 "plots: no data"
             ]
@@ -111,7 +105,7 @@ class Run:
         return lines
 
     def measured(self, name: str) -> list[str]:
-        """Runs a part that measures speed, unless the tests speak against it."""
+        """Runs a part that measures speed, unless the tests are red or have not run."""
         verdict = self.checks.verdict()
         needed = self.device.type == "cuda" or verdict == "red"
         if verdict != "green" and needed and not self.options.anyway:
@@ -122,14 +116,14 @@ class Run:
             self.left.append(name)
         self.failed = self.failed or code not in (DONE, LEFT)
         doubt = f", although the tests are {verdict}" if verdict != "green" else ""
-        note = {DONE: "", LEFT: " (not through)"}.get(code, " (ended by an error, see above)")
+        note = {DONE: "", LEFT: " (not finished)"}.get(code, " (ended by an error, see above)")
         return [f"{name}{note}, {self.results.environment['device']}{doubt}", *self.table(name)]
 
     def table(self, name: str) -> list[str]:
-        """What the results say about a part, in few lines."""
+        """What the results say about a part, in a few lines."""
         rows = self.results.rows(name)
         try:
-            return getattr(importlib.import_module(name), "table", general)(rows)
+            return getattr(importlib.import_module(f"benchmarks.gpu.{name}"), "table", general)(rows)
         except Exception as error:  # a table must not cost what was measured
             return [f"  no table of its own: {type(error).__name__}: {error}", *general(rows)]
 
@@ -153,10 +147,13 @@ class Run:
     def continuing(self) -> str:
         more = ["--anyway"] * self.options.anyway
         minutes = ["--minutes", f"{self.options.minutes:g}"]
-        return shlex.join([sys.executable, "benchmarks/gpu", *minutes, *self.shared(), *more, *self.left])
+        path = os.environ.get("PYTHONPATH")  # needed again where the package is not installed
+        prefix = f"PYTHONPATH={shlex.quote(path)} " if path else ""
+        command = [sys.executable, "-m", "benchmarks.gpu", *minutes, *self.shared(), *more, *self.left]
+        return prefix + shlex.join(command)
 
     def write_tables(self) -> Path:
-        """All tables that the results have lines for, also of earlier runs, in a text file next to them."""
+        """All tables that the results have rows for, including those of earlier runs, in a text file next to them."""
         path = self.results.path.with_suffix(".txt")
         texts = [
             "\n".join([f"{name}, {self.results.environment['device']}", *self.table(name), ""])
@@ -170,7 +167,7 @@ class Run:
     def report(self) -> None:
         print("\n=== " + ", ".join(f"{n} {self.results.environment[n]}" for n in ("device", "driver", "cuda", "torch",
               "triton", "source") if self.results.environment[n]))  # fmt: skip
-        if len(self.tables) > 1:  # of one part they stand right above
+        if len(self.tables) > 1:  # the table of a single part is right above
             for lines in self.tables.values():
                 print("\n".join(lines))
         print(f"results: {self.results.path}, {self.write_tables()}")
@@ -180,10 +177,10 @@ class Run:
 
 def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python benchmarks/gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"some of {', '.join(PARTS)} (default: all)")
-    parser.add_argument("--minutes", type=float, default=9.5, help="for everything (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=9.5, help="for everything together (default: %(default)s)")
     parser.add_argument("--results", type=Path, help="the results file (default: benchmarks/results/gpu.csv)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: %(default)s")
     parser.add_argument("--small", action="store_true", help="toy sizes, to try the program")
@@ -202,12 +199,15 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
         options.results = RESULTS / "gpu.csv"
     options.results = options.results.absolute()
     if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("torch finds no CUDA device; try the program with --device cpu --small --results PATH")
+        parser.error(
+            "torch finds no CUDA device, so there is nothing to measure. Run this on a machine with an NVIDIA GPU and "
+            "a CUDA build of torch; to try the program without one, add --device cpu --small --results PATH"
+        )
     return options
 
 
 def main(arguments: Sequence[str] | None = None, in_process: bool = False) -> int:
-    """The exit status: 0 if everything that was asked for is through and well.
+    """The exit status: 0 if everything that was asked for is finished and nothing failed.
 
     Args:
         in_process: measure in this process instead of one for each part, for tests.

@@ -1,9 +1,9 @@
 """The part "adam": optimizer steps of ViT-B/16 and of a model with a billion weights, against dense fused Adam.
 
-Both routes are measured as users call them: attached (the gradients of the selected entries, and nothing else) and
-drop-in (dense gradients); of the attached one also the operator alone, and the step as a CUDA graph. Steps are timed
-one at a time with a flushed cache, see timing.py; ``wall_p50_ms`` is what they take on the host, one after the other.
-What a step has to move is counted in sectors of 32 bytes wherever an entry lies in a dense tensor.
+Both routes are measured as users call them: attached (only the gradients of the selected entries exist) and drop-in
+(dense gradients). For the attached route, the operator alone and the step as a CUDA graph are measured as well. Steps
+are timed one at a time with a flushed cache, see harness/timing.py; ``wall_p50_ms`` is what they take on the host, one
+after the other. Where an entry lies in a dense tensor, the bytes that a step has to move are counted in sectors of 32.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from clock import Function, first_line, launches
-from comparing import Bench, Provider, Refused
-from results import REFUSED, Row, failed
-from tables import errors, number, over_k
-from timing import Call
 from torch import Tensor, nn
 
 import gradsel
 import gradsel_kernels as gk
+from benchmarks.harness.bench import Bench, Provider, Refused
+from benchmarks.harness.clock import Function, first_line, launches
+from benchmarks.harness.results import REFUSED, Row, failed
+from benchmarks.harness.tables import errors, number, over_k
+from benchmarks.harness.timing import Call
 from gradsel.masks import Frozen, Mask, PerRow, Whole
 from gradsel.papers.vit import VisionTransformer
 from gradsel.parameters.rules import parameter_rules
@@ -55,7 +55,7 @@ CASES: list[tuple[str, torch.dtype, tuple[int, ...]]] = [
 
 
 def random_selection(model: nn.Module, k: int) -> gradsel.Selection:
-    """K random entries of every neuron; the rest by the usual rules. Without our own kernels, which may be broken."""
+    """K random entries of every neuron, the rest by the usual rules; without our own kernels, which may be broken."""
     parameters, masks = dict(model.named_parameters()), {}
     for name, rule in parameter_rules(model).items():
         shape = tuple(parameters[name].shape)
@@ -80,7 +80,7 @@ def _replay(graph: torch.cuda.CUDAGraph, optimizer: torch.optim.Optimizer) -> No
 
 @dataclass
 class Subject:
-    """A model at one K, and its optimizers: each made when first asked for, on weights of its own."""
+    """A model at one K and its optimizers, each made when first needed, on weights of its own."""
 
     bench: Bench
     name: str
@@ -128,7 +128,7 @@ class Subject:
             if "cannot be captured" in str(error):
                 raise Refused(first_line(error)) from None
             raise
-        # The graph knows addresses only: what lies there has to live for as long as it is replayed.
+        # The graph knows only addresses: what lies there has to live for as long as it is replayed.
         return functools.partial(_replay, graph, optimizer)
 
     def operator(self) -> Function:
@@ -177,7 +177,7 @@ class Subject:
 
 
 def providers(subject: Subject, dense: Subject) -> dict[str, Provider]:
-    """All ways to do a step. ``dense`` has the baseline, which does not depend on K."""
+    """All ways to make a step. ``dense`` has the baseline, which does not depend on K."""
     bench, moved = subject.bench, subject.moved()
 
     def step(make: Callable[[], Function], route: str, backend: str | None = None) -> Call:
@@ -196,7 +196,7 @@ def providers(subject: Subject, dense: Subject) -> dict[str, Provider]:
 
 
 def measure_steps(bench: Bench) -> None:
-    firsts = [(name, dtype, ks[:1]) for name, dtype, ks in CASES]  # of all models, lest the time is up
+    firsts = [(name, dtype, ks[:1]) for name, dtype, ks in CASES]  # all models first, in case time runs out
     for name, dtype, ks in CASES if bench.small else [*firsts, *CASES]:
         dense = Subject(bench, name, dtype, 0)
         for k in ks[:2] if bench.small else ks:
@@ -211,7 +211,7 @@ def measure_steps(bench: Bench) -> None:
 
 
 def compact_calls(bench: Bench, nnz: int, backend: str | None) -> Call:
-    """Values and gradients in mask order: 28 bytes an entry, all of them in a row."""
+    """Values and gradients in mask order: 28 bytes an entry, all of them side by side."""
     copies = bench.clock.sets(16 * nnz)
     made = [
         [torch.randn(nnz, device=bench.device) for _ in range(2)]
@@ -248,7 +248,7 @@ def measure_compact(bench: Bench) -> None:
 
 
 def measure_launches(bench: Bench) -> None:
-    """Last, because a profiler that has once been on may slow down what follows."""
+    """Runs last, because a profiler that has been on once may slow down what follows."""
     if not bench.clock.cuda:
         return
     for name, dtype, _ in CASES:
@@ -279,7 +279,7 @@ def measure(bench: Bench) -> None:
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """Device and host time over K for every model; the compact operator's share of the copy; launches."""
+    """Device and host time over K for every model, the compact operator's fraction of a copy, and launches."""
     steps = sorted(
         (row for row in rows if row["operation"] == STEP),
         key=lambda row: (row["provider"] != BASELINE, row["provider"]),

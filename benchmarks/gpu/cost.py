@@ -1,9 +1,9 @@
 """The part "cost": training and serving ViT-B/16 with every method, batch 32, in float32 and in bfloat16.
 
-The cost figure of GPS (CVPR 2024) compares time and memory of training and of inference at this batch, without mixed
-precision and on random numbers here. Random weights, though, have gradients that spread over more columns than those
-of trained ones, so the model first learns to fill in blank patches of handwritten digits, for some dozen steps (the
-weights are kept in the temporary directory), and selections are taken from gradients on digits.
+The cost figure of GPS (CVPR 2024) compares time and memory of training and of inference at this batch size. Here the
+images are random and mixed precision is off. Random weights, however, have gradients that spread over more columns than
+those of trained weights. The model is therefore trained first, for some dozen steps, to fill in blank patches of
+handwritten digits (the weights are kept in the temporary directory), and selections are taken from gradients on digits.
 """
 
 from __future__ import annotations
@@ -11,28 +11,20 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import hashlib
 import math
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-if __name__ == "__main__":  # by itself; as a part, it finds benchmarks/ on the path already
-    sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
-
-from baselines import FULL, LORA, OURS, PUBLISHED, for_vit
-from clock import first_line, release
-from models import Batch, Row, Selections, Task, inference, training
-from results import ERROR
-from steps import Comparison, alone
-
 import gradsel
+from benchmarks.harness.clock import first_line, release
+from benchmarks.harness.results import ERROR
+from benchmarks.training.baselines import FULL, LORA, OURS, PUBLISHED, for_vit
+from benchmarks.training.models import Batch, Row, Selections, Task, inference, training
+from benchmarks.training.steps import Comparison, alone
 from gradsel.papers.vit import VisionTransformer
 
 CLASSES = 100
@@ -43,34 +35,6 @@ CHECKED_RATE, TOLERANCE = 1e-3, 2e-5
 # --- Weights and data --------------------------------------------------------------------------------------------
 
 
-def pretrained(case: Any, device: str) -> nn.Module:
-    """What ``case.pretrained()`` gives, trained on the device."""
-    torch.manual_seed(0)
-    model = case.make()
-    described = f"{model} {case.pretrain_loss.__name__} {case.pretrain_samples} {case.pretrain_steps} {device}"
-    name = hashlib.sha256(described.encode()).hexdigest()[:16]
-    path = Path(tempfile.gettempdir()) / "gradsel-gpu" / f"{name}.pt"
-    if path.exists():
-        model.load_state_dict(torch.load(path, map_location="cpu"))
-        return model.to(device)
-    model.to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
-    warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=10)
-    losses = []
-    for batch in case.batches(1, case.pretrain_steps, case.pretrain_samples):
-        optimizer.zero_grad()
-        with torch.device(device):  # the loss draws its blank patches there
-            loss = case.pretrain_loss(model, tuple(part.to(device) for part in batch))
-        loss.backward()
-        optimizer.step()
-        warm_up.step()
-        losses.append(loss.item())
-    print(f"{case.size}: trained for {len(losses)} steps, loss {losses[0]:.2f} to {sum(losses[-5:]) / 5:.2f}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(model.state_dict(), path)
-    return model
-
-
 def random_batch(samples: int, side: int, device: str, seed: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(samples, 3, side, side, generator=generator)
@@ -78,13 +42,13 @@ def random_batch(samples: int, side: int, device: str, seed: int = 0) -> Batch:
 
 
 def model_and_selections(device: str, config: dict[str, int]) -> tuple[nn.Module, Selections, str]:
-    """The model in float32, what selects on it, and a note where it is not as it should be."""
+    """The model in float32, the selections on it, and a note if the model is not what it should be."""
     loss = gradsel.contrastive("forward_features")
     try:
-        from train_step_cases import SELECTION_BATCHES, vit
+        from benchmarks.training.cases import SELECTION_BATCHES, vit
 
         case = vit("ViT", 32, num_classes=CLASSES, **config)
-        model = pretrained(case, device)
+        model = case.pretrained(device)
         drawn = case.batches(2, SELECTION_BATCHES, case.selection_samples)
         batches = [(images.to(device), labels.to(device)) for images, labels in drawn]
         note = ""
@@ -101,7 +65,7 @@ def model_and_selections(device: str, config: dict[str, int]) -> tuple[nn.Module
 
 
 def check(task: Task, base: nn.Module, batch: Batch) -> str:
-    """Ours has to train as the published way does, or its speed means nothing: what differs, or nothing."""
+    """How ours trains differently from the published way; empty if it does not. Otherwise its speed means nothing."""
     methods = {(method.name, method.k): method for method in for_vit(task, torch.float32)}
     losses = {}
     for name in (OURS, PUBLISHED):

@@ -1,7 +1,7 @@
 """The part "llama": selecting on and training a model shaped like Llama-3.2-1B, in bfloat16, on sequences of 1024.
 
-The weights are random, so that gradients spread over more columns than those of a trained model, and selections of
-single entries read more inputs: what is measured of them here is more than a real model would take.
+The weights are random. Their gradients spread over more columns than those of a trained model, so selections of single
+entries read more inputs here and cost more than they would on a real model.
 """
 
 from __future__ import annotations
@@ -9,23 +9,17 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if __name__ == "__main__":  # by itself; as a part, it finds benchmarks/ on the path already
-    sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
-
-from baselines import FULL, LORA, OURS, generic
-from clock import release
-from models import Batch, Contender, Entry, Method, Row, Running, Selections, Task, training
-from steps import Comparison, alone
-
 import gradsel
+from benchmarks.harness.clock import release
+from benchmarks.training.baselines import FULL, LORA, OURS, generic
+from benchmarks.training.models import Batch, Contender, Entry, Method, Row, Running, Selections, Task, training
+from benchmarks.training.steps import Comparison, alone
 
 LENGTH, SAMPLES = 1024, (1, 4)
 SECONDS = 20.0  # for the rounds of one comparison

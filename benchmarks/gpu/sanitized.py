@@ -1,12 +1,9 @@
-"""Every operation once or twice on small, odd shapes, for ``compute-sanitizer``: see checks.py. Says what it ran."""
+"""Runs every operation once or twice on small, odd shapes, for ``compute-sanitizer`` (see harness/checks.py)."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from torch import Tensor

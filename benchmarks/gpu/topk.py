@@ -1,7 +1,7 @@
-"""The part "topk": rows of a gradient, from one ViT layer to an embedding, against torch.topk and against reading.
+"""The part "topk": rows of a gradient, from one ViT layer to an embedding, against torch.topk and a plain reduction.
 
-What it is held against: whoever looks at every entry once needs the time of a copy of as many bytes, so a fraction of
-the copy's rate of 0.8 is the target for small K. ``amax`` shows what torch's own reduction over the same rows reaches.
+The target for small K is 0.8 of a copy's rate, because every entry has to be read once. ``amax`` shows what torch's own
+reduction over the same rows reaches.
 """
 
 from __future__ import annotations
@@ -10,21 +10,21 @@ from collections.abc import Sequence
 from functools import cache, lru_cache
 
 import torch
-from comparing import Bench, Provider
-from results import Row, failed
-from tables import errors, number, over_k
-from timing import Call
 
 import gradsel_kernels as gk
+from benchmarks.harness.bench import Bench, Provider
+from benchmarks.harness.results import Row, failed
+from benchmarks.harness.tables import errors, number, over_k
+from benchmarks.harness.timing import Call
 from gradsel_kernels import reference
 
-#: The important ones first: ViT-B/16, a Llama's, then what lies between and beyond.
+#: The important ones first: ViT-B/16 and Llama, then sizes between and beyond them.
 SIZES = [
     (3072, 768), (12288, 4096), (768, 3072), (12288, 16384), (50000, 768), (50000, 4096), (768, 768), (50000, 16384),
 ]  # fmt: skip
 SMALL = [(37, 100), (64, 65)]
 KS = (1, 2, 4, 8, 16, 64)
-#: A first pass, lest the time is up before all kinds have been seen.
+#: A first pass, so that all kinds are measured even if time runs out.
 FIRST, FIRST_KS = 4, (1, 8, 64)
 DTYPES = (torch.float32, torch.bfloat16)
 TARGET, TARGET_K = 0.8, 8
@@ -38,7 +38,7 @@ def operator(grad: torch.Tensor, k: int, bits: bool) -> tuple[torch.Tensor, ...]
 
 @cache
 def wrong(backend: str, device: torch.device, dtype: torch.dtype, k: int, bits: bool) -> str | None:
-    """What differs from the specification, on two small matrices with ties; each way to run is looked at once."""
+    """What differs from the specification on two small matrices with ties; each way to run is checked once."""
     for shape in ((37, 1000), (5, 20000)):
         grad = (torch.randn(shape) * 4).round().div(4).to(dtype)
         expected = reference.topk_rows_bits(grad, k) if bits else (reference.topk_rows(grad, k),)
@@ -78,7 +78,7 @@ def measure(bench: Bench) -> None:
         measure_sizes(bench, SMALL, KS[::3])
         return
     measure_sizes(bench, SIZES[:FIRST], FIRST_KS)
-    measure_sizes(bench, SIZES, KS)  # without those that there are by then
+    measure_sizes(bench, SIZES, KS)  # skips what has been measured by then
 
 
 def measure_sizes(bench: Bench, sizes: Sequence[tuple[int, int]], ks: Sequence[int]) -> None:
@@ -100,7 +100,7 @@ def measure_sizes(bench: Bench, sizes: Sequence[tuple[int, int]], ks: Sequence[i
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """Fraction of the copy's rate and speedup over torch.topk; what the target says; what the bits cost."""
+    """Fraction of the copy's rate, speedup over torch.topk, whether the target is reached, and what the bits cost."""
     names = sorted({row["provider"] for row in rows})
     ours = [name for name in names if name not in (BASELINE, READING) and not name.endswith(BITS)]
     lines = ["fraction of a copy's rate / speedup over torch.topk"]

@@ -1,9 +1,9 @@
 """The part "weight_grad": every strategy of selected_weight_grad against the dense product, and the rule that chooses.
 
-Gradients cluster: most rows select from few columns, which forward then copies so that the tokens of a column adjoin.
-Random masks use all columns, and the input stays as it is. Both are measured, because reads from either differ, and so
-does the number of entries from which a dense product is the faster way. At the end, the constants that the rule in
-gradsel_kernels/triton/weight_grad.py is made of are worked out from the times, for comparison with those written there.
+Gradients cluster: most rows select from few columns, which forward then copies so that the tokens of a column are
+adjacent. Random masks use all columns, and the input stays as it is. Both are measured, because their reads differ, and
+so does the number of entries above which a dense product is faster. At the end, the constants of the rule in
+gradsel_kernels/triton/weight_grad.py are worked out from the times, to be compared with those written there.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from functools import cache, lru_cache
 from types import ModuleType
 
 import torch
-from comparing import Bench, Provider
-from results import Row, failed
-from tables import errors, over_k
-from timing import Call
 from torch import Tensor
 
 import gradsel_kernels as gk
+from benchmarks.harness.bench import Bench, Provider
+from benchmarks.harness.results import Row, failed
+from benchmarks.harness.tables import errors, over_k
+from benchmarks.harness.timing import Call
 
 #: (tokens, rows, columns), the important ones first: ViT-B/16 at batch 32, Llama-3.2-1B, few tokens.
 SHAPES = [
@@ -30,13 +30,13 @@ SHAPES = [
 ]  # fmt: skip
 SMALL = [(40, 24, 32)]
 KS: tuple[int | str, ...] = (1, 10, 2, 5, 32, "10 %")
-#: A first pass, lest the time is up before all kinds have been seen.
+#: A first pass, so that all kinds are measured even if time runs out.
 FIRST, FIRST_KS = 4, (1, 10, "10 %")
 DTYPES = (torch.bfloat16, torch.float32)
 CLUSTERED, RANDOM = "clustered", "random"
 STRATEGIES = ("gather", "tile", "union")
 DENSE, PICKED = "dense product", "dense product, then gather"
-#: Columns that any row uses where they cluster, at least.
+#: The fewest columns that are used where they cluster.
 USED = 48
 
 
@@ -46,7 +46,7 @@ def used_columns(n: int, k: int) -> int:
 
 @cache
 def wrong(backend: str, device: torch.device, dtype: torch.dtype, strategy: str) -> str | None:
-    """How far a strategy is from float64, on a shape that no tile fits; each is looked at once."""
+    """How far a strategy is from float64 on a shape that no tile fits; each is checked once."""
     tokens, rows, n, k = 131, 67, 133, 5
     grad_output, input = (torch.randn(tokens, size).to(dtype) for size in (rows, n))
     cols = torch.rand(rows, n).topk(k).indices.sort(1).values
@@ -59,7 +59,7 @@ def wrong(backend: str, device: torch.device, dtype: torch.dtype, strategy: str)
 
 
 class Inputs:
-    """The tensors of one shape, and as many copies of them as it takes to find none in the cache."""
+    """The tensors of one shape, in so many copies that none is found in the cache."""
 
     def __init__(self, bench: Bench, shape: tuple[int, int, int], dtype: torch.dtype, pattern: str, k: int) -> None:
         tokens, rows, n = shape
@@ -75,7 +75,7 @@ class Inputs:
             self.kept = [input[:, columns].mT.contiguous().mT for input in self.inputs]
         self.cols = torch.rand(rows, used, device=device).topk(k, sorted=False).indices.sort(1).values
         self.cols32 = self.cols.to(torch.int32)
-        #: Of the selected gradient: what it reads once and writes.
+        #: Bytes of the selected gradient: what it reads once and writes.
         self.moved = dtype.itemsize * tokens * (rows + used) + 8 * rows * k
 
 
@@ -114,7 +114,7 @@ def providers(
         )  # fmt: skip
 
     made: dict[str, Provider] = {DENSE: dense, PICKED: picked}
-    for name in bench.backends[:1]:  # the cuda backend has Triton's
+    for name in bench.backends[:1]:  # the cuda backend uses Triton's
         for strategy in (*STRATEGIES, "auto"):
             made[f"{name}, {strategy}"] = lambda name=name, strategy=strategy: ours(name, strategy)
     return made
@@ -132,7 +132,7 @@ def measure(bench: Bench) -> None:
         measure_shapes(bench, SMALL, KS[::2])
         return
     measure_shapes(bench, SHAPES[:FIRST], FIRST_KS)
-    measure_shapes(bench, SHAPES, KS)  # without those that there are by then
+    measure_shapes(bench, SHAPES, KS)  # skips what has been measured by then
 
 
 def measure_shapes(bench: Bench, shapes: Sequence[tuple[int, int, int]], ks: Sequence[int | str]) -> None:
@@ -171,12 +171,12 @@ def parts_of(size: str) -> tuple[int, int, int, str]:
 
 
 def width(n: int, k: int, pattern: str) -> int:
-    """Columns of the activation that backward is given."""
+    """Columns of the activation that backward gets."""
     return used_columns(n, k) if pattern == CLUSTERED else n
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """The fastest strategy, its speedup over the dense product, and how much longer "auto" takes than that."""
+    """The fastest strategy, its speedup over the dense product, and how much longer "auto" takes."""
     measured = cases(rows)
     letters = {"gather": "g", "tile": "t", "union": "u"}
 
@@ -213,7 +213,7 @@ def constants(measured: Mapping[tuple[str, str, int], Times], rule: ModuleType) 
         itemsize = getattr(torch, dtype).itemsize
         adjoining = pattern == CLUSTERED
         columns = width(n, k, pattern)
-        if k >= 10:  # with fewer entries the time is that of reading grad_output
+        if k >= 10:  # with fewer entries the time is spent reading grad_output
             name = f"CACHE_RATE, {'adjoining' if adjoining else 'scattered'} {dtype}"
             read = k * (itemsize if adjoining else rule.SECTOR)
             rates.setdefault(name, []).append(read * tokens * out / (times["gather"] / 1e3))

@@ -8,22 +8,15 @@ from __future__ import annotations
 
 import copy
 import itertools
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import gradsel
+from benchmarks.gpu import cost
+from benchmarks.training import baselines, models
 from gradsel.papers.vit import VisionTransformer
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"))
-
-import baselines
-import cost
-import models
 
 DIM, DEPTH, HIDDEN, CLASSES, TOKENS = 32, 3, 128, 10, 17
 PATCH = 3 * 8 * 8  # inputs of the patch embedding

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import gc
-import importlib.util
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -15,25 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"))
-
-import checks
-import clock
-import comparing
-import environment
-import results
-import timing
-import topk
-import working
-
-BENCHMARKS = Path(topk.__file__).parents[1]
-_spec = importlib.util.spec_from_file_location("gpu_benchmarks", BENCHMARKS / "gpu" / "__main__.py")
-assert _spec is not None
-assert _spec.loader is not None
-program = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = program
-_spec.loader.exec_module(program)
+from benchmarks.gpu import __main__ as program
+from benchmarks.gpu import topk
+from benchmarks.gpu import workers as working
+from benchmarks.harness import bench as comparing
+from benchmarks.harness import checks, clock, environment, results, timing
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -85,7 +71,7 @@ def test_a_dry_run_writes_every_column_of_every_part(measured):
             assert float(row["speedup"]) > 0
             assert row["device"]
             assert row["source"] == "sources"
-            assert row["command"].startswith("python benchmarks/gpu --device cpu")
+            assert row["command"].startswith("python -m benchmarks.gpu --device cpu")
     refused = [row for row in lines(measured, part="adam") if row["extra"].startswith(results.REFUSED)]
     assert all("graph" in row["provider"] for row in refused)
 
@@ -191,11 +177,12 @@ def test_the_deadline_stops_a_part_and_says_how_to_go_on(tmp_path, monkeypatch, 
         patch.setattr(comparing.Bench, "left", lambda self: next(answers, 0.0))
         assert run(path, "topk", "plots", "--minutes", "5") == 1
     command = shlex.split(capsys.readouterr().out.splitlines()[-1])
-    assert command[:2] == [sys.executable, "benchmarks/gpu"]
+    command = command[command.index(sys.executable) :]  # PYTHONPATH may come first
+    assert command[1:3] == ["-m", "benchmarks.gpu"]
     assert command[-1] == "topk"
     assert len({row["k"] for row in lines(path, part="topk")}) == 2  # two cases went before
-    assert program.parsed(command[2:]).results == path
-    assert run(path, *command[2:]) == 0
+    assert program.parsed(command[3:]).results == path
+    assert run(path, *command[3:]) == 0
     assert {row["size"] for row in lines(path, part="topk")} == {"37x100", "64x65"}
 
 
@@ -298,8 +285,9 @@ def test_a_dry_run_needs_a_file_of_its_own(capsys):
 
 def test_the_program_runs_parts_in_processes(tmp_path):
     path = tmp_path / "x.csv"
-    command = [sys.executable, "benchmarks/gpu", "--device", "cpu", "--small", "--results", str(path), "topk"]
-    ended = subprocess.run(command, cwd=BENCHMARKS.parent, capture_output=True, text=True, timeout=100)
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--small", "--results", str(path), "topk"]
+    paths = {**os.environ, "PYTHONPATH": os.pathsep.join([".", "python"])}
+    ended = subprocess.run(command, cwd=environment.ROOT, env=paths, capture_output=True, text=True, timeout=100)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert lines(path, part="topk", provider=topk.BASELINE)
     assert not comparing.marker(path).exists()

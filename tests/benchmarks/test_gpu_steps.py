@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"))
-
-import baselines
-import cost
-import llama
-import models
-import steps
-from clock import DeviceLost
+from benchmarks.gpu import cost, llama
+from benchmarks.harness.clock import DeviceLost
+from benchmarks.training import baselines, models, steps
 
 
 def context(seconds: float = 600) -> steps.Alone:
@@ -47,7 +39,7 @@ def test_part_emits_a_line_for_everything(part):
     assert len(lines(rows)) == len(rows)  # the key tells them apart
     assert not [row for row in rows if "error" in row["extra"]]
     for row in rows:
-        assert row["part"] == part.__name__
+        assert row["part"] == part.__name__.rpartition(".")[2]
         assert float(row["p20_ms"]) > 0
         assert float(row["p50_ms"]) > 0
         assert row["repeats"] == 2

@@ -78,6 +78,7 @@ def draw(results: Results, path: Path) -> None:
     )
     left.set_title("Which weights to train, at about equal numbers")
     first = {row.method: row.outcomes[0].distribution for row in results.rows}
+    right.sharey(middle)  # one scale, so that heights can be compared
     for axes, name in ((middle, "net"), (right, "neuron: GPS")):
         plots.distribution(axes, first[name])
         axes.set_xlabel(f"{name}: where its weights lie (seed {results.seeds[0]})")

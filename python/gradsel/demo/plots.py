@@ -12,7 +12,9 @@ from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, told apart by all common kinds of colour vision.
 GREY, ORANGE, BLUE, GREEN, PINK, SKY = "#7f7f7f", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9"
-_FILLS = [(colour, hatch) for hatch in ("", "//", "..", "xx") for colour in (BLUE, ORANGE, GREEN, PINK, SKY, GREY)]
+# Types of matrices have colours of their own (Tol's muted ones), because the others stand for methods.
+_TYPES = ("#332288", "#44aa99", "#ddcc77", "#cc6677", "#999933", "#882255")
+_FILLS = [(colour, hatch) for hatch in ("", "//", "..", "xx") for colour in _TYPES]
 
 
 def figure(columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:

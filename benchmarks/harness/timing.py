@@ -1,33 +1,78 @@
-"""The clock: device time of short calls, interleaved, from memory rather than from a cache.
+"""How calls are timed: interleaved, in an order that is drawn anew in every round.
 
-A call of a few microseconds takes longer to launch than to run, so device time is taken where the host is ahead of the
-device, by one of these methods:
+Every comparison here takes one sample of each call in every round. The order of a round is random (and the same in
+every run), so no call always follows the same other one: neither a drifting clock rate nor what a neighbour leaves in
+the caches can favour any of them.
+
+On a GPU, a call of a few microseconds takes longer to launch than to run. Device time is therefore taken where the
+host is ahead of the device, by one of these methods:
 
 - ``graph``: a CUDA graph of many copies of the call, replayed between two events;
-- ``queued``: the calls are put behind a kernel that only waits, so that the device finds all of them ready; for what
+- ``queued``: the calls are queued behind a kernel that only waits, so that the device finds all of them ready; for what
   cannot be captured and for what takes long;
-- ``cold``: one call at a time, queued likewise, after the second-level cache has been flushed; for optimizer steps,
-  between which a training loop runs forward and backward. The two events add one or two microseconds;
+- ``cold``: one call at a time, queued in the same way, after the second-level cache has been flushed; for optimizer
+  steps, between which a training loop runs forward and backward. The two events add one or two microseconds;
 - ``wall``: the wall clock, on the CPU.
 """
 
 from __future__ import annotations
 
+import random
+import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import TypeVar
 
 import torch
-from clock import Clock, DeviceLost, Function, first_line
-from common import percentiles
 
 import gradsel_kernels as gk
+from benchmarks.harness.clock import Clock, DeviceLost, Function, first_line
 
-#: Device time of one sample, for the sake of the events' resolution; a graph is captured for calls shorter than that.
+T = TypeVar("T")
+
+#: Device time of one sample, long against the resolution of events. Calls shorter than this are captured in a graph.
 SAMPLE_SECONDS = 1e-3
-#: Seconds from which on a call is done once a sample, and seldom.
+#: A call that takes more seconds than this is made once a sample, and not repeated beforehand.
 SLOW = 0.02
+
+
+def percentiles(samples: Sequence[float]) -> tuple[float, float, float]:
+    """The 20th, the 50th and the 80th."""
+    tenths = statistics.quantiles(samples, n=10, method="inclusive")
+    return tenths[1], tenths[4], tenths[7]
+
+
+def shuffled(names: Iterable[T], seed: int = 0) -> Iterator[list[T]]:
+    """The same names in another order each time, without end."""
+    order, generator = list(names), random.Random(seed)
+    while True:
+        generator.shuffle(order)
+        yield list(order)
+
+
+def time_calls(run: Function, calls: int = 1, cuda: bool = False) -> tuple[float, float]:
+    """Seconds of one of several calls in a row: on the device's clock from the first kernel to the last, and on the
+    wall clock. On the CPU both are the same."""
+    if not cuda:
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        wall = (time.perf_counter() - start) / calls
+        return wall, wall
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    first.record()
+    for _ in range(calls):
+        run()
+    last.record()
+    torch.cuda.synchronize()
+    return first.elapsed_time(last) / 1e3 / calls, (time.perf_counter() - start) / calls
+
+
+# --- A comparison of calls ---------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -35,11 +80,11 @@ class Call:
     """One way of doing the work that is compared.
 
     Attributes:
-        functions: the same call on different inputs, done in turn.
+        functions: the same call on different inputs, made in turn.
         moved: bytes that it has to read and write.
         backend: of gradsel_kernels; None: the one in use anyway.
         graph: it may be captured.
-        cold: it is to find nothing in the cache that the call before has left.
+        cold: it should not find in the cache what its own previous call has left there.
         wall: the time on the host counts too.
         extra: for the results file.
     """
@@ -63,6 +108,27 @@ class Timing:
     p80: float
     wall: float | None
     repeats: int
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """How many rounds a comparison takes.
+
+    Attributes:
+        seconds: for all calls together, about.
+        fewest: rounds that are taken even if they need three times as long.
+        enough: rounds after which the comparison ends once ``seconds`` have passed.
+        most: rounds, however short the calls are.
+    """
+
+    seconds: float
+    fewest: int = 3
+    enough: int = 5
+    most: int = 40
+
+    def over(self, done: int, spent: float) -> bool:
+        late = done >= self.enough and spent > self.seconds
+        return done >= self.most or late or (done >= self.fewest and spent > 3 * self.seconds)
 
 
 class Sampler:
@@ -99,6 +165,12 @@ class Sampler:
     def once(self) -> None:
         self.call.functions[next(self.turn) % len(self.call.functions)]()
 
+    @property
+    def primed(self) -> bool:
+        """It is called once ahead of each sample, to find its backend. Not so what is cold on the CPU: the other calls
+        have swept the caches, and its own must not fill them again."""
+        return self.graph is None and not self.slow and (self.clock.cuda or not self.call.cold)
+
     def sample(self) -> float:
         """Seconds of one call. The backend is in use already."""
         if self.method == "wall":
@@ -121,7 +193,8 @@ class Sampler:
         return (time.perf_counter() - start) / calls
 
     def _queued(self, copies: int) -> float:
-        """Where the device came to the first call before the host had queued the last, it is given more to wait."""
+        """Seconds of one call among several that are queued. If the device has reached the first one before the host
+        has queued the last, the wait is made longer."""
         while True:
             self.clock.wait(min(0.1, 1.5 * copies * self.host + 1e-4))
             if self.call.cold:
@@ -147,8 +220,12 @@ class Sampler:
 
 
 def copy_rate(clock: Clock) -> float:
-    """Bytes a second, read and written, of a copy on the device that fits no cache."""
-    size = 1 << 16
+    """Bytes a second, read and written, of a copy on the device that fits no cache.
+
+    On a CPU, what stays in a cache goes faster than that, and so does memory that is updated in place: a copy first
+    fetches the lines that it is about to overwrite, which nobody counts. A fraction above 1 means one of the two.
+    """
+    size = 1 << 16 if clock.small else 1 << 28
     if clock.cuda:
         size = min(1 << 31, torch.cuda.mem_get_info(clock.device)[0] // 8)
     source = torch.ones(size // 4, device=clock.device)
@@ -161,30 +238,31 @@ def copy_rate(clock: Clock) -> float:
 def compare(
     clock: Clock,
     calls: Mapping[str, Call],
-    seconds: float,
-    on_error: Callable[[str, Exception], None],
+    rounds: Rounds,
+    on_error: Callable[[str, Exception], None] | None = None,
     on_turn: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Timing]:
-    """Times all calls in turn, in an order that rotates from round to round.
+    """Times all calls, one sample of each in every round.
 
     Args:
-        seconds: for all of them together, about.
-        on_error: gets what a call raised; the others go on.
-        on_turn: is told which call comes next, lest that is the last that this process does.
+        on_error: gets what a call raised, and the other calls go on; None: the error is raised.
+        on_turn: is told which call comes next, in case it is the last one that this process makes.
     """
     samplers: dict[str, Sampler] = {}
     samples: dict[str, list[float]] = {}
     walls: dict[str, list[float]] = {}
 
-    def guarded(name: str, action: Callable[[], None]) -> None:
+    def guarded(name: str, action: Callable[[str], None]) -> None:
         on_turn(name)
         try:
             with gk.use_backend(calls[name].backend):
-                action()
-        except DeviceLost as error:
-            on_error(name, error)
-            raise
+                action(name)
         except Exception as error:
+            if on_error is None:
+                raise
+            if isinstance(error, DeviceLost):
+                on_error(name, error)
+                raise
             samplers.pop(name, None)
             on_error(name, error)
             clock.check()
@@ -194,26 +272,21 @@ def compare(
 
     def take(name: str) -> None:
         sampler = samplers[name]
-        if sampler.graph is None and not sampler.slow:
-            sampler.once()  # finds the backend, which is not what is timed
+        if sampler.primed:
+            sampler.once()
         samples.setdefault(name, []).append(sampler.sample())
         if calls[name].wall:
             walls.setdefault(name, []).append(sampler.sample_wall())
 
     for name in calls:
-        guarded(name, lambda name=name: prepare(name))
-    repeats = 3 if clock.small else 40
-    turn = 0
+        guarded(name, prepare)
     start = time.perf_counter()
-    while turn < repeats and samplers:
-        names = list(samplers)
-        for i in range(len(names)):
-            name = names[(i + turn) % len(names)]
-            guarded(name, lambda name=name: take(name))
-        turn += 1
-        spent = time.perf_counter() - start
-        if (turn >= 5 and spent > seconds) or (turn >= 3 and spent > 3 * seconds):
+    for done, order in enumerate(shuffled(samplers)):
+        if not samplers or rounds.over(done, time.perf_counter() - start):
             break
+        for name in order:
+            if name in samplers:  # until it fails
+                guarded(name, take)
     timings = {}
     for name, sampler in samplers.items():
         p20, p50, p80 = percentiles(samples[name])

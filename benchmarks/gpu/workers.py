@@ -1,4 +1,4 @@
-"""A part in a process of its own: started, watched, and started again where an error on the device has ended it."""
+"""Runs each part in a process of its own: starts it, watches it, and restarts it after an error on the device."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from clock import DeviceLost, first_line
-from comparing import Bench, OutOfTime, marker
-from results import CASE, ERROR, Results, rounded
+from benchmarks.harness.bench import Bench, OutOfTime, marker
+from benchmarks.harness.clock import DeviceLost, first_line
+from benchmarks.harness.environment import ROOT
+from benchmarks.harness.results import CASE, ERROR, Results, rounded
 
-#: How a worker ends: everything is measured, an error in the part itself, out of time, the device is lost; or it does
-#: not end.
+#: How a worker ends: everything is measured, an error in the part itself, out of time, or the device is lost. The last
+#: one means that it does not end.
 DONE, BROKEN, LEFT, LOST, HANGS = 0, 1, 3, 75, 1000
 RESTARTS = 8
-#: Seconds that a worker may run past its deadline, because a case that has begun is finished, and seconds that one call
-#: may take, compilation included, before it is taken for hung.
+#: Seconds that a worker may run past its deadline, because it finishes a case that it has begun; and seconds that one
+#: call may take, compilation included, before the worker counts as hung.
 GRACE, HUNG = 15.0, 90.0
 
 
 class Lines:
-    """What a part with lines of its own making gets instead of a bench: the models' parts.
+    """What the parts about whole models get instead of a bench: they make their own rows.
 
     Attributes:
         device: ``"cuda"`` or ``"cpu"``.
@@ -44,14 +45,14 @@ class Lines:
         self.all_measured = True
 
     def done(self, row: Mapping[str, Any]) -> bool:
-        """The line is in the results already: its case, ``provider`` and ``method`` are looked at."""
+        """The row is in the results already, judging by its case, ``provider`` and ``method``."""
         found = self._bench.found(*(row.get(name, "") for name in CASE[1:]))
         return self._provider(row) in found
 
     def emit(self, row: Mapping[str, Any]) -> None:
-        """Writes a line. ``method`` is that of training here, and goes into the name of the provider."""
+        """Writes a row. ``method`` is the method of training here, and becomes part of the provider's name."""
         extra = str(row.get("extra", ""))
-        if extra == f"{ERROR}out of time":  # so that a later run does it
+        if extra == f"{ERROR}out of time":  # so that a later run measures it
             self.all_measured = False
             return
         cells = {name: rounded(value) if isinstance(value, float) else value for name, value in row.items()}
@@ -68,15 +69,15 @@ class Lines:
 
 
 def work(bench: Bench) -> int:
-    """Measures a part in this process; how it ended."""
+    """Measures a part in this process, and returns how it ended."""
     gc.collect()
-    gc.freeze()  # what is imported stays, and is not looked through before every capture of a graph
+    gc.freeze()  # what is imported stays, so it need not be searched before every capture of a graph
     try:
         bench.need(5.0)
         bench.clock.warm_up()
         print(f"  a copy on the device: {bench.copy_rate / 1e9:.4g} GB/s, read and written", flush=True)
         bench.release()
-        module = importlib.import_module(bench.part)
+        module = importlib.import_module(f"benchmarks.gpu.{bench.part}")
         if hasattr(module, "measure"):
             module.measure(bench)
         else:
@@ -102,7 +103,7 @@ def work(bench: Bench) -> int:
 
 
 def run_worker(part: str, command: Sequence[str], results: Results, until: float, say: Callable[[str], None]) -> int:
-    """Runs a part in processes of its own until it is through, or out of time, or broken.
+    """Runs a part in processes of its own until it is finished, out of time, or broken.
 
     Args:
         command: starts the worker.
@@ -110,10 +111,10 @@ def run_worker(part: str, command: Sequence[str], results: Results, until: float
     """
     for _ in range(RESTARTS):
         marker(results.path).unlink(missing_ok=True)
-        process = subprocess.Popen(command)
+        process = subprocess.Popen(command, cwd=ROOT)
         try:
             code = _watched(process, marker(results.path), until + GRACE)
-        finally:  # after an interrupt, too, nothing is left running
+        finally:  # nothing is left running, even after an interrupt
             if process.poll() is None:
                 process.kill()
                 process.wait()
@@ -125,7 +126,7 @@ def run_worker(part: str, command: Sequence[str], results: Results, until: float
             return code
         if code != LOST:
             _blame(results, part, f"the process ended by {_ending(code)}")
-            if not known:  # nobody knows what to leave out the next time
+            if not known:  # nothing says what to leave out the next time
                 return BROKEN
         if time.time() > until:
             return LEFT
@@ -134,7 +135,7 @@ def run_worker(part: str, command: Sequence[str], results: Results, until: float
 
 
 def _watched(process: subprocess.Popen, running: Path, until: float) -> int:
-    """The exit status of a worker; HANGS: it has not begun anything new for long; LEFT: it is past its time."""
+    """The exit status of a worker; HANGS: it has begun nothing new for too long; LEFT: it is past its deadline."""
     while True:
         try:
             return process.wait(1.0)
@@ -159,7 +160,7 @@ def _ending(code: int) -> str:
 
 
 def _blame(results: Results, part: str, why: str) -> None:
-    """Writes an error for what ran last, or for the part as a whole."""
+    """Writes an error row for what ran last, or for the part as a whole."""
     path: Path = marker(results.path)
     if path.exists():
         running = json.loads(path.read_text())
@@ -171,4 +172,4 @@ def _blame(results: Results, part: str, why: str) -> None:
 
 
 def worker_command(part: str, until: float, options: Sequence[str]) -> list[str]:
-    return [sys.executable, str(Path(__file__).parent), "--worker", part, "--until", str(until), *options]
+    return [sys.executable, "-m", "benchmarks.gpu", "--worker", part, "--until", str(until), *options]

@@ -5,18 +5,20 @@ from __future__ import annotations
 import datetime
 import hashlib
 import importlib.metadata
+import platform
 import shlex
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from common import device_name
 
 import gradsel_kernels as gk
 
 ROOT = Path(__file__).resolve().parents[2]
-#: Whatever a measured time depends on, and whatever decides about the tests besides.
+RESULTS = ROOT / "benchmarks" / "results"
+#: Everything that a measured time depends on, and everything else that the outcome of the tests depends on.
 MEASURED = ("setup.py", "csrc", "gradsel_kernels", "python")
 TESTED = (
     *MEASURED,
@@ -27,13 +29,15 @@ TESTED = (
     "tests/support",
     "tests/cuda/build.py",
 )
-SOURCES = {".py", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h"}
-#: Columns that :func:`environment` fills.
+SOURCES = {".py", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".inc"}
+#: Columns that :func:`machine` fills, for results of the CPU.
+MACHINE = ("device", "threads", "torch", "gradsel_kernels", "date")
+#: Columns that :func:`environment` fills, for results of a GPU.
 ENVIRONMENT = ("device", "driver", "cuda", "torch", "triton", "gradsel_kernels", "source", "date", "command")
 
 
 def source_hash(places: Sequence[str] = MEASURED) -> str:
-    """Of names and contents; no git, because a copy of the working tree may come without it."""
+    """A hash of file names and contents. It does not ask git, because a copy of the tree may come without it."""
     digest = hashlib.sha256()
     for place in places:
         path = ROOT / place
@@ -44,8 +48,17 @@ def source_hash(places: Sequence[str] = MEASURED) -> str:
     return digest.hexdigest()[:12]
 
 
+def processor() -> str:
+    """The name of the CPU."""
+    cpuinfo = Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
 def driver() -> str:
-    """The driver's version; where nvidia-smi is missing, the newest CUDA version that it supports."""
+    """The driver's version; where nvidia-smi is missing, the newest CUDA version that the driver supports."""
     try:
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split()
@@ -60,18 +73,30 @@ def driver() -> str:
 
 
 def now() -> str:
-    """To the second, so that lines can be told from those of the run before."""
+    """The time to the second, so that rows of this run can be told from those of the run before."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
+def machine() -> dict[str, Any]:
+    """The columns that say where, with what and when something was measured on the CPU."""
+    return {
+        "device": processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "gradsel_kernels": gk.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
 def environment(device: torch.device, command: Sequence[str]) -> dict[str, str]:
+    """The columns that say where, with what, when and by which command something was measured on a GPU."""
     on_gpu = device.type == "cuda"
     try:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         triton = ""
     return {
-        "device": torch.cuda.get_device_name(device) if on_gpu else device_name(),
+        "device": torch.cuda.get_device_name(device) if on_gpu else processor(),
         "driver": driver() if on_gpu else "",
         "cuda": torch.version.cuda or "",
         "torch": torch.__version__,
@@ -79,5 +104,5 @@ def environment(device: torch.device, command: Sequence[str]) -> dict[str, str]:
         "gradsel_kernels": gk.__version__,
         "source": source_hash(),
         "date": now(),
-        "command": shlex.join(["python", "benchmarks/gpu", *command]),
+        "command": shlex.join(["python", "-m", "benchmarks.gpu", *command]),
     }

@@ -1,9 +1,9 @@
 """How steps of whole models are compared.
 
-Every entry of a comparison is measured twice. Alone on the device for its peak memory; then with all others resident,
-in turns whose order rotates from round to round, so that whatever changes over time (clocks, other users) meets all
-alike. A turn is several calls without a synchronisation in between, because training has none either: the time of
-launching kernels counts only where the device waits for it.
+Every entry of a comparison is measured twice: alone on the device for its peak memory, then with all others resident,
+one turn each in every round. The order of a round is drawn anew, so that whatever changes over time (clock rates, other
+users) meets all of them alike. A turn is several calls without a synchronisation in between, because training has none
+either: the time of launching kernels counts only where the device waits for it.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import contextlib
 import statistics
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from clock import check_device, first_line, on_the_device, release
-from common import percentiles
-from models import Entry, Row, Running
-from results import ERROR, rounded
+
+from benchmarks.harness.clock import check_device, first_line, on_the_device, release
+from benchmarks.harness.results import ERROR, rounded
+from benchmarks.harness.timing import percentiles, shuffled, time_calls
+from benchmarks.training.models import Entry, Row, Running
 
 WARM_UP = 2
 FEWEST, MOST = 3, 15  # rounds
@@ -31,27 +31,8 @@ FEWEST, MOST = 3, 15  # rounds
 # --- Measuring ---------------------------------------------------------------------------------------------------
 
 
-def timed(cuda: bool, run: Callable[[], object], calls: int) -> tuple[float, float]:
-    """Milliseconds of a call: on the device's clock from first to last kernel, and on the wall's."""
-    if cuda:
-        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        first.record()
-        for _ in range(calls):
-            run()
-        last.record()
-        torch.cuda.synchronize()
-        return first.elapsed_time(last) / calls, 1000 * (time.perf_counter() - start) / calls
-    start = time.perf_counter()
-    for _ in range(calls):
-        run()
-    wall = 1000 * (time.perf_counter() - start) / calls
-    return wall, wall
-
-
 def peak_bytes(start: Callable[[], Running]) -> int:
-    """The most that an entry holds on a CUDA device during a call after the first ones, its weights included."""
+    """The most that an entry holds on a CUDA device during a call, weights included, after some calls to warm up."""
     release()
     before = torch.cuda.memory_allocated()
     running = start()
@@ -65,7 +46,7 @@ def peak_bytes(start: Callable[[], Running]) -> int:
 
 
 def kernels(run: Callable[[], object]) -> dict[str, Any]:
-    """How long kernels ran in one call, and how many: what is left of the time are gaps, in which the host was late."""
+    """How long kernels ran in one call, and how many ran. The rest of the time are gaps in which the host was late."""
     try:
         ran = [event.time_range.elapsed_us() for event in on_the_device(run)]
         return {"kernels_ms": rounded(sum(ran) / 1000), "kernels": len(ran)} if ran else {}
@@ -74,7 +55,7 @@ def kernels(run: Callable[[], object]) -> dict[str, Any]:
 
 
 class _Work:
-    """Entries with what has been found out about them."""
+    """Entries and what has been measured of them."""
 
     def __init__(self, context: Any, how: Comparison, entries: Sequence[Entry]) -> None:
         self.context, self.how, self.entries = context, how, entries
@@ -99,7 +80,7 @@ class _Work:
         self.rows.append(row)
 
     def guarded(self, entry: Entry, action: Callable[[Entry], None]) -> None:
-        """Does something for an entry; an error becomes its line."""
+        """Does something for an entry; an error becomes its row."""
         if entry in self.failed:
             return
         try:
@@ -111,7 +92,7 @@ class _Work:
             if self.cuda:
                 check_device()
         if entry in self.failed:
-            release()  # the traceback that held what the entry had is gone only now
+            release()  # only now is the traceback gone that kept the entry's tensors alive
 
     def measure_peak(self, entry: Entry) -> None:
         self.peaks[entry] = peak_bytes(entry.start)
@@ -125,10 +106,11 @@ class _Work:
         self.running[entry], self.facts[entry] = running, running.facts
 
     def sample(self, entry: Entry) -> None:
-        self.samples[entry].append(timed(self.cuda, self.running[entry].run, self.how.calls))
+        seconds = time_calls(self.running[entry].run, self.how.calls, self.cuda)
+        self.samples[entry].append((1e3 * seconds[0], 1e3 * seconds[1]))
 
     def measure(self) -> None:
-        if self.cuda:  # what libraries take once and keep is no method's: cuBLAS's workspaces, for example
+        if self.cuda:  # what libraries allocate once and keep, such as cuBLAS's workspaces, belongs to no method
             with contextlib.suppress(Exception):
                 self.entries[0].start().run()
             for entry in self.entries:
@@ -137,11 +119,10 @@ class _Work:
         release()
         for entry in self.entries:
             self.guarded(entry, self.start)
-        order, began, rounds = deque(self.running), time.monotonic(), 0
+        orders, began, rounds = shuffled(self.running), time.monotonic(), 0
         while rounds < MOST and self.left > 0 and (rounds < FEWEST or time.monotonic() - began < self.how.seconds):
-            for entry in order:
+            for entry in next(orders):
                 self.guarded(entry, self.sample)
-            order.rotate(-1)
             rounds += 1
 
     def report(self) -> None:
@@ -171,7 +152,7 @@ class _Work:
             self.emit(entry, row, told(said))
 
     def profile(self) -> None:
-        """Emits the lines again with what the profiler says: last, because it is an extra that may fail."""
+        """Emits the rows again with what the profiler says. This comes last, because it is an extra that may fail."""
         for row in self.rows if self.cuda else ():
             entry = next((entry for entry in self.running if entry.key.items() <= row.items()), None)
             if entry is not None and "p50_ms" in row and self.left > self.how.seconds:
@@ -188,12 +169,12 @@ class Comparison:
     """Entries that are measured in turn.
 
     Attributes:
-        shared: what their lines have in common.
-        calls: of a turn.
+        shared: what their rows have in common.
+        calls: calls in a turn.
         seconds: for all rounds together, about.
-        baseline: the entry that ``speedup`` is against.
-        ratios: of each name in ``extra``, the entry that it is a share of the time of.
-        tokens: of a call, for ``tokens_per_s``.
+        baseline: the entry that ``speedup`` refers to.
+        ratios: for each name in ``extra``, the entry whose time the ratio is to.
+        tokens: tokens of a call, for ``tokens_per_s``.
     """
 
     shared: Row
@@ -205,11 +186,11 @@ class Comparison:
     tokens: int = 0
 
     def missing(self, context: Any) -> list[Entry]:
-        """What is not in the results yet."""
+        """The entries that are not in the results yet."""
         return [entry for entry in self.entries if not context.done(self.shared | entry.key)]
 
     def measure(self, context: Any) -> list[Row]:
-        """Measures what is missing, beside what it is compared with, and emits a line for each."""
+        """Measures what is missing together with what it is compared with, and emits a row for each."""
         missing = self.missing(context)
         if not missing or context.deadline < time.monotonic():
             return []
@@ -250,7 +231,7 @@ class Alone:
 
 
 def alone(run: Callable[[Any], list[Row]], description: str) -> None:
-    """``python benchmarks/gpu/<part>.py [--device cpu] [--small] [--seconds 600]``."""
+    """``python -m benchmarks.gpu.<part> [--device cpu] [--small] [--seconds 600]``."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--small", action="store_true", help="toy sizes, to see that it runs")

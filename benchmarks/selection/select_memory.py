@@ -1,13 +1,13 @@
-"""Peak memory of selecting and of training a step: ``python benchmarks/select_memory.py``.
+"""Peak memory of selecting weights and of one training step: ``python -m benchmarks.selection.select_memory``.
 
-A model shaped like Llama-3.2-1B with random bfloat16 weights, the one that the GRFT paper calls infeasible for GPS
-because of its masks, is selected at K = 1 in each memory mode, attached and trained one step. The peak is that of the
-whole process, as the kernel counts it (VmHWM, set back before each phase). Results go to
-``benchmarks/results/select_memory-cpu.csv``; lines of an earlier run with the same key are replaced.
+The model is shaped like Llama-3.2-1B, with random bfloat16 weights; the GRFT paper calls GPS infeasible for it because
+of the masks. Weights are selected at K = 1 in each memory mode, then the model is attached and trained for one step.
+The peak is that of the whole process as Linux counts it (VmHWM, reset before each phase). Results go to
+``benchmarks/results/select_memory-cpu.csv``; rows of an earlier run with the same key are replaced.
 
-The bound that streaming is held to is weights + activations + the largest gradient. What a process needs before it has
-a model is part of the weights' line; activations are what the peak rises by in a forward pass that saves everything
-that weight gradients need.
+Streaming is held to this bound: weights + activations + the largest gradient. What a process needs before it has a
+model is part of the row "weights"; activations are the rise of the peak in a forward pass that saves everything that
+weight gradients need.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from typing import Any
 
 import torch
 import transformers
-from common import MACHINE, RESULTS, machine, merge
 from torch import Tensor, nn
 
 import gradsel
+from benchmarks.harness.environment import MACHINE, RESULTS, machine
+from benchmarks.harness.results import merge
 from gradsel.papers.counting import MODELS
 
 FIELDS = ["benchmark", "model", "tokens", "phase", "peak_bytes", "seconds", "note", "transformers", *MACHINE]
@@ -34,7 +35,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 def peak_of(run: Callable[[], Any]) -> tuple[Any, int, float]:
-    """What ``run`` returns, the most memory the process had resident meanwhile, in bytes, and its seconds."""
+    """What ``run`` returns, the peak of the process's resident memory meanwhile in bytes, and the seconds it took."""
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
     start = time.perf_counter()
@@ -45,7 +46,7 @@ def peak_of(run: Callable[[], Any]) -> tuple[Any, int, float]:
 
 
 def build(small: bool) -> nn.Module:
-    """Random bfloat16 weights; initialised as such, because float32 ones would take twice the memory."""
+    """Random weights, created in bfloat16, because float32 ones would take twice the memory."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -70,7 +71,7 @@ def features(model: Any, tokens: Tensor) -> Tensor:
 
 
 def measure(small: bool, samples: int, length: int, group_gb: float) -> list[dict[str, Any]]:
-    """One line for each phase."""
+    """One row for each phase."""
     rows: list[dict[str, Any]] = []
     name = "Llama-3.2-1B" if not small else "Llama, 2 layers of 256"
 
@@ -135,10 +136,16 @@ def measure(small: bool, samples: int, length: int, group_gb: float) -> list[dic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--samples", type=int, default=8, help="of a batch (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=8, help="samples of a batch (default: %(default)s)")
     parser.add_argument("--length", type=int, default=64, help="tokens of a sample (default: %(default)s)")
-    parser.add_argument("--group", type=float, default=1.0, metavar="GB", help="for grouped (default: %(default)s)")
-    parser.add_argument("--small", action="store_true", help="a tiny model, to see that it runs; writes nothing")
+    parser.add_argument(
+        "--group",
+        type=float,
+        default=1.0,
+        metavar="GB",
+        help="limit of grouped mode (default: %(default)s)",
+    )
+    parser.add_argument("--small", action="store_true", help="a tiny model, to try the program; writes nothing")
     arguments = parser.parse_args()
     if not Path("/proc/self/clear_refs").exists():
         sys.exit("peak memory is measured through /proc, which this system does not have")

@@ -1,4 +1,4 @@
-"""What comes before speed: the build, the tests, and the sanitizer over every kernel. Each is a line in the results."""
+"""What comes before speed: the build, the tests, and the sanitizer over every kernel. Each is a row in the results."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-from environment import ROOT, TESTED, source_hash
-from results import Results
+from benchmarks.harness.environment import ROOT, TESTED, source_hash
+from benchmarks.harness.results import Results
 
 GREEN, RED = "green: ", "red: "
 PLACES = ("tests/gpu", "tests/kernels")
-#: Most seconds that one place of tests, and one tool of the sanitizer, may take.
+#: The most seconds that one folder of tests, and one tool of the sanitizer, may take.
 TEST_SECONDS, SANITIZER_SECONDS = 420.0, 150.0
 TOOLS = ("memcheck", "racecheck")
 
@@ -27,8 +26,8 @@ class Checks:
     """Runs the checks.
 
     Args:
-        results: what they said before counts as long as it is about the same sources.
-        on_gpu: False: a dry run, without the extension for CUDA.
+        results: earlier outcomes count as long as they are about the same sources.
+        on_gpu: False for a dry run, without the extension for CUDA.
         small: a few tests only.
         until: the deadline, by ``time.time()``.
     """
@@ -46,7 +45,7 @@ class Checks:
     # --- Build --------------------------------------------------------------------------------------------------
 
     def build(self) -> list[str]:
-        """Both extensions; if the one for CUDA fails, at least the other, so that Triton can be measured."""
+        """Builds both extensions, or without CUDA if that fails, so that Triton can still be measured."""
         required = {"GRADSEL_REQUIRE_NATIVE": "1", "GRADSEL_BUILD_JOBS": str(os.cpu_count() or 2)}
         lines = []
         for cuda in (True, False) if self.on_gpu else (False,):
@@ -79,13 +78,13 @@ class Checks:
         if self.on_gpu and self.small:
             command += ["-k", "topk and not native-cpu"]
         elif self.on_gpu:
-            command += ["-k", "not native-cpu"]  # that is tested where there is no GPU, too
+            command += ["-k", "not native-cpu"]  # those tests also run without a GPU
         elif self.small:
             command += ["-k", "bitmask"]
         parallel: list[str] = []
         cores = os.cpu_count() or 1
         if self.on_gpu and cores >= 8 and importlib.util.find_spec("xdist") is not None:
-            parallel = ["-n", str(min(14, cores)), "--dist", "loadgroup"]  # most of the time goes into compiling
+            parallel = ["-n", str(min(14, cores)), "--dist", "loadgroup"]  # most of the time is spent compiling
         for extra in [parallel, []] if parallel else [[]]:
             threads = {"OMP_NUM_THREADS": "2"} if extra else {}
             code, output, seconds = self.run([*command, *extra, place], TEST_SECONDS, threads)
@@ -95,7 +94,7 @@ class Checks:
         summary = summaries[-1].strip() if summaries else "no summary"
         passed = re.search(r"(\d+) passed", summary)
         if code is None:
-            said = f"not through after {seconds:.0f} s"
+            said = f"not finished after {seconds:.0f} s"
         elif code == 0 and (passed or not self.on_gpu):
             said = GREEN + summary
         elif code == 5 and not self.on_gpu:  # nothing to run
@@ -110,7 +109,7 @@ class Checks:
         return lines
 
     def verdict(self) -> str:
-        """``"green"``, ``"red"`` or ``"unknown"``: what the tests have said about these very sources."""
+        """``"green"``, ``"red"`` or ``"unknown"``: the outcome of the tests for exactly these sources."""
         said = [self.said("tests", place) for place in PLACES if (ROOT / place).exists()]
         if any(text.startswith(RED) for text in said):
             return "red"
@@ -136,13 +135,13 @@ class Checks:
         return lines
 
     def _sanitize(self, program: str, tool: str) -> tuple[str, list[str]]:
-        # API errors are left out: torch and Triton ask the driver for functions that it may lack, and go on without.
+        # API errors are not reported, because torch and Triton ask the driver for functions that it may lack.
         command = [
             program, "--tool", tool, "--error-exitcode", "86", "--report-api-errors", "no", "--print-limit", "20",
             "--launch-timeout", "0", "--target-processes", "application-only",
-            sys.executable, str(Path(__file__).with_name("sanitized.py")),
+            sys.executable, "-m", "benchmarks.gpu.sanitized",
         ]  # fmt: skip
-        # Without torch's own pool of memory every tensor is an allocation whose end the tool knows.
+        # Without torch's caching allocator, every tensor is an allocation whose end the tool knows.
         code, output, seconds = self.run(command, SANITIZER_SECONDS, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
         ran = "; ".join(line.removeprefix("ran ") for line in output.splitlines() if line.startswith("ran "))
         summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", output)
@@ -165,7 +164,7 @@ class Checks:
     def run(
         self, command: Sequence[str], seconds: float, environment: Mapping[str, str] | None = None
     ) -> tuple[int | None, str, float]:
-        """Exit status (None: it took too long), output and seconds of a command in the repository's root."""
+        """Exit status (None: it took too long), output and seconds of a command run in the root of the repository."""
         limit = max(5.0, min(seconds, self.until - time.time()))
         start = time.time()
         process = subprocess.Popen(
@@ -176,7 +175,7 @@ class Checks:
             output, _ = process.communicate(timeout=limit)
             return process.returncode, output, time.time() - start
         except BaseException as error:
-            os.killpg(process.pid, 9)  # with everything that it has started
+            os.killpg(process.pid, 9)  # together with everything that it has started
             output, _ = process.communicate()
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise
@@ -187,7 +186,7 @@ class Checks:
         self.results.add([{**row, "extra": said[:240]}])
 
     def said(self, part: str, operation: str) -> str:
-        """What a check said about these sources; empty if it has not run."""
+        """The outcome of a check for these sources; empty if it has not run."""
         rows = self.results.rows(part, self.tested)
         return next((row["extra"] for row in rows if row["operation"] == operation), "")
 

@@ -1,8 +1,11 @@
-"""What a part gets to measure with: cases that are skipped if they are in the results, and errors that stay in theirs.
+"""What a part of the GPU benchmarks measures with: known cases are skipped, and an error stays in its case.
 
 A part's ``measure(bench)`` calls :meth:`Bench.compare` for each case, the important ones first. It runs in a process of
-its own, because some errors on a GPU end the process: what is about to run is noted in a file beforehand, so that the
-process that is started next (see working.py) knows what to leave out.
+its own, because some errors on a GPU end the process. What is about to run is noted in a file beforehand, so that the
+process that is started next (see gpu/workers.py) knows what to leave out.
+
+Each case includes the baseline that its ``speedup`` refers to, measured in the same rounds from a flushed cache. A
+baseline that does not depend on K is thus measured again with every K; compare times within a case, or its speedups.
 """
 
 from __future__ import annotations
@@ -16,18 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clock import Clock, DeviceLost, first_line
-from results import CASE, ERROR, OFF, REFUSED, Results, Row, failed, rounded
-from timing import Call, Timing, compare, copy_rate
 
+from benchmarks.harness.clock import Clock, DeviceLost, first_line
+from benchmarks.harness.results import CASE, ERROR, OFF, REFUSED, Results, Row, failed, rounded
+from benchmarks.harness.timing import Call, Rounds, Timing, compare, copy_rate
 from gradsel_kernels import backends
 
-#: Makes a call: allocates what it needs, checks what it likes. It may raise.
+#: Makes a call: allocates what it needs and checks what it likes. It may raise an error.
 Provider = Callable[[], Call]
 
 
 class OutOfTime(Exception):
-    """What is left does not fit into the time that is left."""
+    """The remaining time is too short for what is left to do."""
 
 
 class Bench:
@@ -35,7 +38,7 @@ class Bench:
 
     Args:
         part: its name.
-        results: where lines go.
+        results: where rows go.
         device: what to measure on.
         small: toy sizes, to try the program.
         until: when to stop, by ``time.time()``.
@@ -44,7 +47,7 @@ class Bench:
     def __init__(self, part: str, results: Results, device: torch.device, small: bool, until: float) -> None:
         self.part, self.results, self.device, self.small, self.until = part, results, device, small, until
         self.clock = Clock(device, small)
-        #: Those that are compared: a backend that is off is reported as such.
+        #: The backends that are compared. One that is off is reported as such.
         self.backends: tuple[str, ...] = ("triton", "cuda")
         if device.type == "cpu":
             self.backends = ("reference",) if off("native", device) else ("native",)
@@ -53,10 +56,10 @@ class Bench:
 
     @cached_property
     def copy_rate(self) -> float:
-        """What rates are a fraction of, in bytes a second."""
+        """Bytes a second of a large copy, which other rates are given as a fraction of."""
         return copy_rate(self.clock)
 
-    # --- What is there, what is left ---------------------------------------------------------------------------
+    # --- What is done, what is left ---------------------------------------------------------------------------
 
     def left(self) -> float:
         """Seconds until the deadline."""
@@ -82,13 +85,13 @@ class Bench:
         return name
 
     def found(self, operation: str, size: str, dtype: str, k: Any) -> dict[str, Row]:
-        """The lines of a case by provider."""
+        """The rows of a case by provider."""
         wanted = dict(zip(CASE, (self.part, operation, size, dtype, str(k)), strict=True))
         rows = self.results.rows(self.part)
         return {row["provider"]: row for row in rows if all(row[name] == value for name, value in wanted.items())}
 
     def is_done(self, operation: str, size: str, dtype: str, k: Any, providers: Iterable[str]) -> bool:
-        """Nothing of a case is left to be measured. An error counts, unless it was a backend that is on by now."""
+        """Nothing of a case is left to measure. Errors count as measured, except of a backend that is on by now."""
         found = self.found(operation, size, dtype, k)
         return all(name in found and not self._is_back(found[name]) for name in providers)
 
@@ -110,7 +113,7 @@ class Bench:
         seconds: float = 0.4,
         expected: float = 2.0,
     ) -> None:
-        """Times the providers of one case in turn, and writes a line for each.
+        """Times the providers of one case in turn, and writes a row for each.
 
         Args:
             baseline: the provider that ``speedup`` is against.
@@ -127,7 +130,7 @@ class Bench:
             return
         self.need(expected)
         before = self.found(operation, size, dtype, k)
-        # A provider that has failed in this case has perhaps ended the process before.
+        # A provider that has failed in this case may have ended the process then, so it is not tried again.
         left = [
             name for name in providers if name not in before or not failed(before[name]) or self._is_back(before[name])
         ]
@@ -151,11 +154,12 @@ class Bench:
                 on_turn(name)
                 try:
                     calls[name] = providers[name]()
-                    self.clock.synchronize()  # what it has started fails here, not in the next one's hands
+                    self.clock.synchronize()  # an error in what it has started appears here, not in the next provider
                 except Exception as error:
                     on_error(name, error)
                     self.clock.check()
-            timings = compare(self.clock, calls, 0.02 if self.small else seconds, on_error, on_turn)
+            rounds = Rounds(0.02, most=3) if self.small else Rounds(seconds)
+            timings = compare(self.clock, calls, rounds, on_error, on_turn)
             for name in timings:
                 on_turn(name)
                 with backends.use_backend(calls[name].backend):
@@ -167,7 +171,7 @@ class Bench:
                 for name, timing in timings.items()
             ])  # fmt: skip
         except DeviceLost:
-            if not errors:  # not in the hands of any provider, so all of them are to blame
+            if not errors:  # no provider was running, so all of them are to blame
                 self.results.add([{**case, "provider": name, "extra": f"{ERROR}the device was lost"} for name in left])
             raise
         marker(self.results.path).unlink(missing_ok=True)
@@ -175,12 +179,12 @@ class Bench:
         self._say(case, timings, errors)
 
     def note(self, operation: str, size: str, dtype: str, k: Any, provider: str, extra: str) -> None:
-        """A line of words alone."""
+        """Writes a row that has words but no times."""
         case = dict(zip(CASE, (self.part, operation, size, dtype, str(k)), strict=True))
         self.results.add([{**case, "provider": provider, "extra": extra}])
 
     def columns(self, timing: Timing, moved: int = 0) -> dict[str, str]:
-        """What a timing says in the results."""
+        """The columns of a timing."""
         columns = {
             "method": timing.method,
             **{f"{name}_ms": rounded(1e3 * getattr(timing, name)) for name in ("p20", "p50", "p80")},
@@ -204,7 +208,7 @@ class Bench:
 
     @staticmethod
     def _say(case: Row, timings: Mapping[str, Timing], errors: Sequence[Row]) -> None:
-        """One line a case, to see that it goes on."""
+        """Prints one line for each case, to show progress."""
         cells = [f"{name} {1e3 * timing.p50:.4g}" for name, timing in timings.items()]
         cells += [f"{row['provider']}: {row['extra'].removeprefix(ERROR)[:40]}" for row in errors]
         name = " ".join(value for value in case.values() if value)
@@ -222,7 +226,7 @@ class BackendOff(RuntimeError):
 
 
 class Refused(RuntimeError):
-    """What a provider says that it does not do, on purpose: a result, and no error."""
+    """What a provider does not do on purpose: a result rather than an error."""
 
 
 def off(name: str, device: torch.device) -> str | None:

@@ -1,23 +1,26 @@
-"""One training step of every method on the same model and batch: ``python benchmarks/train_step.py``.
+"""One training step of every method on the same model and batch: ``python -m benchmarks.training.train_step``.
 
-In each round every method takes one step (zero_grad, forward, backward, optimizer) on its own copy of the model, in an
-order that rotates from round to round. Memory is measured, not derived: what autograd saves in a forward pass, what
-``.grad`` and the optimizer's state hold after a step, and the masks. Results go to one tidy file, a line for each size
-and method; lines of an earlier run with the same key are replaced. ``plot_train_step.py`` draws them.
+In each round every method takes one step (zero_grad, forward, backward, optimizer) on its own copy of the model. The
+order of the methods is drawn anew in every round, and each ratio is between medians of the same rounds. Memory is
+measured, not derived: what autograd saves in a forward pass, what ``.grad`` and the optimizer's state hold after a
+step, and the masks. Results go to one tidy file with a row for each size and method; rows of an earlier run with the
+same key are replaced. ``python -m benchmarks.draw`` draws them.
 
-Random weights have other gradients than trained ones, so the models are trained briefly on real data first (the state
-is kept in the temporary directory for the next run), and selections are taken from gradients on other batches of it.
+Random weights have other gradients than trained ones. The models are therefore trained briefly on real data first (the
+state is kept in the temporary directory for the next run), and selections are taken from gradients on other batches of
+that data. ``checkpoint_bytes`` is the file that a user keeps for each task, head included: a ViT has 10 classes here,
+so its head adds 31 kB; with 100 classes it would be 308 kB.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import os
 import sys
 import tempfile
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,16 +29,18 @@ from typing import Any
 import peft
 import torch
 import transformers
-from common import MACHINE, RESULTS, load, machine, merge, percentiles, timed
-from plot_train_step import summary
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import Adam, AdamW, Optimizer
 from tqdm.auto import tqdm
-from train_step_cases import CASES, SMALL, Batch, Case, cross_entropy
 
 import gradsel
-from gradsel.demo.demo import delta_bytes
+from benchmarks.harness.environment import MACHINE, RESULTS, machine
+from benchmarks.harness.results import load, merge
+from benchmarks.harness.timing import percentiles, shuffled, time_calls
+from benchmarks.training.cases import CASES, SMALL, Batch, Case, cross_entropy
+from benchmarks.training.pictures import summary
 
 FIELDS = [
     "benchmark", "size", "method", "k", "trained", "step_p20_ms", "step_p50_ms", "step_p80_ms", "rounds",
@@ -57,8 +62,8 @@ class Contender:
 
     Attributes:
         after_backward: runs before the optimizer.
-        masks: whatever holds the method's masks, indices and copies of original values.
-        checkpoint_bytes: what a user keeps for each task.
+        masks: everything that holds the method's masks, indices and copies of original values.
+        checkpoint_bytes: size of the file that a user keeps for each task.
         selection: of the methods that have one.
     """
 
@@ -96,21 +101,41 @@ Build = Callable[[Case, nn.Module], Contender]
 
 
 def floor(case: Case, model: nn.Module) -> Contender:
-    """Forward, and the gradient of every layer's input down to the first layers that ours trains; nothing else."""
+    """Forward, and the gradient of every layer's input down to the first layers that ours trains, and nothing else."""
     model.requires_grad_(False)
     for name in case.entrances:
         model.get_submodule(name).register_forward_hook(lambda module, args, output: output.requires_grad_())
     return Contender(model, 0)
 
 
+def file_bytes(write: Callable[[Path], object]) -> int:
+    """Size of the files that ``write`` puts into a folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder))
+        return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+
+
+def state_bytes(module: nn.Module) -> int:
+    """Size of the file of a module's parameters and buffers."""
+    state = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
+    return file_bytes(lambda folder: save_file(state, folder / "state.safetensors"))
+
+
+def delta_bytes(model: nn.Module, selection: gradsel.Selection) -> int:
+    """Size of the file of a selection's values. ``model`` is not attached; a copy is."""
+    attached = copy.deepcopy(model)
+    gradsel.attach(attached, selection)
+    return file_bytes(lambda folder: gradsel.save_delta(attached, folder / "delta.safetensors", selection=selection))
+
+
 def full(case: Case, model: nn.Module) -> Contender:
-    return Contender(model, pinned(model.parameters()), AdamW(model.parameters(), RATE, fused=True))
+    return Contender(model, state_bytes(model), AdamW(model.parameters(), RATE, fused=True))
 
 
 def linear_probe(case: Case, model: nn.Module) -> Contender:
     model.requires_grad_(False)
     head = model.get_submodule(case.head).requires_grad_(True)
-    return Contender(model, pinned(head.parameters()), AdamW(head.parameters(), RATE, fused=True))
+    return Contender(model, state_bytes(head), AdamW(head.parameters(), RATE, fused=True))
 
 
 def adapter(config: Callable[..., peft.PeftConfig], **settings: Any) -> Build:
@@ -119,9 +144,7 @@ def adapter(config: Callable[..., peft.PeftConfig], **settings: Any) -> Build:
     def build(case: Case, model: nn.Module) -> Contender:
         saved = [case.head] if case.trains_head else None
         adapted = peft.get_peft_model(model, config(target_modules=case.layers, modules_to_save=saved, **settings))
-        with tempfile.TemporaryDirectory() as folder:
-            adapted.save_pretrained(folder)
-            size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+        size = file_bytes(adapted.save_pretrained)
         indices = [getattr(module, "shira_indices", None) for module in adapted.modules()]
         return Contender(adapted, size, AdamW(gradsel.trainable_parameters(adapted), RATE, fused=True), masks=indices)
 
@@ -129,10 +152,11 @@ def adapter(config: Callable[..., peft.PeftConfig], **settings: Any) -> Build:
 
 
 def published(policy: Any) -> Build:
-    """GPS as its published code trains: dense gradients, multiplied by dense masks, and dense Adam."""
+    """GPS as its published code trains: dense Adam on dense gradients that are multiplied by dense masks."""
 
     def build(case: Case, model: nn.Module) -> Contender:
         selection = case.select(model, policy)
+        size = delta_bytes(model, selection)
         gradsel.freeze(model, selection)
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         masked = [(p, selection[name].to_dense().float()) for name, p in named if not selection[name].is_whole]
@@ -142,7 +166,7 @@ def published(policy: Any) -> Build:
                 parameter.grad.mul_(dense)
 
         optimizer = Adam([parameter for _, parameter in named], RATE, fused=True)
-        return Contender(model, delta_bytes(selection), optimizer, mask, [dense for _, dense in masked], selection)
+        return Contender(model, size, optimizer, mask, [dense for _, dense in masked], selection)
 
     return build
 
@@ -150,12 +174,13 @@ def published(policy: Any) -> Build:
 def ours(policy: Any, criterion: str = "gradient") -> Build:
     def build(case: Case, model: nn.Module) -> Contender:
         selection = case.select(model, policy, criterion)
+        size = delta_bytes(model, selection)
         gradsel.attach(model, selection)
         optimizer = gradsel.MaskedAdam(gradsel.trainable_parameters(model), RATE)
         # Of every attached module its masks, indices and originals; of the model, the originals of whole parameters.
         kept = ("_gradsel_selected", "_gradsel_record")
         masks = [[vars(module).get(name) for name in kept] for module in model.modules()]
-        return Contender(model, delta_bytes(selection), optimizer, masks=masks, selection=selection)
+        return Contender(model, size, optimizer, masks=masks, selection=selection)
 
     return build
 
@@ -179,7 +204,7 @@ METHODS: dict[tuple[str, int], Build] = {
 
 
 def tensors(holder: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
-    """Every tensor that containers and plain objects hold, at any depth."""
+    """Every tensor in containers and plain objects, at any depth."""
     seen = set() if seen is None else seen
     if isinstance(holder, Tensor):
         yield holder
@@ -191,7 +216,7 @@ def tensors(holder: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
 
 
 def storages(held: Iterable[Tensor]) -> dict[int, int]:
-    """Bytes by address of the memory that tensors keep alive: all of it, also where a view shows only a part."""
+    """Bytes by address of the memory that tensors keep alive: all of it, even if a view shows only a part."""
     parts: list[Tensor] = []
     for tensor in held:
         parts += [tensor._indices(), tensor._values()] if tensor.is_sparse else [tensor]
@@ -203,7 +228,7 @@ def pinned(held: Iterable[Tensor]) -> int:
 
 
 def saved_bytes(contender: Contender, batch: Batch) -> int:
-    """What autograd keeps between forward and backward beside parameters, buffers, masks and the batch."""
+    """What autograd keeps between forward and backward besides parameters, buffers, masks and the batch."""
     model = contender.model
     known = storages([*model.parameters(), *model.buffers(), *tensors(contender.masks), *batch])
     kept: list[Tensor] = []
@@ -218,7 +243,7 @@ def saved_bytes(contender: Contender, batch: Batch) -> int:
 
 
 def peak_bytes(contender: Contender, batch: Batch) -> int:
-    """The most that torch has allocated during a step, over what it had before, gradients of an earlier step freed."""
+    """The most that torch allocates during a step, beyond what it had before; earlier gradients are freed first."""
     contender.model.zero_grad()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         contender.step(batch)
@@ -231,7 +256,7 @@ def peak_bytes(contender: Contender, batch: Batch) -> int:
 
 
 def memory(contender: Contender, batch: Batch) -> dict[str, Any]:
-    """After a step, so that gradients and states are there."""
+    """The columns about memory. Called after a step, when gradients and states exist."""
     state = () if contender.optimizer is None else contender.optimizer.state.values()
     gradients = [p.grad for p in contender.trainable if p.grad is not None]
     row = {
@@ -254,14 +279,14 @@ def memory(contender: Contender, batch: Batch) -> dict[str, Any]:
 
 
 def check(losses: dict[tuple[str, int], list[float]], where: str) -> None:
-    """Ours has to train as the published way does, or its speed means nothing."""
+    """Raises SystemExit unless ours trains as the published way does: otherwise its speed would mean nothing."""
     for one, other in zip(losses[OURS, 1], losses[PUBLISHED, 1], strict=True):
         if not abs(one - other) <= 1e-5 * abs(other):
             sys.exit(f"{where}: losses of ours {losses[OURS, 1]} and as published {losses[PUBLISHED, 1]} differ")
 
 
 def check_small(case: Case) -> None:
-    """Three steps on a small model, at a learning rate at which it moves."""
+    """Three steps on a small model, at a learning rate that moves it."""
     model = case.pretrained()
     batches = list(case.batches(3, 3, case.samples))
     losses = {}
@@ -274,18 +299,18 @@ def check_small(case: Case) -> None:
 
 
 def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
-    """All methods on one model: the lines of the results."""
+    """All methods on one model: the rows of the results."""
     model = case.pretrained()
     weights = pinned(model.parameters())
     (batch,) = case.batches(3, 1, case.samples)
     contenders = {method: build(case, copy.deepcopy(model)) for method, build in METHODS.items()}
     seconds: dict[tuple[str, int], list[float]] = {method: [] for method in contenders}
     losses: dict[tuple[str, int], list[float]] = {method: [] for method in contenders}
-    order = deque(contenders)
+    orders = shuffled(contenders)
     for _ in tqdm(range(WARM_UP + rounds), desc=case.size, unit="round", leave=False):
-        for method in order:
-            seconds[method].append(timed(lambda own=method: losses[own].append(contenders[own].step(batch))))
-        order.rotate(-1)
+        for method in next(orders):
+            step = functools.partial(contenders[method].step, batch)
+            seconds[method].append(time_calls(lambda step=step, own=losses[method]: own.append(step()))[0])
     check(losses, case.size)
 
     spread = {method: percentiles(times[WARM_UP:]) for method, times in seconds.items()}

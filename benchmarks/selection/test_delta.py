@@ -1,4 +1,8 @@
-"""Tasks of ViT-B/16, GPS with K = 1, 100 classes: saved, applied and switched, against full checkpoints and LoRA."""
+"""Tasks of ViT-B/16 saved, applied and switched, against full checkpoints and LoRA.
+
+The tasks are GPS with K = 1 and a head of 100 classes, so the file of a delta is 1.18 MB (with 10 classes it would be
+0.90 MB). Sizes are compared file with file.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +34,7 @@ def base():
 
 @pytest.fixture(scope="module")
 def tuned(base):
-    """An attached model with a task in it, and its selection, whose fingerprints are known as select() leaves them."""
+    """An attached model that has learned a task, and its selection, with the fingerprints that select() adds to it."""
     return with_task(base, seed=0)
 
 
@@ -74,7 +78,7 @@ def size(*paths) -> int:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_saving(compare, tuned, folder, dtype):
+def test_saving(contest, tuned, folder, dtype):
     model, selection = tuned
     full, small, alone = folder / "out.safetensors", folder / "out.delta", folder / "alone.delta"
     export(model, full)
@@ -84,11 +88,11 @@ def test_saving(compare, tuned, folder, dtype):
         "delta, fingerprints computed": (lambda: save_delta(model, alone, dtype=dtype), size(small)),
         "delta": (lambda: save_delta(model, small, selection=selection, dtype=dtype), size(small)),
     }
-    compare("save a task", SIZE, str(dtype).removeprefix("torch."), 1, providers)
+    contest("save a task", SIZE, str(dtype).removeprefix("torch."), {1: providers})
 
 
-def test_a_task_from_its_file(compare, base, folder):
-    """From a file to a model that computes the task, and back, where there is a way back."""
+def test_a_task_from_its_file(contest, base, folder):
+    """From a file to a model that computes the task, and back again where that is possible."""
     model, other, merged = (copy.deepcopy(base) for _ in range(3))
 
     def delta() -> None:
@@ -113,11 +117,11 @@ def test_a_task_from_its_file(compare, base, folder):
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        compare("load a task and take it back", SIZE, "float32", 1, providers)
+        contest("load a task and take it back", SIZE, "float32", {1: providers})
 
 
-def test_a_loaded_task(compare, base, folder):
-    """Applied and reverted, the base checked each time."""
+def test_a_loaded_task(contest, base, folder):
+    """Applied and reverted; the base is checked each time."""
     model, delta = copy.deepcopy(base), Delta.load(folder / "first.delta")
     state = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     written = 2 * delta.nbytes
@@ -125,10 +129,10 @@ def test_a_loaded_task(compare, base, folder):
         "load_state_dict": (lambda: model.load_state_dict(state), sum(tensor.nbytes for tensor in state.values())),
         "delta": (lambda: delta.apply_(model).revert_(), written),
     }
-    compare("apply and revert a task", SIZE, "float32", 1, providers)
+    contest("apply and revert a task", SIZE, "float32", {1: providers})
 
 
-def test_switching(compare, base, folder):
+def test_switching(contest, base, folder):
     model, merged = copy.deepcopy(base), copy.deepcopy(base)
     bank = TaskBank(model)
     for task in TASKS:
@@ -150,6 +154,6 @@ def test_switching(compare, base, folder):
         "LoRA r=8, unmerged and merged": (lora_switch, 2 * whole),
         "task bank": (lambda: bank.activate(next(turns["bank"])), 2 * bank[TASKS[0]].nbytes),
     }
-    compare("switch between two tasks", SIZE, "float32", 1, providers)
+    contest("switch between two tasks", SIZE, "float32", {1: providers})
     bank.activate(None)
     assert all(torch.equal(tensor, base.state_dict()[name]) for name, tensor in model.state_dict().items())

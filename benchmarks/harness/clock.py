@@ -1,4 +1,4 @@
-"""What it takes to measure on a device: events, a wait, caches that are flushed, graphs; on the CPU a wall clock."""
+"""The tools for timing on a device: events, a wait, a cache flush and graphs; on the CPU, a wall clock."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from typing import Any
 import torch
 
 Function = Callable[[], object]
-#: Inputs of all copies of a call take this many times the second-level cache, so that none is found there.
+#: The inputs of all copies of a call take this many times the second-level cache, so that none is found there.
 CACHES = 4
 MOST_SETS = 256
 
 
 class DeviceLost(RuntimeError):
-    """The device refuses everything in this process from now on, as after an illegal address."""
+    """The device refuses everything in this process from now on, for example after an illegal address."""
 
 
 class Clock:
-    """What is needed to take times on one device.
+    """Takes times on one device.
 
     Args:
         device: a CUDA device, or the CPU to try a program.
-        small: as few and as short samples as possible.
+        small: take as few and as short samples as possible.
     """
 
     def __init__(self, device: torch.device, small: bool = False) -> None:
@@ -53,7 +53,7 @@ class Clock:
             check_device()
 
     def stop(self, recorded: bool = False) -> float:
-        """Seconds on the device from ``start`` to ``end``, which is recorded now unless it is already."""
+        """Seconds on the device from ``start`` to ``end``, which is recorded now unless it has been already."""
         if not recorded:
             self.end.record()
         self.end.synchronize()
@@ -67,14 +67,14 @@ class Clock:
         return time.perf_counter() - start
 
     def capture(self, function: Function) -> torch.cuda.CUDAGraph:
-        """A graph of what a function does on the device; it has been replayed once. Raises what stands against it."""
+        """A graph of what a function does on the device, replayed once. Raises the reason if it cannot be captured."""
         stream = torch.cuda.current_stream()
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
                 function()
         finally:
-            torch.cuda.set_stream(stream)  # a capture that fails at its end does not give the stream back
+            torch.cuda.set_stream(stream)  # a capture that fails at its end leaves its own stream current
         graph.replay()
         self.synchronize()
         return graph
@@ -85,7 +85,7 @@ class Clock:
             torch.cuda._sleep(int(seconds * self._cycles))
 
     def warm_up(self, seconds: float = 0.5) -> None:
-        """An idle device needs a moment until it runs at its full clock rate."""
+        """Waits until the device, which may have been idle, runs at its full clock rate."""
         matrix = torch.ones(2048 if self.cuda else 64, 2048 if self.cuda else 64, device=self.device)
         start = time.perf_counter()
         while time.perf_counter() - start < (0.01 if self.small else seconds):
@@ -105,17 +105,17 @@ class Clock:
         return torch.zeros(max(CACHES * self.cache, 1 << 12) // 4, device=self.device)
 
     def flush(self) -> None:
-        """Fills the second-level cache with something else: read, so that nothing is left to be written back."""
+        """Fills the second-level cache by reading something else, so that nothing is left to be written back."""
         self._filler.sum()
 
     def sets(self, nbytes: int) -> int:
-        """How many copies of inputs of this size it takes to find none of them in the cache."""
+        """How many copies of inputs of this size are needed so that none of them is found in the cache."""
         if self.small:
             return 2
         return max(1, min(MOST_SETS, -(-CACHES * self.cache // max(nbytes, 1))))
 
     def peak(self, function: Function) -> int | None:
-        """Bytes that a call allocates at its peak, beyond what was there before; None on the CPU."""
+        """Bytes that a call allocates at its peak, beyond what was allocated before; None on the CPU."""
         if not self.cuda:
             return None
         torch.cuda.synchronize()
@@ -140,9 +140,9 @@ def check_device() -> None:
 
 
 def release() -> None:
-    """Gives back what nothing refers to any more."""
+    """Frees what nothing refers to any more."""
     gc.collect()
-    with contextlib.suppress(RuntimeError):  # of a device that is lost, which is reported elsewhere
+    with contextlib.suppress(RuntimeError):  # a lost device is reported elsewhere
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -155,7 +155,7 @@ def on_the_device(function: Function) -> list[Any]:
         torch.cuda.synchronize()
     events = list(profile.events())
     of_host = {event.name for event in events if event.device_type == torch.autograd.DeviceType.CPU}
-    return [  # annotations have the name of what the host did, and overlap with the kernels they are about
+    return [  # annotations are named after what the host did, and overlap with the kernels they annotate
         event for event in events if event.device_type == torch.autograd.DeviceType.CUDA and event.name not in of_host
     ]
 

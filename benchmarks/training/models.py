@@ -1,4 +1,4 @@
-"""Methods that fine-tune a model, and what of them is compared: what all of them have in common."""
+"""What all methods that fine-tune a model have in common, and the entries of a comparison."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Contender:
         return torch.autocast(next(self.model.parameters()).device.type, self.autocast)
 
     def step(self, batch: Batch) -> Tensor:
-        """One training step; the loss before it, still on the device so that nothing waits for it."""
+        """One training step. Returns the loss before it, still on the device, so that nothing waits for it."""
         if self.optimizer is not None:
             self.optimizer.zero_grad(set_to_none=True)
         with self.precision():
@@ -69,7 +69,7 @@ class Contender:
         return sum(parameter.numel() for parameter in gradsel.trainable_parameters(self.model))
 
     def facts(self) -> dict[str, Any]:
-        """What the results say of it besides times and bytes."""
+        """What the results say about it besides times and bytes."""
         found: dict[str, Any] = {"trained": self.trained}
         if self.selection is not None:
             masks = [mask for mask in self.selection.values() if mask.nnz and not mask.is_whole]
@@ -85,8 +85,8 @@ class Method:
     Attributes:
         k: entries, rows, columns or rank; 0 where there is no such number.
         build: makes a contender of a model that nobody else uses.
-        served: names of the rows of inference: as it was trained, and merged. None: it is not measured.
-        note: what is worth saying about its setting.
+        served: names of the rows of inference, as trained and merged; None: not measured.
+        note: remarks on its setting.
     """
 
     name: str
@@ -97,10 +97,10 @@ class Method:
 
 
 class Selections:
-    """The selections of one model, each made when it is first asked for; kept on the CPU.
+    """The selections of one model, each made when it is first needed and kept on the CPU.
 
     Args:
-        batches: what gradients are taken of.
+        batches: the data that gradients are taken on.
         freeze: names of parameters that no selection trains.
     """
 
@@ -125,12 +125,12 @@ def on(selection: gradsel.Selection, device: torch.device) -> gradsel.Selection:
 
 @dataclass(frozen=True)
 class Task:
-    """What methods need to know of a model.
+    """What methods need to know about a model.
 
     Attributes:
         layers: regular expression of the linear layers that adapters go to.
         head: the output layer, which every method trains; None: there is none to train.
-        entrances: the first trained layers: the gradient has to come down to their outputs.
+        entrances: the first trained layers; the gradient has to reach their outputs.
         select: a policy's selection, on a device.
         regular_blocks: the last blocks that GRFT pulls to the pre-trained weights.
     """
@@ -148,7 +148,7 @@ class Task:
 
 @dataclass
 class Running:
-    """An entry at work: what is timed, and what to say of it."""
+    """An entry at work: what is timed, and what the results say about it."""
 
     run: Callable[[], object]
     facts: dict[str, Any]
@@ -156,7 +156,7 @@ class Running:
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of the results. ``start`` puts all that it needs on the device."""
+    """A row of the results. ``start`` puts everything that it needs on the device."""
 
     name: str
     k: int
@@ -168,7 +168,7 @@ class Entry:
 
 
 def training(method: Method, make: Callable[[], nn.Module], batch: Batch, note: Callable[[], str] = str) -> Entry:
-    """Steps on one batch; ``note`` tells what is special about selections on this model."""
+    """Steps on one batch; ``note`` says what is special about selections on this model."""
 
     def start() -> Running:
         contender = method.build(make())
@@ -179,7 +179,7 @@ def training(method: Method, make: Callable[[], nn.Module], batch: Batch, note: 
 
 
 def inference(method: Method, make: Callable[[], nn.Module], inputs: Tensor) -> list[Entry]:
-    """Forward passes of the model as it was trained and, where that is another one, merged."""
+    """Forward passes of the model as it was trained and, if that is a different one, merged."""
 
     def entry(name: str, merged: bool) -> Entry:
         def start() -> Running:

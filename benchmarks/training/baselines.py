@@ -1,8 +1,8 @@
 """Every method of the comparison as it is applied to a model: parameter-efficient baselines, full fine-tuning, ours.
 
-The baselines follow their papers and published code where these agree; each says its setting. Whatever a method does
-not train requires no gradient, so that autograd computes and keeps no more than the method needs. Those that start as
-the pre-trained model (adapters, LoRA) or near it (SSF) are initialised so.
+The baselines follow their papers and published code where these agree, and each states its setting. Whatever a method
+does not train requires no gradient, so that autograd computes and keeps no more than the method needs. Methods that
+start as the pre-trained model (adapters, LoRA) or near it (SSF) are initialised accordingly.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from models import RATE, Contender, Method, Task
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Adam, AdamW
 
 import gradsel
+from benchmarks.training.models import RATE, Contender, Method, Task
 from gradsel.papers.vit import VisionTransformer
 
 Build = Callable[[nn.Module], Contender]
@@ -35,7 +35,7 @@ def with_head(task: Task, model: nn.Module, names: Callable[[str], bool] = lambd
 
 
 def floor(task: Task) -> Build:
-    """Forward, and the gradient of every layer's input down to the first layers that ours trains; nothing else."""
+    """Forward, and the gradient of every layer's input down to the first layers that ours trains, and nothing else."""
 
     def build(model: nn.Module) -> Contender:
         model.requires_grad_(False)
@@ -62,7 +62,7 @@ def bias(task: Task) -> Build:
 
 
 class ScaleShift(nn.Module):
-    """An operation, and behind it one factor and one summand for each of its output features."""
+    """An operation followed by one factor and one summand for each of its output features."""
 
     def __init__(self, operation: nn.Module) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class ScaleShift(nn.Module):
 
 
 def replaced(model: nn.Module, kinds: tuple[type, ...], make: Callable[[nn.Module], nn.Module], skip: str = "") -> None:
-    """Puts what ``make`` returns in place of every module of some kinds, except below the child ``skip``."""
+    """Replaces every module of some kinds by what ``make`` returns for it, except below the child ``skip``."""
     for name, module in list(model.named_modules()):
         if isinstance(module, kinds) and name.partition(".")[0] != skip:
             parent, _, short = name.rpartition(".")
@@ -116,7 +116,7 @@ def ssf(task: Task) -> Build:
 
 
 class Prompted(nn.Module):
-    """A vision transformer in which every block sees prompt tokens of its own, behind the class token."""
+    """A vision transformer in which every block sees prompt tokens of its own, after the class token."""
 
     def __init__(self, model: VisionTransformer, prompts: int) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class Prompted(nn.Module):
         model = self.model
         tokens = model.patch_embed(images)
         tokens = torch.cat([model.cls_token.expand(len(tokens), -1, -1), tokens], dim=1) + model.pos_embed
-        others = 1  # where the patches begin: what a block makes of its prompts, the next one does not see
+        others = 1  # where the patches begin; the next block does not see what this one makes of its prompts
         for block, prompts in zip(model.blocks, self.prompts, strict=True):
             own = prompts.expand(len(tokens), -1, -1)
             tokens = block(torch.cat([tokens[:, :1], own, tokens[:, others:]], dim=1))
@@ -152,7 +152,7 @@ def vpt(task: Task, prompts: int = 50) -> Build:
 
 
 class Adapter(nn.Module):
-    """A sublayer, and behind it a bottleneck with a residual connection around it; at first the identity."""
+    """A sublayer followed by a bottleneck with a residual connection around it; initially the identity."""
 
     def __init__(self, sublayer: nn.Module, dim: int, bottleneck: int) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ def lora(task: Task, rank: int = 8, autocast: torch.dtype | None = None, exact: 
 
     Args:
         autocast: for models in half precision, whose adapters PEFT makes float32.
-        exact: leave that as it is; else adapters get the dtype of the model, which is faster.
+        exact: keep them float32; otherwise adapters get the dtype of the model, which is faster.
     """
 
     def build(model: nn.Module) -> Contender:
@@ -213,7 +213,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def published(task: Task, policy: Any) -> Build:
-    """GPS as its published code trains: dense gradients, multiplied by dense masks, and dense Adam."""
+    """GPS as its published code trains: dense Adam on dense gradients that are multiplied by dense masks."""
 
     def build(model: nn.Module) -> Contender:
         selection = task.select(device_of(model), policy)
@@ -277,7 +277,7 @@ def generic(task: Task, dtype: torch.dtype, ks: tuple[int, ...]) -> list[Method]
 
 
 def loras(task: Task, dtype: torch.dtype) -> list[Method]:
-    """As PEFT and transformers' Trainer do it; in half precision also in a way that is faster."""
+    """LoRA as PEFT and transformers' Trainer do it; in half precision also in a faster way."""
     if dtype is torch.float32:
         return [Method(LORA, 8, lora(task), ("LoRA, unmerged", "LoRA, merged"))]
     usual = "weights in bfloat16, adapters in float32 under autocast, as PEFT and Trainer do"
@@ -289,7 +289,7 @@ def loras(task: Task, dtype: torch.dtype) -> list[Method]:
 
 
 def for_vit(task: Task, dtype: torch.dtype, ks: tuple[int, ...] = (1, 2, 10)) -> list[Method]:
-    """The same, and those that are written for our vision transformer."""
+    """The generic methods, and those that are written for our vision transformer."""
     note = DENSE if dtype is not torch.float32 else ""
     return [
         *generic(task, dtype, ks),

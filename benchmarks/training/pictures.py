@@ -1,47 +1,42 @@
-"""What ``train_step.py`` measured, as a table, against its targets and as a picture.
-
-``python benchmarks/plot_train_step.py [train_step-cpu.csv]``. Nothing is measured here.
-"""
+"""What ``train_step.py`` has measured: as a table, against its targets, and as a picture. Nothing is measured here."""
 
 from __future__ import annotations
 
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import RESULTS, load
 from matplotlib.axes import Axes
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
-from gradsel.demo import plots
+from benchmarks.harness import plots
+from benchmarks.harness.results import Row
 
-Row = dict[str, str]
-#: Name in the picture, colour and marker of every method, in the order of the table.
+#: Name in the picture and marker of every method, in the order of the table.
 STYLE = {
-    ("floor", 0): ("floor", plots.GREY, "D"),
-    ("full fine-tuning", 0): ("full fine-tuning", plots.PINK, "s"),
-    ("GPS as published", 1): ("GPS as published", plots.PINK, "o"),
-    ("linear probe", 0): ("linear probe", plots.GREY, "o"),
-    ("LoRA", 8): ("LoRA, r = 8", plots.ORANGE, "s"),
-    ("SHiRA", 1): ("SHiRA", plots.ORANGE, "o"),
-    ("ours", 1): ("ours, K = 1", plots.BLUE, "o"),
-    ("ours", 2): ("K = 2", plots.BLUE, "o"),
-    ("ours", 5): ("K = 5", plots.BLUE, "o"),
-    ("ours", 10): ("K = 10", plots.BLUE, "o"),
-    ("ours, random", 1): ("random K = 1", plots.GREEN, "o"),
-    ("ours, rows", 3): ("3 rows", plots.GREEN, "^"),
-    ("ours, columns", 3): ("3 columns", plots.GREEN, "v"),
+    ("floor", 0): ("floor", "D"),
+    ("full fine-tuning", 0): ("full fine-tuning", "s"),
+    ("GPS as published", 1): ("GPS as published", "o"),
+    ("linear probe", 0): ("linear probe", "o"),
+    ("LoRA", 8): ("LoRA, r = 8", "s"),
+    ("SHiRA", 1): ("SHiRA", "o"),
+    ("ours", 1): ("ours, K = 1", "o"),
+    ("ours", 2): ("K = 2", "o"),
+    ("ours", 5): ("K = 5", "o"),
+    ("ours", 10): ("K = 10", "o"),
+    ("ours, random", 1): ("random K = 1", "o"),
+    ("ours, rows", 3): ("3 rows", "^"),
+    ("ours, columns", 3): ("3 columns", "v"),
 }
 PROBE = ("linear probe", 0)
 STATE = ("gradient_bytes", "optimizer_bytes", "mask_bytes")
 
 
 def by_size(rows: Sequence[Row]) -> dict[str, dict[tuple[str, int], Row]]:
-    """Lines by size, then by method and k in the order of STYLE."""
+    """Rows by size, then by method and K in the order of STYLE."""
     sizes: dict[str, dict[tuple[str, int], Row]] = defaultdict(dict)
     for row in sorted(rows, key=lambda row: list(STYLE).index((row["method"], int(row["k"])))):
         sizes[row["size"]][row["method"], int(row["k"])] = row
@@ -56,7 +51,7 @@ def table(rows: dict[tuple[str, int], Row]) -> str:
     """Markdown."""
     lines = [
         "| method | K or r | trained | step, ms | of full | of LoRA | of the floor | saved, MB | gradients, state and "
-        "masks, MB | peak, MB | a task's file, MB | inputs read, % |",
+        "masks, MB | peak, MB | a task's file (of a ViT with 10 classes), MB | inputs read, % |",
         "|---" * 12 + "|",
     ]
     for (method, k), row in rows.items():
@@ -72,7 +67,7 @@ def table(rows: dict[tuple[str, int], Row]) -> str:
 
 
 def targets(rows: dict[tuple[str, int], Row]) -> list[tuple[str, float, float]]:
-    """What was aimed at: in words, the figure reached, and the most it may be."""
+    """Each target in words, the figure that was reached, and the most it may be."""
     ours, published, random = rows["ours", 1], rows["GPS as published", 1], rows["ours, random", 1]
     lora = rows["LoRA", 8]
 
@@ -109,7 +104,7 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def places(rows: dict[tuple[str, int], Row]) -> dict[tuple[str, int], tuple[float, float, str]]:
-    """Of every method its time, its memory and its name. The linear probe, far below all others, is moved up."""
+    """Time, memory and name of every method. The linear probe, far below all others, is moved up."""
     dots = {
         method: (float(row["step_p50_ms"]), megabytes(row, "saved_bytes", *STATE), STYLE[method][0])
         for method, row in rows.items()
@@ -122,17 +117,17 @@ def places(rows: dict[tuple[str, int], Row]) -> dict[tuple[str, int], tuple[floa
 
 
 def draw_size(axes: Axes, size: str, rows: dict[tuple[str, int], Row]) -> None:
-    """Every method as a dot, with the 20th to 80th percentile of its time; ours over K as a line."""
+    """Every method as a dot, with the 20th to 80th percentile of its time; a line joins ours over K."""
     dots = places(rows)
     for method, (time, height, _) in dots.items():
-        _, colour, marker = STYLE[method]
+        colour, marker = plots.colour(method[0]), STYLE[method][1]
         low, high = (float(rows[method][f"step_p{p}_ms"]) for p in (20, 80))
         axes.errorbar(
             time, height, xerr=[[time - low], [high - time]], fmt=marker, color=colour, markersize=7, elinewidth=1
         )
     ours = [(time, height) for method, (time, height, _) in dots.items() if method[0] == "ours"]
-    axes.plot(*zip(*ours, strict=True), color=plots.BLUE, linewidth=1.5, alpha=0.5)
-    axes.axvline(dots["floor", 0][0], color=plots.GREY, linewidth=1, linestyle=":")
+    axes.plot(*zip(*ours, strict=True), color=plots.colour("ours"), linewidth=1.5, alpha=0.5)
+    axes.axvline(dots["floor", 0][0], color=plots.colour("floor"), linewidth=1, linestyle=":")
     axes.set_xlim(0, 1.06 * max(float(row["step_p80_ms"]) for row in rows.values()))
     heights = [height for _, height, _ in dots.values()]
     axes.set_yscale("log")
@@ -148,17 +143,17 @@ def draw_size(axes: Axes, size: str, rows: dict[tuple[str, int], Row]) -> None:
 
 
 def label(axes: Axes, rows: dict[tuple[str, int], Row]) -> None:
-    """Writes each method's name beside its dot: the nearest place where it covers no other name and no dot."""
+    """Writes each method's name in the nearest place to its dot where it covers no other name and no dot."""
     dots = places(rows)
     renderer = axes.figure.canvas.get_renderer()
     inside, halo = axes.get_window_extent(), withStroke(linewidth=2.5, foreground="white")
     pixels = dict(zip(dots, axes.transData.transform([dot[:2] for dot in dots.values()]), strict=True))
     taken = {method: Bbox.from_extents(x - 10, y - 10, x + 10, y + 10) for method, (x, y) in pixels.items()}
     offsets = [(side * far, up) for far in (9, 20, 40, 65, 95) for up in range(-120, 121, 8) for side in (1, -1)]
-    offsets.sort(key=lambda offset: offset[0] ** 2 + (1.5 * offset[1]) ** 2 - offset[0])  # rather right than left
+    offsets.sort(key=lambda offset: offset[0] ** 2 + (1.5 * offset[1]) ** 2 - offset[0])  # the right is preferred
     for method in sorted(dots, key=lambda method: -pixels[method][1]):
         *place, name = dots[method]
-        colour = STYLE[method][1]
+        colour = plots.colour(method[0])
         for x, y in offsets:
             line = None if abs(y) <= 8 and abs(x) == 9 else {"arrowstyle": "-", "color": colour, "alpha": 0.5}
             text = axes.annotate(
@@ -174,8 +169,8 @@ def label(axes: Axes, rows: dict[tuple[str, int], Row]) -> None:
             text.remove()
 
 
-def draw(rows: Sequence[Row], path: Path) -> None:
-    """One panel a size."""
+def draw(rows: Sequence[Row], path: Path) -> list[Path]:
+    """Draws ``path``, one panel for each size."""
     sizes = by_size(rows)
     figure, panels = plots.figure(len(sizes), 6.2 * len(sizes), 5.6)
     panels[0].set_ylabel("saved activations, gradients, optimizer state and masks, MB (log)")
@@ -183,20 +178,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     figure.suptitle(f"Time and memory of a training step: {where}", fontsize=10)
     for axes, (size, methods) in zip(panels, sizes.items(), strict=True):
         draw_size(axes, size, methods)
-    figure.draw_without_rendering()  # makes the layout, so that places on the page are known
+    figure.draw_without_rendering()  # makes the layout, which places on the page depend on
     for axes, methods in zip(panels, sizes.values(), strict=True):
         label(axes, methods)
     plots.save(figure, path)
-
-
-def main() -> None:
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS / "train_step-cpu.csv"
-    rows = load(path)
-    print(summary(rows))
-    picture = path.with_suffix(".png")
-    draw(rows, picture)
-    print(f"\n{picture}")
-
-
-if __name__ == "__main__":
-    main()
+    return [path]

@@ -1,10 +1,10 @@
-"""Short tables of what is in the results: the reader may see the last screens only."""
+"""Tables of what is in the results. Those of a GPU run are short, because only its last screens may be seen."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-from results import ERROR, Row, failed
+from benchmarks.harness.results import ERROR, Row, failed
 
 
 def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
@@ -28,7 +28,7 @@ def number(text: str, digits: int = 3) -> str:
 
 
 def over_k(rows: Sequence[Row], line: Callable[[Row], str | None], cell: Callable[[Row], str], head: str) -> list[str]:
-    """One line for each name that ``line`` gives (None: none), one column for each k."""
+    """One line for each name that ``line`` returns (rows with None are left out), one column for each K."""
     lines: dict[str, dict[str, str]] = {}
     for row in rows:
         name = line(row)
@@ -42,7 +42,7 @@ def over_k(rows: Sequence[Row], line: Callable[[Row], str | None], cell: Callabl
 
 
 def errors(rows: Sequence[Row], most: int = 6) -> list[str]:
-    """Every different error once, with one of the places where it happened and the number of all of them."""
+    """Every different error once, with the number of places where it happened and one of them."""
     found: dict[str, list[str]] = {}
     for row in rows:
         if failed(row):
@@ -57,7 +57,7 @@ def errors(rows: Sequence[Row], most: int = 6) -> list[str]:
 
 
 def general(rows: Sequence[Row]) -> list[str]:
-    """For parts without a table of their own: a line for each row."""
+    """The table of parts that have none of their own: a line for each row."""
     cells = [["", "ms", "host ms", "speedup", "peak GB"]]
     title = ""
     for row in rows:
@@ -70,3 +70,38 @@ def general(rows: Sequence[Row]) -> list[str]:
         name = f"  {row['provider']}" + (f" K={row['k']}" if row["k"] not in ("", "0") else "")
         cells.append([name, *(number(row[n]) for n in ("p50_ms", "wall_p50_ms", "speedup")), peak])
     return [*(aligned(cells) if len(cells) > 1 else ["  nothing measured"]), *errors(rows)]
+
+
+# --- Single operations on the CPU --------------------------------------------------------------------------------
+
+#: The provider that is ours, where there is one: the others are a multiple of its time.
+OURS = ("native", "delta", "task bank")
+
+
+def by_shape(rows: Iterable[Row]) -> dict[tuple[str, str, str], dict[int, dict[str, Row]]]:
+    """Rows by (kernel, size, dtype), by K, and by provider."""
+    found: dict[tuple[str, str, str], dict[int, dict[str, Row]]] = {}
+    for row in rows:
+        shape = found.setdefault((row["kernel"], row["size"], row["dtype"]), {})
+        shape.setdefault(int(row["k"]), {})[row["provider"]] = row
+    return found
+
+
+def over_baselines(rows: Iterable[Row]) -> str:
+    """Markdown: our median, and how many times as long every other provider takes."""
+    lines = ["| kernel | size | dtype | K | ours | of copy | others, as a multiple of ours |", "|---" * 7 + "|"]
+    for (kernel, size, dtype), by_k in sorted(by_shape(rows).items()):
+        for k, own in sorted(by_k.items()):
+            name = next((name for name in OURS if name in own), None)
+            if name is None:  # baselines; they are on the lines of every K
+                continue
+            ours = own[name]
+            others = ", ".join(
+                f"{other} {float(row['p50_us']) / float(ours['p50_us']):.3g}x"
+                for other, row in {**by_k.get(0, {}), **own}.items()
+                if other != name
+            )
+            milliseconds = f"{float(ours['p50_us']) / 1000:.3g} ms"
+            cells = [kernel, size, dtype, k or "", milliseconds, ours["fraction_of_copy"], others]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)

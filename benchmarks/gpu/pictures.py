@@ -2,43 +2,27 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import adam
-import topk
-import weight_grad
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from results import Row, failed
 
-from gradsel.demo import plots
-from gradsel.demo.plots import BLUE, GREEN, GREY, ORANGE, PINK, SKY
+from benchmarks.gpu import adam, topk, weight_grad
+from benchmarks.harness import plots
+from benchmarks.harness.results import Row, failed
 
-COLOURS = {"cuda": BLUE, "triton": GREEN, "native": GREEN, "reference": GREEN, topk.READING: GREY}
 MARKS = "osD^vPX<>hd"
 MOST = 4  # axes in a row
-
-
-def colour(provider: str) -> str:
-    return next((found for name, found in COLOURS.items() if provider.startswith(name)), ORANGE)
 
 
 def over_k(axes: Axes, rows: Sequence[Row], column: str, providers: Sequence[str], styles: Sequence[str]) -> None:
     """A line for each provider."""
     for provider, style in zip(providers, styles, strict=True):
-        found = sorted(
-            (int(row["k"]), float(row[column])) for row in rows if row["provider"] == provider and row[column]
-        )
-        if found:
-            axes.plot(*zip(*found, strict=True), style, color=colour(provider), label=provider, markersize=4)
-    ks = sorted({int(row["k"]) for row in rows})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ks, list(map(str, ks)))
-    axes.minorticks_off()
-    axes.set_xlabel("K, entries of a row")
-    axes.grid(True, alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+        own = (row for row in rows if row["provider"] == provider and row[column])
+        plots.line(axes, {int(row["k"]): float(row[column]) for row in own}, provider, style)
+    plots.k_axis(axes, (int(row["k"]) for row in rows))
 
 
 def groups(rows: Sequence[Row], *columns: str) -> dict[tuple[str, ...], list[Row]]:
@@ -59,7 +43,7 @@ def save(
             handles, names = axes.get_legend_handles_labels()
             entries |= dict(zip(names, handles, strict=True))
         else:
-            axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+            plots.legend_below(axes)
     if shared_legend:
         columns = 2 * len(panels)
         drawing.legend(entries.values(), entries, fontsize=7, frameon=False, loc="outside lower center", ncols=columns)
@@ -78,7 +62,7 @@ def draw_topk(rows: Sequence[Row], path: Path) -> Path:
                 for name in names
             ]
             over_k(axes, own, "fraction_of_copy", names, styles)
-            axes.axhline(topk.TARGET, color=GREY, linewidth=1)
+            axes.axhline(topk.TARGET, color=plots.BLACK, linewidth=1, linestyle=":", label="target")
             axes.set_ylim(0)
             axes.set_ylabel("rate, as a fraction of a copy's")
             axes.set_title(f"top-K of rows, {', '.join(key)}", fontsize=10)
@@ -99,7 +83,7 @@ def draw_adam(rows: Sequence[Row], path: Path) -> Path | None:
                    [s for n, s in zip(names, styles, strict=True) if "alone" not in n])  # fmt: skip
             dense = [float(row["p50_ms"]) for row in own if row["provider"] == adam.BASELINE]
             if dense:
-                axes.axhline(sum(dense) / len(dense), color=ORANGE, label=adam.BASELINE)
+                plots.level(axes, statistics.median(dense), adam.BASELINE)  # measured anew with every K
             axes.set_yscale("log")
             axes.set_ylabel("a step on the device, milliseconds")
             axes.set_title(", ".join(key), fontsize=10)
@@ -111,22 +95,20 @@ def draw_adam(rows: Sequence[Row], path: Path) -> Path | None:
 
 
 def draw_weight_grad(rows: Sequence[Row], path: Path) -> Path | None:
-    colours = {"gather": BLUE, "tile": GREEN, "union": PINK, "auto": "black"}
+    styles = {"gather": "o-", "tile": "s-", "union": "^-", "auto": ":"}
 
     def panel(key: tuple[str, ...], own: Sequence[Row]) -> Callable[[Axes], None]:
         def draw(axes: Axes) -> None:
             dense = {row["k"]: float(row["p50_ms"]) for row in own if row["provider"] == weight_grad.DENSE}
             over_k(axes, own, "speedup", [], [])
-            for name, shade in colours.items():
-                found = sorted(
-                    (int(row["k"]), float(row["p50_ms"]) / dense[row["k"]])
+            for name, style in styles.items():
+                found = {
+                    int(row["k"]): float(row["p50_ms"]) / dense[row["k"]]
                     for row in own
                     if row["provider"].endswith(f", {name}") and row["k"] in dense
-                )
-                if found:
-                    style = ":" if name == "auto" else "o-"
-                    axes.plot(*zip(*found, strict=True), style, color=shade, label=name, markersize=4)
-            axes.axhline(1, color=ORANGE, label=weight_grad.DENSE)
+                }
+                plots.line(axes, found, name, style)
+            plots.level(axes, 1, weight_grad.DENSE)
             axes.set_yscale("log")
             axes.set_ylabel("time, as a multiple of the dense product's")
             axes.set_title(", ".join(key), fontsize=9)
@@ -140,29 +122,24 @@ def draw_weight_grad(rows: Sequence[Row], path: Path) -> Path | None:
 def draw_steps(rows: Sequence[Row], path: Path) -> Path | None:
     """Time of a training step against peak memory, where both were measured."""
     rows = [row for row in rows if "step" in row["operation"] and row["p50_ms"] and row["peak_bytes"]]
-    shades = (BLUE, ORANGE, GREEN, PINK, SKY, GREY)
 
     def label(row: Row) -> str:
         return row["provider"] + (f", {row['k']}" if row["k"] not in ("", "0") else "")
 
-    # Ours are stars and pentagons, and a method looks the same in all panels.
-    names = sorted(dict.fromkeys(map(label, rows)), key=lambda name: "attached" not in name)
-    ours = sum("attached" in name for name in names)
-    styles = {
-        name: (
-            "*p"[n // len(shades) % 2] if n < ours else MARKS[(n - ours) // len(shades) % len(MARKS)],
-            shades[n % len(shades)],
-        )
-        for n, name in enumerate(names)
-    }
+    # A method looks the same in all panels: its colour is in the table, its marker tells its variants apart.
+    markers: dict[str, str] = {}
+    used: dict[str, int] = {}
+    for name in sorted(set(map(label, rows)), key=lambda name: ("attached" not in name, name)):
+        shade = plots.colour(name)
+        markers[name] = MARKS[used.setdefault(shade, 0) % len(MARKS)]
+        used[shade] += 1
 
     def panel(key: tuple[str, ...], own: Sequence[Row]) -> Callable[[Axes], None]:
         def draw(axes: Axes) -> None:
             for row in own:
-                mark, shade = styles[label(row)]
+                name = label(row)
                 x, y = int(row["peak_bytes"]) / 1e9, float(row["p50_ms"])
-                size = 10 if mark in "*p" else 6
-                axes.plot(x, y, mark, color=shade, label=label(row), markersize=size, alpha=0.9)
+                axes.plot(x, y, markers[name], color=plots.colour(name), label=name, markersize=7, alpha=0.9)
             axes.set_xlim(0)
             axes.set_ylim(0)
             axes.set_xlabel("peak memory, GB")
@@ -178,7 +155,7 @@ def draw_steps(rows: Sequence[Row], path: Path) -> Path | None:
 
 
 def draw(path: Path, rows: Sequence[Row]) -> list[Path]:
-    """Draws what there are lines for; the pictures."""
+    """Draws everything that the results have rows for, and returns the pictures."""
     rows = [row for row in rows if not failed(row)]
     drawn: list[Path | None] = []
     for part, figure in (("topk", draw_topk), ("adam", draw_adam), ("weight_grad", draw_weight_grad)):

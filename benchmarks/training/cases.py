@@ -1,4 +1,4 @@
-"""The models of ``train_step.py``, their data, and the selections that gradients on it make."""
+"""The models whose training steps are measured, their data, and the selections made from gradients on that data."""
 
 from __future__ import annotations
 
@@ -42,8 +42,7 @@ def contrastive(model: nn.Module, batch: Batch) -> Tensor:
 def masked_patches(model: nn.Module, batch: Batch) -> Tensor:
     """SimMIM (Xie et al. 2022): from images with half of their patches blank, the pixels of all patches.
 
-    The patch embedding is its own decoder. Unlike classification, which a vision transformer learns slowly, this takes
-    some fifty steps.
+    The patch embedding is its own decoder. A vision transformer learns this in some fifty steps, unlike classification.
     """
     images, embed = batch[0], model.patch_embed.proj
     side = embed.kernel_size[0]
@@ -60,14 +59,15 @@ class Case:
 
     Attributes:
         size: its name in the results.
-        draw: a random batch of so many samples.
-        samples: of the batch that is measured.
-        selection_loss: what gradients select by, on batches of ``selection_samples``.
-        pretrain_loss: what the model is trained by first, for ``pretrain_steps`` batches of ``pretrain_samples``.
-        layers: regular expression of the linear layers that adapters go to.
-        entrances: the first trained layers: the gradient has to come down to their outputs.
+        draw: makes a random batch of a given number of samples.
+        samples: size of the batch that is measured.
+        selection_loss: the loss whose gradients select, on batches of ``selection_samples``.
+        pretrain_loss: the loss by which the model is trained first, on ``pretrain_steps`` batches of
+            ``pretrain_samples``.
+        layers: regular expression of the linear layers that get adapters.
+        entrances: the first trained layers; the gradient has to reach their outputs.
         head: the output layer.
-        trains_head: every method trains the head; else only the linear probe does, and all others freeze it.
+        trains_head: every method trains the head; otherwise only the linear probe does, and all others freeze it.
     """
 
     size: str
@@ -88,24 +88,29 @@ class Case:
         generator = torch.Generator().manual_seed(seed)
         return (self.draw(samples, generator) for _ in range(count))
 
-    def pretrained(self) -> nn.Module:
+    def pretrained(self, device: str = "cpu") -> nn.Module:
+        """The model after some training; its weights are kept in the temporary directory for the next run."""
         torch.manual_seed(0)
         model = self.make()
         described = (
-            f"{model} {self.pretrain_loss.__name__} {self.pretrain_samples} {self.pretrain_steps} {torch.__version__}"
+            f"{model} {self.pretrain_loss.__name__} {self.pretrain_samples} {self.pretrain_steps} {torch.__version__} "
+            f"{device}"
         )
         name = hashlib.sha256(described.encode()).hexdigest()[:16]
-        path = Path(tempfile.gettempdir()) / "gradsel-train-step" / f"{name}.pt"
+        path = Path(tempfile.gettempdir()) / "gradsel-benchmarks" / f"{name}.pt"
         if path.exists():
-            model.load_state_dict(torch.load(path))
-            return model
+            model.load_state_dict(torch.load(path, map_location="cpu"))
+            return model.to(device)
+        model.to(device)
         optimizer = AdamW(model.parameters(), lr=3e-4, fused=True)
         warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=10)
         steps = self.batches(1, self.pretrain_steps, self.pretrain_samples)
         losses = []
         for batch in tqdm(steps, desc=f"{self.size}: training first", total=self.pretrain_steps, leave=False):
             optimizer.zero_grad()
-            loss = self.pretrain_loss(model, batch)
+            inputs, targets = batch
+            with torch.device(device):  # the loss draws its blank patches there
+                loss = self.pretrain_loss(model, (inputs.to(device), targets.to(device)))
             loss.backward()
             optimizer.step()
             warm_up.step()
@@ -122,7 +127,7 @@ class Case:
 
     @functools.cached_property
     def gradient(self) -> gradsel.Criterion:
-        """The gradients of one selection pass, for every policy: in the order in which select() ranks parameters."""
+        """The gradients of one selection pass, which every policy reuses, in the order in which select() ranks."""
         model = self.pretrained()
         sums: list[Tensor] = []
         batches = self.batches(2, SELECTION_BATCHES, self.selection_samples)

@@ -1,0 +1,44 @@
+"""Prints the tables and draws the pictures of results files: ``python -m benchmarks.draw [FILE ...]``.
+
+Everything that the documentation says about speed is printed here from the committed results; nothing is measured.
+Without arguments, all files in ``benchmarks/results`` are drawn that have a picture, each next to its file.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import benchmarks.gpu.pictures
+import benchmarks.kernels.pictures
+import benchmarks.training.pictures
+from benchmarks.harness.environment import RESULTS
+from benchmarks.harness.results import latest, load
+from benchmarks.harness.tables import over_baselines
+
+
+def draw(path: Path) -> list[Path]:
+    """Draws one results file, whose columns say what it is about; the pictures."""
+    rows = latest(load(path))
+    columns = rows[0].keys() if rows else ()
+    if "kernel" in columns:
+        print(over_baselines(rows))
+        return benchmarks.kernels.pictures.draw(rows, path.with_suffix(".png"))
+    if "step_p50_ms" in columns:
+        print(benchmarks.training.pictures.summary(rows))
+        return benchmarks.training.pictures.draw(rows, path.with_suffix(".png"))
+    if "part" in columns:  # its tables are printed by the run itself
+        return benchmarks.gpu.pictures.draw(path, rows)
+    return []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.draw", description=__doc__.partition("\n")[0])
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="default: all of benchmarks/results")
+    for path in parser.parse_args().files or sorted(RESULTS.glob("*.csv")):
+        for picture in draw(path):
+            print(f"\n{picture}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Everything about speed on one GPU, within ten minutes: see __main__.py."""

@@ -1,0 +1,1 @@
+"""What all benchmarks share: clock, timing, results, tables, plots and checks."""

@@ -1,0 +1,1 @@
+"""Benchmarks of selecting weights, and of the deltas that training them leaves."""
