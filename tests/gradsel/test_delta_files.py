@@ -262,7 +262,7 @@ HOSTILE = [
     (put("one:cols", lambda c: c.to(torch.int32) - 3000), "one: cols must lie in 0 to 2999, found -"),
     (put("one:cols", lambda c: c[:5]), r"one: cols must be \[6, at most 3000\]"),
     (put("one:cols", lambda c: c.to(torch.int64)), "one: cols must be one of torch.uint16, torch.int32"),
-    (put("many:bits", lambda b: torch.full_like(b, -1)), "many: bits are set behind the last column"),
+    (put("many:bits", lambda b: torch.full_like(b, -1)), "many: bits are set after the last column"),
     (swap("some:gaps", "some:indices", lambda g: torch.tensor([7, 0, 8])), "some: indices must ascend within 0 to 299"),
     (put("some:gaps", lambda g: u8(0, 255)), "some: the last gap is cut off"),
     (put("some:gaps", lambda g: u8(0, 6, 255, 37)), "some: indices must ascend within 0 to 299"),

@@ -79,7 +79,7 @@ def test_global_selects_over_the_whole_model():
     expected = best_entries({name: grads[name].flatten(1) for name in sizes if name in grads}, count)
     for name, mask in expected.items():
         assert torch.equal(selection[name].to_dense().flatten(1), mask), name
-    assert selection["unused.weight"].how == "no gradient"
+    assert selection["unused.weight"].label == "no gradient"
 
 
 def test_transposed_layouts_rank_ties_in_the_neuron_view():

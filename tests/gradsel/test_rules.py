@@ -97,8 +97,8 @@ def test_whatever_is_ranked_can_be_selected_and_trained(kind):
 @pytest.mark.parametrize(
     ("kinds", "message"),
     [
-        ({"normalization": "whole"}, "kinds names 'normalization', expected one of .*did you mean 'normalisation'"),
-        ({"wait": "whole"}, "did you mean 'weight'"),
+        ({"normalization": "whole"}, "kinds names 'normalization', expected one of .*did you mean normalisation"),
+        ({"wait": "whole"}, "did you mean weight"),
         ({"bias": "frozen"}, r"kinds\['bias'\] is 'frozen', expected one of rank, whole, freeze"),
         ({"xyz": "whole"}, "kinds names 'xyz', expected one of weight, bias, head, [^?]*$"),
     ],

@@ -13,7 +13,7 @@ from torch import nn
 import gradsel
 from gradsel.demo import plots
 from gradsel.masks import Flat, Frozen, PerRow, Whole, WholeRows
-from gradsel.selection.distribution import split_names
+from gradsel.parameters.blocks import split_names
 from gradsel.views import NeuronView
 from tests.gradsel.toy import Toy, batches, cross_entropy
 
@@ -83,10 +83,10 @@ def test_by_block_counts_every_entry_once():
     assert sum(part.total for part in blocks.values()) == sum(p.numel() for p in model.parameters())
     assert blocks["blocks.1", "fc1.weight"] == blocks["blocks.0", "fc1.weight"]
     part = blocks["blocks.1", "fc1.weight"]
-    assert (part.trained, part.total, part.ranked, part.how) == (48, 288, 48, "per-row")
+    assert (part.trained, part.total, part.ranked, part.label) == (48, 288, 48, "per-row")
     head = blocks["", "head.weight"]
-    assert (head.trained, head.ranked, head.how) == (48, 0, "whole")
-    assert blocks["blocks.0", "norm.weight"].how == "frozen: normalisation"
+    assert (head.trained, head.ranked, head.label) == (48, 0, "whole")
+    assert blocks["blocks.0", "norm.weight"].label == "frozen: normalisation"
     text = str(blocks)
     assert len(text.splitlines()) == len(blocks) + 1
     assert text.count("blocks.1") == 1
@@ -97,7 +97,7 @@ def test_experts_are_counted_together():
     masks = {f"layers.0.experts.{i}.up.weight": PerRow(int32([i], [1]), (2, 3)) for i in range(3)}
     masks["layers.0.experts.3.up.weight"] = Frozen((2, 3), "no gradient")
     (part,) = gradsel.Selection(masks).by_block().values()
-    assert (part.trained, part.total, part.how) == (6, 24, "per-row, frozen: no gradient")
+    assert (part.trained, part.total, part.label) == (6, 24, "per-row, frozen: no gradient")
 
 
 def test_shares_are_those_of_the_ranked_entries():
@@ -203,7 +203,7 @@ def test_set_operations_combine_every_parameter():
     assert (a | a).by_block() == a.by_block()
     assert {name: mask.kind for name, mask in (a & a).items()} == {name: mask.kind for name, mask in a.items()}
     assert not any(mask.nnz for mask in (a - a).values())
-    assert (a - a)["blocks.0.norm.weight"].how == "normalisation"
+    assert (a - a)["blocks.0.norm.weight"].label == "normalisation"
     assert ((a - a) | a).overlap(a, whole=True).jaccard == 1
 
 
@@ -251,7 +251,7 @@ def test_bits_and_coordinates_round_trip():
 def test_what_an_import_lacks_is_frozen_and_what_is_too_much_refused():
     shapes = {"a": (2, 3), "b": (2,)}
     selection = gradsel.Selection.from_coo({"a": torch.tensor([[1], [2]])}, shapes)
-    assert (selection["a"].nnz, selection["b"].how) == (1, "nothing selected")
+    assert (selection["a"].nnz, selection["b"].label) == (1, "nothing selected")
     with pytest.raises(ValueError, match="no shape is given for 1 parameters, first c"):
         gradsel.Selection.from_coo({"c": torch.tensor([[1], [2]])}, shapes)
     with pytest.raises(ValueError, match="a: indices of dimension 0 must lie in 0 to 1, found 2"):
@@ -329,7 +329,7 @@ def test_shira_adapters_come_back_as_selections(tmp_path):
                 assert mask.kind == "per-row"
                 assert torch.equal(mask.to_dense(), selection[name].to_dense())
             else:
-                assert mask.how == ("whole" if name.startswith("head") else "not adapted")
+                assert mask.label == ("whole" if name.startswith("head") else "not adapted")
     gradsel.attach(original, found)
     with pytest.raises(ValueError, match="has no SHiRA layers with an adapter 'other'"):
         gradsel.Selection.from_shira(adapted, "other")
@@ -386,7 +386,7 @@ def test_shira_of_another_model_is_refused():
     model, other = Square(), Square()
     selection = gradsel.select(model, None, None, gradsel.PerNeuron(2), "magnitude")
     mask_fn = selection.shira_mask_fn(model)
-    with pytest.raises(ValueError, match="is no layer of the model that shira_mask_fn"):
+    with pytest.raises(ValueError, match="not a layer of the model that shira_mask_fn"):
         mask_fn(other.head, 1)
     with pytest.raises(ValueError, match=r"the selection has no parameter 'head\.weight'"):
         selection_of(a=Whole((2,))).shira_mask_fn(model)(model.head, 1)

@@ -158,7 +158,7 @@ class Delta(Mapping[str, Part]):
     def __str__(self) -> str:
         """A table with one line for each group of equal tensors; block numbers are written as ``*``."""
         keys = {
-            name: (part.mask.shape, part.mask.how, "+".join(packed(part.mask)), part.values.dtype, part.mask.nnz)
+            name: (part.mask.shape, part.mask.label, "+".join(packed(part.mask)), part.values.dtype, part.mask.nnz)
             for name, part in self.items()
         }
         sizes = {keys[name]: _bytes(part) for name, part in self.items()}
