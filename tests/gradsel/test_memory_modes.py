@@ -208,7 +208,7 @@ def calls_backward(model, batch):
             "max_gradient_bytes is for memory='grouped', got memory='full'",
         ),
         ({"max_gradient_bytes": 1000}, r"max_gradient_bytes=1000 is too little for \S+ alone, which needs \d+ bytes"),
-        ({"max_gradient_bytes": 6000, "batches": iter(batches())}, r"can be gone through only once; pass a DataLoader"),
+        ({"max_gradient_bytes": 6000, "batches": iter(batches())}, r"only once; pass a DataLoader"),
         ({"loss_scale": 0.0}, r"loss_scale must be positive and finite, got 0\.0"),
         ({"policy": gradsel.PerLayer(fraction=1e-9)}, r"PerLayer\(fraction=1e-09\) selects nothing of the 8 ranked"),
         ({"policy": gradsel.Global(fraction=1e-9)}, r"Global\(fraction=1e-09\) selects nothing of the 8 ranked"),
@@ -390,7 +390,7 @@ def test_half_precision_scores_are_squared_and_summed_in_float32():
 def test_nan_weights_are_blamed():
     model = nn.Linear(3, 2)
     model.weight.data[0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"the weight weight is not finite \(1 of 6 entries\); load the model anew"):
+    with pytest.raises(ValueError, match=r"the weight weight is not finite \(1 of 6 entries\); load the model again"):
         gradsel.select(model, None, None, criterion="magnitude")
 
 

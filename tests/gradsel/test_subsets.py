@@ -180,8 +180,8 @@ def test_a_loss_that_is_not_finite_names_the_part(bad):
         (Numbers(4), -1, ValueError, "n must be an integer >= 1, got -1"),
         (Numbers(4), True, ValueError, "n must be an integer >= 1, got True"),
         (Numbers(4), 2.0, ValueError, "n must be an integer >= 1, got 2.0"),
-        (Numbers(4), 5, ValueError, "4 samples cannot be split in n = 5 parts"),
-        (Numbers(0), 1, ValueError, "0 samples cannot be split in n = 1 parts"),
+        (Numbers(4), 5, ValueError, "4 samples cannot be split into n = 5 parts"),
+        (Numbers(0), 1, ValueError, "0 samples cannot be split into n = 1 parts"),
         (Endless(), 2, TypeError, "needs a map-style data set with a length, got Endless"),
     ],
 )
@@ -191,7 +191,7 @@ def test_bad_arguments(data, n, error, message):
 
 
 def test_a_loss_that_is_no_scalar_and_a_part_without_batches_are_errors():
-    with pytest.raises(ValueError, match=r"the loss of batch 0 in part 0 of 2 is no scalar, its shape is \[3\]"):
+    with pytest.raises(ValueError, match=r"the loss of batch 0 in part 0 of 2 is not a scalar, its shape is \[3\]"):
         easiest_subset(nn.Identity(), Numbers(6), lambda model, batch: batch, 2, batches=by(3))
     with pytest.raises(ValueError, match="batches gives nothing for part 0 of 2: is drop_last set"):
         easiest_subset(
