@@ -139,8 +139,8 @@ def test_originals_come_from_the_base_where_the_file_lacks_them(tmp_path):
     [
         (lambda t: t.update({"base_model.model.layers.0.shira_indices": torch.zeros(3, 24)}), "has no indices"),
         (lambda t: t.pop("base_model.model.layers.0.shira_indices"), "has no indices"),
-        (lambda t: t["base_model.model.layers.0.shira_indices"].add_(100), "indices outside of"),
-        (lambda t: t["base_model.model.layers.0.shira_indices"].sub_(100), "indices outside of"),
+        (lambda t: t["base_model.model.layers.0.shira_indices"].add_(100), "indices outside"),
+        (lambda t: t["base_model.model.layers.0.shira_indices"].sub_(100), "indices outside"),
         (lambda t: t.update({"base_model.model.other.weight": torch.zeros(3)}), "the base has no 'other.weight'"),
         (lambda t: t.update({"base_model.model.head.weight": torch.zeros(9, 8)}), "head.weight has shape 9x8, 3x8"),
     ],
@@ -156,12 +156,12 @@ def test_damaged_adapters_are_refused(change, message, tmp_path):
 
 
 def test_other_folders_are_no_adapters(tmp_path):
-    with pytest.raises(ValueError, match="is no adapter of PEFT"):
+    with pytest.raises(ValueError, match="is not a PEFT adapter"):
         Delta.from_shira(tmp_path, Net())
     base, _, delta = tuned_net(**NO_BIAS)
     delta.to_shira(tmp_path)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    with pytest.raises(ValueError, match="is no SHiRA adapter"):
+    with pytest.raises(ValueError, match="is not a SHiRA adapter"):
         Delta.from_shira(tmp_path, base)
 
 

@@ -94,8 +94,8 @@ def make_plan(
 
 #: The error message for streaming with more than one batch.
 NOT_ONE = (
-    "memory='streaming' ranks each gradient as soon as it arrives, which is exact for one backward pass, but batches has "
-    "more than one; join them into one batch, or use memory='grouped'"
+    "memory='streaming' ranks each gradient as soon as it arrives, which is exact for one backward pass, but batches "
+    "has more than one; join them into one batch, or use memory='grouped'"
 )
 
 
