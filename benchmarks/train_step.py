@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 from train_step_cases import CASES, SMALL, Batch, Case, cross_entropy
 
 import gradsel
-from gradsel.demo.demo import delta_bytes
+from gradsel.demo.methods import delta_bytes
 
 FIELDS = [
     "benchmark", "size", "method", "k", "trained", "step_p20_ms", "step_p50_ms", "step_p80_ms", "rounds",
