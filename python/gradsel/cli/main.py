@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0; 1 if a delta cannot be made or applied; 2 if an optional package is missing.
     """
     arguments = _parser().parse_args(argv)
-    code: int = arguments.command(arguments)
+    try:
+        code: int = arguments.command(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has stopped, as in ``gradsel count | head``
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or flushing at exit would raise again
+        return 0
     return code
 
 

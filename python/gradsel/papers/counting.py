@@ -120,8 +120,8 @@ def _transformers(model: str) -> Any:
     return transformers
 
 
-#: Builders of the papers' models, from a number of classes; not pre-trained. All but ViT-B/16 need transformers, which has
-#: separate matrices for queries, keys and values, so rows are counted in three matrices that timm fuses into one.
+#: Builders of the papers' models, from a number of classes; not pre-trained. All but ViT-B/16 need transformers, whose
+#: queries, keys and values have separate matrices, so rows are counted in three matrices that timm fuses into one.
 MODELS: Mapping[str, Callable[[int], nn.Module]] = MappingProxyType(
     {
         "vit-b-16": vit_base_patch16_224,
