@@ -156,7 +156,7 @@ def test_damaged_adapters_are_refused(change, message, tmp_path):
 
 
 def test_other_folders_are_no_adapters(tmp_path):
-    with pytest.raises(ValueError, match="is not a PEFT adapter"):
+    with pytest.raises(ValueError, match="is not an adapter of PEFT"):
         Delta.from_shira(tmp_path, Net())
     base, _, delta = tuned_net(**NO_BIAS)
     delta.to_shira(tmp_path)

@@ -102,7 +102,7 @@ def read_shira(folder: Path, base: Base) -> dict[str, Part]:
         config = json.loads((folder / _CONFIG).read_text())
         tensors = load_file(folder / _WEIGHTS)
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{folder} is not a PEFT adapter: {error}") from None
+        raise ValueError(f"{folder} is not an adapter of PEFT: {error}") from None
     if not isinstance(config, dict) or config.get("peft_type") != "SHIRA":
         raise ValueError(f"{folder} is not a SHiRA adapter")
     before = tensors_of(base)
