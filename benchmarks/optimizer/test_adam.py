@@ -13,6 +13,7 @@ from torch import nn
 import gradsel
 import gradsel_kernels as gk
 from gradsel.masks import PerRow
+from gradsel.ranking.policies import Scores
 from gradsel.views import NeuronView
 
 try:  # a peer that takes part where it is installed
@@ -183,7 +184,7 @@ def low_precision(policy) -> dict:
 
     def chosen(named: list[tuple[str, nn.Parameter]]) -> gradsel.Selection:
         return gradsel.Selection(
-            {n: policy.choose(torch.randn(p.shape), tuple(p.shape), NeuronView(), False) for n, p in named}
+            {n: policy.choose(Scores(torch.randn(p.shape), tuple(p.shape), NeuronView())) for n, p in named}
         )
 
     named = llama()

@@ -20,7 +20,7 @@ from torch.optim import AdamW
 from tqdm.auto import tqdm
 
 import gradsel
-from gradsel.demo.demo import digits
+from gradsel.demo.data import digits
 from gradsel.papers.vit import VisionTransformer
 
 SELECTION_BATCHES = 4

@@ -1,4 +1,4 @@
-"""Sealed files: safetensors with JSON metadata and a checksum over both, written atomically, not trusted when read."""
+"""Sealed files: safetensors with JSON metadata and a checksum of both, written atomically, untrusted when read."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from torch import Tensor
 
 import gradsel_kernels as gk
 
-#: What Python and torch raise on input that makes no sense; RecursionError is a RuntimeError.
-_NONSENSE = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError)
+#: What Python and torch raise on malformed input; RecursionError is a RuntimeError.
+_MALFORMED = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError)
 
 
 def write_sealed(
@@ -28,10 +28,10 @@ def write_sealed(
     sections: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Writes tensors and JSON sections as one safetensors file, atomically, with a checksum over both.
+    """Writes tensors and JSON sections as one safetensors file, atomically, with a checksum of both.
 
     Args:
-        tensors: contiguous, on the CPU, none sharing memory.
+        tensors: contiguous, on the CPU, not sharing memory.
     """
     metadata = {"format": format, "version": version, "library": gk.__version__}
     metadata |= {key: json.dumps(section) for key, section in sections.items()}
@@ -42,14 +42,14 @@ def write_sealed(
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path beside ``path`` to write to, which takes its place once it is on the disk. A crash leaves the old file."""
+    """Yields a path beside ``path`` to write to, which then replaces ``path``. A crash leaves the old file intact."""
     path = Path(path)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield unfinished
         _flush(unfinished)
         os.replace(unfinished, path)
-        if os.name == "posix":  # elsewhere a folder is no file
+        if os.name == "posix":  # elsewhere a folder cannot be opened
             _flush(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -67,22 +67,21 @@ def _flush(path: Path) -> None:
 def reading_sealed(
     path: str | os.PathLike[str], format: str, version: str, what: str
 ) -> Iterator[tuple[dict[str, str], dict[str, Tensor]]]:
-    """The metadata and tensors that :func:`write_sealed` wrote. What is wrong with them is reported with the file's
-    name.
+    """Yields the metadata and tensors that :func:`write_sealed` wrote. Errors inside are reported as a damaged file.
 
-    The checksum is compared last, so that messages say what is wrong where anything else tells.
+    The checksum is compared last, because other errors say more precisely what is wrong.
 
     Args:
-        what: the file should be, for messages: ``"a selection"``.
+        what: what the file should be, for messages: ``"a selection"``.
 
     Raises:
-        ValueError: the file is of another format, is damaged, or was written by a later version.
+        ValueError: the file has another format, is damaged, or was written by a later version.
     """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, *_NONSENSE) as error:
+    except (SafetensorError, *_MALFORMED) as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
     if metadata.get("format") != format:
         raise ValueError(f"{path} is not {what}: its format is {metadata.get('format')!r}, expected {format!r}")
@@ -92,12 +91,12 @@ def reading_sealed(
         yield metadata, tensors
         if metadata["checksum"] != _checksum(metadata, tensors):
             raise ValueError("the checksum does not match")
-    except _NONSENSE as error:
+    except _MALFORMED as error:
         raise ValueError(f"{path} is damaged: {error!r}") from None
 
 
 def by_parameter(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The tensors of a file, whose keys are ``name:part``, by name and part."""
+    """Groups the tensors of a file, whose keys are ``name:part``, by name and part."""
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, part = key.rpartition(":")
@@ -106,7 +105,7 @@ def by_parameter(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def json_object(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
-    """A section of the metadata, which must be a JSON object."""
+    """A section of the metadata that must be a JSON object."""
     value = json.loads(metadata[key])
     if not isinstance(value, dict):
         raise ValueError(f"{key} must be a JSON object, got a {type(value).__name__}")
@@ -114,7 +113,7 @@ def json_object(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
 
 
 def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the metadata but itself, and of the tensors' keys, dtypes, shapes and bytes, all in sorted order."""
+    """SHA-256 of all other metadata and of the tensors' keys, dtypes, shapes and bytes, all in sorted order."""
     digest = hashlib.sha256()
     for key in sorted(metadata.keys() - {"checksum"}):
         digest.update(json.dumps([key, metadata[key]]).encode())

@@ -1,4 +1,4 @@
-"""Tables as text, with one line for all parameters that are alike."""
+"""Tables as text, with one line for all similar parameters."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 def grouped(entries: Iterable[tuple[str, Key]]) -> list[tuple[str, Key, int]]:
-    """Merges entries of the same key whose names differ in block numbers only; those are written as ``*``.
+    """Merges entries with the same key whose names differ only in block numbers, which are written as ``*``.
 
     Returns:
-        Name, with the number of entries if there are several, key and number of entries.
+        For each: the name, followed by the number of entries if there are several; the key; the number of entries.
     """
     counts: dict[tuple[str, Key], int] = {}
     for name, key in entries:

@@ -14,7 +14,7 @@ from torch import Tensor
 class NeuronView:
     """Which dimensions of a weight number its output neurons.
 
-    The matrix has the entries of ``row_dims``, in that order, as rows and those of all other dimensions as columns:
+    Rows of the matrix run over ``row_dims``, in that order, and columns over all other dimensions:
 
     =====================  ==============================  ==========  ======
     weight                 shape                           row_dims    groups
@@ -28,8 +28,8 @@ class NeuronView:
     =====================  ==============================  ==========  ======
 
     Args:
-        row_dims: dimensions that number the neurons, counted after the first one has been split into ``groups``.
-        groups: groups of a transposed convolution; with more than one, dimension 0 is seen as [groups, in / groups].
+        row_dims: the dimensions that number the neurons, counted after splitting the first one into ``groups``.
+        groups: groups of a transposed convolution; if several, dimension 0 is seen as [groups, in / groups].
     """
 
     row_dims: tuple[int, ...] = (0,)
@@ -42,10 +42,10 @@ class NeuronView:
         return rows, math.prod(size for dim, size in enumerate(sizes) if dim not in self.row_dims)
 
     def check(self, shape: Sequence[int]) -> None:
-        """Refuses a shape that this view does not fit.
+        """Checks that this view fits a shape.
 
         Raises:
-            ValueError: ``row_dims`` are not distinct dimensions of it, or ``groups`` does not divide its first one.
+            ValueError: ``row_dims`` are not distinct dimensions of it, or ``groups`` does not divide the first one.
         """
         if self.groups < 1 or (self.groups > 1 and (not shape or shape[0] % self.groups)):
             raise ValueError(f"groups = {self.groups} does not divide the first dimension of {list(shape)}")
@@ -54,11 +54,11 @@ class NeuronView:
             raise ValueError(f"row_dims {self.row_dims} are not distinct dimensions of a tensor with {ndim}")
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The matrix [rows, cols]: an alias of ``tensor`` where strides allow it, else a copy."""
+        """The matrix [rows, cols]: an alias of ``tensor`` if its strides allow one, otherwise a copy."""
         return self._permuted(tensor).reshape(self.shape(tensor.shape))
 
     def alias(self, tensor: Tensor) -> Tensor | None:
-        """The matrix as an alias of ``tensor``, or None where no strides express it (channels_last, ConvTranspose)."""
+        """The matrix as an alias of ``tensor``, or None if no strides express it (channels_last, ConvTranspose)."""
         try:
             return self._permuted(tensor).view(self.shape(tensor.shape))
         except RuntimeError:
@@ -73,12 +73,12 @@ class NeuronView:
 
     @property
     def is_first_dim(self) -> bool:
-        """Rows are the first dimension alone, as in Linear and Conv."""
+        """Whether rows are the first dimension alone, as in Linear and Conv."""
         return self.row_dims == (0,) and self.groups == 1
 
     @property
     def is_leading(self) -> bool:
-        """Rows are the leading dimensions: a contiguous tensor holds one row after the other."""
+        """Whether rows are the leading dimensions, so that a contiguous tensor holds one row after the other."""
         return self.groups == 1 and self.row_dims == tuple(range(len(self.row_dims)))
 
     def _split(self, shape: Sequence[int]) -> list[int]:
@@ -93,10 +93,10 @@ class NeuronView:
 
 
 def memory_offsets(tensor: Tensor) -> Tensor:
-    """int64, shaped like ``tensor``: where each entry lies in memory, counted from the first.
+    """int64, shaped like ``tensor``: the position of each entry in memory, counted from the first.
 
     Raises:
-        ValueError: ``tensor`` has gaps in memory or overlaps itself, so that offsets do not number its entries.
+        ValueError: ``tensor`` has gaps in memory or overlaps itself, so offsets would not number its entries.
     """
     dense = sorted(zip(tensor.stride(), tensor.shape, strict=True))
     expected = 1

@@ -1,56 +1,64 @@
-"""``gradsel delta``: deltas of safetensors checkpoints, tensor by tensor, without the code of a model."""
+"""``gradsel delta``: deltas of safetensors checkpoints, tensor by tensor, without the model's code."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from gradsel.delta.applying import Site, originals_in, require_base, sites_of
-from gradsel.delta.checkpoints import Checkpoint, rewrite
+from gradsel.delta.checkpoints import Checkpoint, require_no_overwrite, rewrite
 from gradsel.delta.delta import Delta
 from gradsel.delta.making import differing
 from gradsel.delta.parts import Part, bits_of, entries_of, read, same_bits, write_
 
-#: A larger share of differing entries is no small difference.
+#: The largest fraction of entries that may differ for a delta to be worth making.
 MOST = 0.5
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_CHECKPOINT = "a .safetensors file, an index of shards (*.safetensors.index.json), or a folder with one of them"
+_CHECKPOINT = "a .safetensors file, an index of shards (*.safetensors.index.json), or a folder with either"
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
     """Adds the command to those of ``gradsel``."""
     delta = commands.add_parser(
-        "delta", help="the fine-tuned difference of checkpoints: make, look at, apply and revert it"
+        "delta", help="the difference that fine-tuning makes to a checkpoint: make, inspect, apply and revert it"
     )
     verbs = delta.add_subparsers(required=True, metavar="verb")
 
-    info = _verb(verbs, "info", _info, "what a delta sets, and how it was made")
+    info = _verb(verbs, "info", _info, "show what a delta sets, and how it was made")
     info.add_argument("delta", type=Path, metavar="FILE")
 
-    apply = _verb(verbs, "apply", _apply, "write the tuned checkpoint of a base and a delta")
+    apply = _verb(verbs, "apply", _apply, "write the tuned checkpoint from a base and a delta")
     for name in ("DELTA", "BASE", "OUT"):
         apply.add_argument(name.lower(), type=Path, metavar=name, help=_CHECKPOINT if name == "BASE" else None)
-    apply.add_argument("--force", action="store_true", help="also on another base than the delta was made on")
+    apply.add_argument("--force", action="store_true", help="apply it even if BASE is not what the delta was made on")
 
-    revert = _verb(verbs, "revert", _revert, "write the base of a tuned checkpoint, from a delta --with-originals")
+    revert = _verb(verbs, "revert", _revert, "write the base of a tuned checkpoint, from a delta made --with-originals")
     for name in ("DELTA", "TUNED", "OUT"):
         revert.add_argument(name.lower(), type=Path, metavar=name, help=_CHECKPOINT if name == "TUNED" else None)
-    revert.add_argument("--force", action="store_true", help="also where the checkpoint is not base and delta")
+    revert.add_argument(
+        "--force", action="store_true", help="revert it even if TUNED is not the base with the delta applied"
+    )
 
-    diff = _verb(verbs, "diff", _diff, "shared entries of two deltas, and how many of them differ")
+    diff = _verb(verbs, "diff", _diff, "how many entries two deltas share, and how many of these differ")
     for name in ("A", "B"):
         diff.add_argument(name.lower(), type=Path, metavar=name)
 
-    make = _verb(verbs, "make", _make, "the delta of two checkpoints: all entries whose bits differ")
+    make = _verb(verbs, "make", _make, "make the delta of two checkpoints: all entries whose bits differ")
     for name in ("BASE", "TUNED", "OUT"):
         make.add_argument(name.lower(), type=Path, metavar=name, help=None if name == "OUT" else _CHECKPOINT)
-    make.add_argument("--with-originals", action="store_true", help="keep what is replaced, so that it can be reverted")
-    make.add_argument("--dtype", choices=list(_DTYPES), help="round the values; default: exactly those of TUNED")
+    make.add_argument(
+        "--with-originals",
+        action="store_true",
+        help="also save the replaced entries, so that the delta can be reverted",
+    )
+    make.add_argument(
+        "--dtype", choices=list(_DTYPES), help="round the values to this dtype; default: exactly those of TUNED"
+    )
 
 
 def _verb(
@@ -84,7 +92,7 @@ def _info(arguments: argparse.Namespace) -> None:
 
 
 def _apply(arguments: argparse.Namespace) -> None:
-    _require_other(arguments.out, [arguments.delta])
+    require_no_overwrite(arguments.out, [arguments.delta])
 
     def change(name: str, part: Part, tensor: Tensor) -> Tensor:
         site = _site(name, part, tensor, arguments.force)
@@ -96,7 +104,7 @@ def _apply(arguments: argparse.Namespace) -> None:
 
 
 def _revert(arguments: argparse.Namespace) -> None:
-    _require_other(arguments.out, [arguments.delta])
+    require_no_overwrite(arguments.out, [arguments.delta])
     delta = Delta.load(arguments.delta, force=True)
     if lost := [name for name, part in delta.items() if part.originals is None]:
         raise ValueError(
@@ -120,15 +128,8 @@ def _site(name: str, part: Part, tensor: Tensor, force: bool) -> Site:
     return sites_of({name: part}, {name: tensor}, force)[0]
 
 
-def _require_other(out: Path, inputs: Iterable[Path]) -> None:
-    """Refuses to write over what is being read."""
-    for path in inputs:
-        if out.exists() and path.exists() and out.samefile(path):
-            raise ValueError(f"{out} would replace {path}, which it is made from; name another file")
-
-
 def _change(delta: Delta, source: Checkpoint, out: Path, change: Callable[[str, Part, Tensor], Tensor]) -> None:
-    """Rewrites what the delta touches, once all of it is known to fit."""
+    """Rewrites the tensors that the delta touches, after checking that all of them fit."""
     for name, part in delta.items():
         if name not in source:
             raise ValueError(f"{source.path} has no {name!r}, which the delta sets; it was made for another model")
@@ -147,7 +148,7 @@ def _diff(arguments: argparse.Namespace) -> None:
 
 def _make(arguments: argparse.Namespace) -> None:
     base, tuned = Checkpoint(arguments.base), Checkpoint(arguments.tuned)
-    _require_other(arguments.out, [file for each in (base, tuned) for file in (each.path, *each.shards)])
+    require_no_overwrite(arguments.out, [*base.files, *tuned.files])
     for these, those, which in ((base, tuned, "tuned"), (tuned, base, "base")):
         if missing := [name for name in these if name not in those]:
             raise ValueError(f"the {which} checkpoint lacks {len(missing)} tensors, first {missing[0]}")
@@ -166,7 +167,7 @@ def _require_few(base: Checkpoint, tuned: Checkpoint) -> None:
     for name in tuned:
         ours, theirs = tuned[name], base[name]
         if ours.shape != theirs.shape or ours.dtype is not theirs.dtype:
-            continue  # differing() says so
+            continue  # differing() reports it
         moved = int((bits_of(ours) != bits_of(theirs)).sum())
         count, total = count + moved, total + ours.numel()
         worst = max(worst, (name, moved / max(ours.numel(), 1)), key=lambda pair: pair[1])
@@ -174,5 +175,5 @@ def _require_few(base: Checkpoint, tuned: Checkpoint) -> None:
         raise ValueError(
             f"{count:,} of {total:,} entries differ "
             f"({100 * count / total:.1f} %; {100 * worst[1]:.1f} % of {worst[0]}): "
-            "this is no sparse fine-tuning, and a delta would be about as large as the checkpoint"
+            "this is not sparse fine-tuning, and a delta would be about as large as the checkpoint"
         )

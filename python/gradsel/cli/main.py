@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,10 +30,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        The exit code: 0, 1 where a delta cannot be made or applied, or 2 where an optional package is missing.
+        The exit code: 0; 1 if a delta cannot be made or applied; 2 if an optional package is missing.
     """
     arguments = _parser().parse_args(argv)
-    code: int = arguments.command(arguments)
+    try:
+        code: int = arguments.command(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has stopped, as in ``gradsel count | head``
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or flushing at exit would raise again
+        return 0
     return code
 
 
@@ -45,22 +51,22 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="default: 0 1 2")
     demo.add_argument("--quiet", action="store_true", help="no progress bars")
     demo.add_argument(
-        "--ablation", action="store_true", help="compare levels, criteria, losses and the pull instead; four minutes"
+        "--ablation", action="store_true", help="compare levels, criteria, losses and anchors instead; four minutes"
     )
     demo.add_argument(
         "--output",
         type=Path,
         metavar="PNG",
-        help=f"the picture, with a JSON file of all numbers beside it (default: {_DEMO}, {_ABLATION})",
+        help=f"the picture to write, next to a JSON file of all numbers (default: {_DEMO}, {_ABLATION})",
     )
     demo.set_defaults(command=_demo)
 
     count = commands.add_parser(
         "count",
-        help="how many parameters the papers' settings train, or one setting",
-        description="Without options: the numbers of parameters that the papers print, beside ours.",
+        help="count the parameters that the papers' settings, or one policy, train",
+        description="Without options: the numbers of parameters that the papers print, next to ours.",
     )
-    count.add_argument("--policy", type=_policy, metavar="POLICY", help=f"count this one: {_POLICIES}")
+    count.add_argument("--policy", type=_policy, metavar="POLICY", help=f"count this policy: {_POLICIES}")
     count.add_argument("--model", choices=list(counting.MODELS), help="with --policy; default: vit-b-16")
     count.add_argument("--classes", type=_classes, metavar="C", help="with --policy; default: 1000")
     count.set_defaults(command=_count, refuse=count.error)
@@ -124,7 +130,7 @@ def _print_tables() -> None:
     available = counting.available_models()
     rows = counting.reproduce(available)
     for name in dict.fromkeys(row.table for row in rows):
-        print(f"{name}; M: million parameters, %: percent of all, the head included\n")
+        print(f"{name}; M: million parameters, %: percentage of all, the head included\n")
         lines = [
             (
                 row.name,
@@ -152,17 +158,17 @@ def _print_tables() -> None:
 def _policy(text: str) -> Policy:
     name, colon, value = text.partition(":")
     if not colon or name not in {*_COUNTED, *_SHARED}:
-        raise argparse.ArgumentTypeError(f"{text!r} is no policy; expected one of {_POLICIES}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a policy; expected one of {_POLICIES}")
     try:
         return _COUNTED[name](int(value)) if name in _COUNTED else _SHARED[name](fraction=float(value))
     except ValueError:
         expected = "an integer >= 1" if name in _COUNTED else "a number above 0 and up to 1"
-        raise argparse.ArgumentTypeError(f"{name}:{value} is no policy: {value!r} is not {expected}") from None
+        raise argparse.ArgumentTypeError(f"{name}:{value} is not a policy: {value!r} is not {expected}") from None
 
 
 def _classes(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of classes; expected an integer >= 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of classes; expected an integer >= 1")
     return int(text)
 
 

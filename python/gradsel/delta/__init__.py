@@ -1,4 +1,4 @@
-"""The fine-tuned difference: made, saved, applied, reverted and exchanged."""
+"""The difference that fine-tuning makes: created, saved, applied, reverted and exchanged."""
 
 from gradsel.delta.bank import TaskBank
 from gradsel.delta.delta import Delta, load_delta, save_delta

@@ -1,29 +1,30 @@
-"""Writing a delta to a model in place, and taking it back to the bit."""
+"""Writing a delta to a plain or attached model in place, and reverting it bit for bit."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from gradsel.delta.making import Trained, attached_root, fingerprint_before, trained_in
-from gradsel.delta.parts import Part, digest_with, entries_of, read, same_bits, tensors_of, write_
+from gradsel.delta.parts import Part, entries_of, read, same_bits, tensors_of, write_
+from gradsel.delta.trained import attached_root, trained_in
 from gradsel.masks import same
 from gradsel.parameters.fingerprints import fingerprint
 from gradsel.tables import shape_text
 
-_FORCE = "pass force=True if that is meant"
+_FORCE = "pass force=True if that is intended"
 
 
 @dataclass
 class Site:
-    """One tensor of a model, and the part of a delta that goes there.
+    """One tensor of a model, and the part of a delta that is written to it.
 
     Attributes:
-        values: those of the part, flat, on the tensor's device and rounded to its dtype.
+        values: the part's values, flat, on the tensor's device and rounded to its dtype.
     """
 
     name: str
@@ -35,16 +36,16 @@ class Site:
         self._memory = (self.tensor.data_ptr(), self.tensor.dtype, self.tensor.stride())
 
     def has_moved(self) -> bool:
-        """Whether the tensor has got other memory, such as by ``model.to()``."""
+        """Whether the tensor is in other memory now, for example after ``model.to()``."""
         return self._memory != (self.tensor.data_ptr(), self.tensor.dtype, self.tensor.stride())
 
 
 def sites_of(parts: Mapping[str, Part], model: nn.Module | Mapping[str, Tensor], force: bool) -> list[Site]:
-    """Where the parts go in a plain model, or in tensors by name.
+    """The sites of the parts in a plain model, or in tensors by name.
 
     Raises:
-        ValueError: the model is attached, lacks a tensor, or has one of another shape or, without force, dtype; values
-            that its dtype cannot hold.
+        ValueError: the model is attached, lacks a tensor, or has one of another shape. Without force also: a tensor has
+            another dtype, or one that cannot hold the values.
     """
     if isinstance(model, nn.Module) and attached_root(model) is not None:
         raise ValueError("the model is attached: use load_delta(model, ...), or call gradsel.detach(model) first")
@@ -72,27 +73,27 @@ def _tensor(name: str, part: Part, tensors: Mapping[str, Tensor], force: bool) -
     if tuple(tensor.shape) != part.mask.shape:
         raise ValueError(
             f"{name} is {shape_text(part.mask.shape)} in the delta, {shape_text(tensor.shape)} in the model; entries "
-            "are written in place, so the shapes (of a head: the number of classes) must be the same"
+            "are written in place, so the shapes (for a head: the number of classes) must be the same"
         )
     if tensor.is_floating_point() != part.values.is_floating_point():
         raise ValueError(f"{name} is {part.values.dtype} in the delta, {tensor.dtype} in the model")
     if tensor.dtype is not part.dtype and not force:
         raise ValueError(
             f"{name} is {tensor.dtype}, the delta was made on {part.dtype}: the base cannot be recognised, and values "
-            f"are rounded; {_FORCE}"
+            f"would be rounded; {_FORCE}"
         )
     return tensor
 
 
 def require_finite(parts: Mapping[str, Part], where: str = "", dtype: torch.dtype | None = None) -> None:
-    """Refuses values that are NaN or infinite.
+    """Checks that no values are NaN or infinite.
 
     Args:
-        where: in front of the message.
-        dtype: what they are rounded to before.
+        where: the start of the message.
+        dtype: round the values to this dtype first.
 
     Raises:
-        ValueError: there are some; it says how many, and where.
+        ValueError: some are; the message says how many, and where.
     """
     for name, part in parts.items():
         finite = part.values.to(dtype or part.values.dtype).isfinite()
@@ -101,97 +102,102 @@ def require_finite(parts: Mapping[str, Part], where: str = "", dtype: torch.dtyp
 
 
 def originals_in(sites: Sequence[Site], force: bool) -> list[Tensor]:
-    """The entries that are about to be replaced, flat in mask order.
+    """The entries that will be replaced, flat in mask order.
 
     Raises:
-        ValueError: without force: they, or a probe, are not those that the delta was made on, or that is not known.
+        ValueError: without force: these entries or a probe differ from the delta's base, or the base is not known.
     """
     found = [read(site.tensor, site.part) for site in sites]
     if not force:
-        wrong = [site.name for site, (_, digest) in zip(sites, found, strict=True) if not _is_base(site, digest)]
+        wrong = [
+            site.name
+            for site, (_, digest) in zip(sites, found, strict=True)
+            if not _is_base(site.name, site.part, digest, partial(fingerprint, site.tensor))
+        ]
         require_base(wrong, len(sites))
     return [entries for entries, _ in found]
 
 
 def require_base(wrong: Sequence[str], count: int) -> None:
-    """Refuses tensors that are not those of the base.
+    """Checks that no tensors differ from those of the base.
 
     Raises:
-        ValueError: there are some.
+        ValueError: ``wrong`` is not empty.
     """
     if wrong:
         raise ValueError(
             f"{len(wrong)} of {count} tensors are not those that the delta was made on, first {wrong[0]}: this is "
-            f"another base, or one that is modified already, by training or by another delta; {_FORCE}"
+            f"another base, or one that was modified already, by training or by another delta; {_FORCE}"
         )
 
 
-def _is_base(site: Site, digest: str) -> bool:
-    if site.part.digest:
-        return site.part.digest == digest
-    return known_fingerprint(site.name, site.part) == fingerprint(site.tensor)
+def _is_base(name: str, part: Part, digest: str, fingerprint: Callable[[], str]) -> bool:
+    """Whether the tensor with this digest and fingerprint is the one that the part was made on."""
+    return part.digest == digest if part.digest else known_fingerprint(name, part) == fingerprint()
 
 
 def known_fingerprint(name: str, part: Part) -> str:
-    """What a part knows of its base where it has no digest.
+    """The fingerprint of a part's base.
 
     Raises:
-        ValueError: nothing.
+        ValueError: it is not known.
     """
     if not part.fingerprint:
-        raise ValueError(f"the delta does not know the base of {name}, as it was made without; {_FORCE}")
+        raise ValueError(f"the delta does not know the base of {name}, as it was made without it; {_FORCE}")
     return part.fingerprint
 
 
-# --- Layers ------------------------------------------------------------------------------------------------------
+# --- Overlays ----------------------------------------------------------------------------------------------------
 
 
-class Layer:
-    """Something that has replaced entries of tensors, on top of what others had replaced before."""
+class Overlay:
+    """Replaces entries of tensors, perhaps on top of other overlays: a delta in a model, or a bank of tasks."""
 
     def __init__(self) -> None:
         self._tensors: frozenset[int] = frozenset()
 
     def _put_on(self, sites: Sequence[Site]) -> None:
         self._tensors = _memory_of(sites)
-        _layers[:] = [layer for layer in _layers if layer() not in (None, self)]
-        _layers.append(weakref.ref(self))
+        _overlays[:] = [overlay for overlay in _overlays if overlay() not in (None, self)]
+        _overlays.append(weakref.ref(self))
 
     def _require_top(self) -> None:
-        """Refuses where tensors have been written on top."""
-        for reference in reversed(_layers):
-            layer = reference()
-            if layer is self:
+        """Checks that no other overlay was put on top, on the same tensors."""
+        for reference in reversed(_overlays):
+            overlay = reference()
+            if overlay is self:
                 return
-            if layer is not None and layer._tensors & self._tensors:
-                raise RuntimeError(f"{layer} has been applied on top of {self}, to the same tensors; revert that first")
+            if overlay is not None and overlay._tensors & self._tensors:
+                raise RuntimeError(
+                    f"{overlay} has been applied on top of {self}, to the same tensors; revert that first"
+                )
 
     def _require_alone(self, sites: Sequence[Site]) -> None:
-        """Refuses where anything else has replaced entries of these tensors."""
-        for reference in _layers:
-            layer = reference()
-            if layer is not None and layer is not self and layer._tensors & _memory_of(sites):
-                raise RuntimeError(f"{layer} has been applied to the same tensors; revert that first")
+        """Checks that no other overlay is on these tensors."""
+        for reference in _overlays:
+            overlay = reference()
+            if overlay is not None and overlay is not self and overlay._tensors & _memory_of(sites):
+                raise RuntimeError(f"{overlay} has been applied to the same tensors; revert that first")
 
     def _take_off(self) -> None:
-        _layers[:] = [layer for layer in _layers if layer() not in (None, self)]
+        _overlays[:] = [overlay for overlay in _overlays if overlay() not in (None, self)]
         self._tensors = frozenset()
 
 
 def _memory_of(sites: Sequence[Site]) -> frozenset[int]:
-    """Which memory the tensors lie in: that of tied ones, and of views, is the same."""
+    """The memory that the tensors lie in, which tied tensors and views share."""
     return frozenset(site.tensor.untyped_storage().data_ptr() for site in sites if site.tensor.numel())
 
 
-# Oldest first. Whoever forgets a layer can no longer revert it, so that it is in nobody's way.
-_layers: list[weakref.ref[Layer]] = []
+# Oldest first. An overlay that nobody holds any more can no longer be reverted, so it must not block others.
+_overlays: list[weakref.ref[Overlay]] = []
 
 
-class Applied(Layer):
-    """A delta in a model, from ``Delta.apply_``: keeps the entries that it has replaced.
+class Applied(Overlay):
+    """A delta in a model, from ``Delta.apply_``; keeps the entries that it replaced.
 
     Attributes:
-        active: it has not been reverted.
+        active: whether it has not been reverted yet.
     """
 
     def __init__(self, parts: Mapping[str, Part], model: nn.Module, force: bool) -> None:
@@ -213,18 +219,18 @@ class Applied(Layer):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the entries that are kept."""
+        """Bytes of the replaced entries that are kept."""
         return sum(entries.nbytes for entries in self._originals)
 
     def revert_(self, force: bool = False) -> None:
-        """Writes the replaced entries back: every byte of the model is as it was.
+        """Writes the replaced entries back, so that the model is the same as before, byte for byte.
 
         Args:
-            force: also where something else has changed these entries since; what that did to others stays.
+            force: also revert if something else has changed these entries since; its other changes stay.
 
         Raises:
-            RuntimeError: it was reverted already; another delta was applied on top, to the same tensors; the model was
-                moved or cast; or, without force, these entries were changed. Nothing has been written.
+            RuntimeError: the delta was reverted already; another delta was applied on top, to the same tensors; the
+                model was moved or cast; or, without force, these entries were changed. Nothing has been written.
         """
         if not self.active:
             raise RuntimeError("this delta was reverted already")
@@ -235,7 +241,7 @@ class Applied(Layer):
             if changed:
                 raise RuntimeError(
                     f"{len(changed)} tensors have changed since the delta was applied, first {changed[0]}: reverting "
-                    f"would not bring the model back as it was; {_FORCE}"
+                    f"would not restore the model; {_FORCE}"
                 )
         for site, entries in zip(self._sites, self._originals, strict=True):
             write_(site.tensor, site.part, entries)
@@ -248,10 +254,10 @@ class Applied(Layer):
 
 
 def require_in_place(sites: Sequence[Site], model: nn.Module) -> None:
-    """Refuses tensors that have other memory than when they were found, or that the model no longer has.
+    """Checks that the tensors are still in the model and in the same memory.
 
     Raises:
-        RuntimeError: there are some, or the model has been attached.
+        RuntimeError: some are not, or the model has been attached.
     """
     if attached_root(model) is not None:
         raise RuntimeError("the model was attached since the delta was applied; call gradsel.detach(model) first")
@@ -265,15 +271,16 @@ def require_in_place(sites: Sequence[Site], model: nn.Module) -> None:
 
 
 def load_attached(parts: Mapping[str, Part], root: nn.Module, force: bool) -> None:
-    """Sets the values of an attached model, and its weights; the originals stay, and must be those of the delta's base.
+    """Sets the values and weights of an attached model; its originals stay, and must match the delta's base.
 
     Raises:
-        ValueError: other entries are attached; without force: another base. Nothing has been written.
+        ValueError: other entries are attached or, without force, the base differs. Nothing has been written.
     """
     trained = trained_in(root)
     buffers = {name: buffer for name, buffer in tensors_of(root).items() if name in parts and name not in trained}
     unknown = [name for name in trained if name not in parts]
-    unknown += [name for name in parts if name not in trained and not _is_buffer(name, root)]
+    buffer_names = dict(root.named_buffers())
+    unknown += [name for name in parts if name not in trained and name not in buffer_names]
     unknown += [name for name, own in trained.items() if name in parts and not same(own.mask, parts[name].mask)]
     if unknown:
         raise ValueError(
@@ -284,7 +291,12 @@ def load_attached(parts: Mapping[str, Part], root: nn.Module, force: bool) -> No
     for name, own in trained.items():
         _tensor(name, parts[name], {name: own.tensor}, force)
     if not force:
-        require_base([name for name, own in trained.items() if not _began_with(own, name, parts[name])], len(parts))
+        wrong = [
+            name
+            for name, own in trained.items()
+            if not _is_base(name, parts[name], own.digest_before(parts[name]), own.fingerprint_before)
+        ]
+        require_base(wrong, len(parts))
     originals_in(sites, force)
     with torch.no_grad():
         for name, own in trained.items():
@@ -292,14 +304,3 @@ def load_attached(parts: Mapping[str, Part], root: nn.Module, force: bool) -> No
             own.mask.scatter_(own.tensor, own.values)
     for site in sites:
         write_(site.tensor, site.part, site.values)
-
-
-def _began_with(own: Trained, name: str, part: Part) -> bool:
-    """Whether a parameter was, at attach(), the one that the delta was made on."""
-    if part.digest:
-        return part.digest == digest_with(own.originals, own.tensor, part)
-    return known_fingerprint(name, part) == fingerprint_before(own)
-
-
-def _is_buffer(name: str, root: nn.Module) -> bool:
-    return name in dict(root.named_buffers())

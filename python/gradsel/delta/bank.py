@@ -1,4 +1,4 @@
-"""Many tasks on one model: switching writes the entries of the old task and of the new one, and nothing else."""
+"""Many tasks on one model: switching writes only the entries of the old and the new task."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from itertools import combinations
 
 from torch import Tensor, nn
 
-from gradsel.delta.applying import Layer, Site, originals_in, require_in_place, sites_of
+from gradsel.delta.applying import Overlay, Site, originals_in, require_in_place, sites_of
 from gradsel.delta.combining import paired
 from gradsel.delta.delta import Delta
 from gradsel.delta.parts import write_
@@ -26,7 +26,7 @@ class _Task:
     overwritten: dict[str, frozenset[str]] = field(default_factory=dict)
 
     def overwritten_by(self, name: str, other: _Task) -> frozenset[str]:
-        """The tensors of which another task, of this name, sets the same entries, so that none has to be restored."""
+        """The tensors of which another task, ``name``, sets the same entries, so that restoring them is unnecessary."""
         if name not in self.overwritten:
             ours, theirs = self.delta.masks, other.delta.masks
             self.overwritten[name] = frozenset(key for key in ours if key in theirs and same(ours[key], theirs[key]))
@@ -34,20 +34,20 @@ class _Task:
 
 
 def _restore(task: _Task, but: frozenset[str] = frozenset()) -> None:
-    """Writes back the entries of the base that a task replaces, but for those of some tensors."""
+    """Writes back the entries of the base that a task replaces, except in the tensors ``but``."""
     for site, entries in zip(task.sites, task.originals, strict=True):
         if site.name not in but:
             write_(site.tensor, site.part, entries)
 
 
-class TaskBank(Layer):
-    """Deltas of one base model, one of which, or none, is in the model.
+class TaskBank(Overlay):
+    """Deltas of one base model, of which at most one is in the model at a time.
 
-    Switching is exact to the bit in any order. It writes in place: parameters stay the same objects at the same place
-    in memory, and what torch.compile made of the model stays valid. It must not run beside a forward pass.
+    Switching is exact to the bit, in any order. It writes in place: parameters stay the same objects at the same
+    addresses, and code compiled by torch.compile stays valid. Do not switch during a forward pass.
 
     Args:
-        model: the plain base, wrapped or not, as it is without a task.
+        model: the plain base, wrapped or not, without a task.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -57,22 +57,22 @@ class TaskBank(Layer):
         self._active: str | None = None
 
     def add(self, name: str, delta: Delta | str | os.PathLike[str], *, force: bool = False) -> None:
-        """Adds a task, without switching to it; the indices of its entries are worked out here.
+        """Adds a task without switching to it, and computes the indices of its entries.
 
         Args:
-            name: any, not taken.
-            delta: or its file.
+            name: any unused name.
+            delta: a delta, or the path of its file.
             force: see :meth:`gradsel.delta.Delta.apply_`.
 
         Raises:
-            ValueError: the name is taken; another model or base, such as a head of another size.
+            ValueError: the name is taken, or the delta is for another model or base, such as a head of another size.
         """
         if name in self._tasks:
             raise ValueError(f"the bank has a task {name!r} already; remove it first")
         delta = delta if isinstance(delta, Delta) else Delta.load(delta, force=force)
         sites = sites_of(delta, self._model, force)
         active = self._active
-        self.activate(None)  # what the task replaces are entries of the base
+        self.activate(None)  # the task replaces entries of the base
         try:
             originals = originals_in(sites, force)
         finally:
@@ -80,12 +80,12 @@ class TaskBank(Layer):
         self._tasks[name] = _Task(delta, sites, originals)
 
     def activate(self, name: str | None) -> None:
-        """Switches to a task, or with None to the base, wherever the model is now.
+        """Switches to a task, or with None to the base, from whatever task is active.
 
         Raises:
-            KeyError: no such task.
-            RuntimeError: something else was applied to the same tensors; the model was attached, moved or cast, or has
-                other tensors, since the task was added. Nothing has been written.
+            KeyError: there is no such task.
+            RuntimeError: something else was applied to the same tensors; or the model was attached, moved or cast, or
+                got other tensors, since the task was added. Nothing has been written.
         """
         if name is not None and name not in self._tasks:
             raise KeyError(f"the bank has no task {name!r}; it has {', '.join(self._tasks) or 'none'}")
@@ -103,7 +103,7 @@ class TaskBank(Layer):
             if new:
                 for site in new.sites:
                     write_(site.tensor, site.part, site.values)
-        except BaseException:  # the base, rather than parts of two tasks
+        except BaseException:  # rather the base than parts of two tasks
             for task in filter(None, (new, old)):
                 _restore(task)
             self._active = None
@@ -116,10 +116,10 @@ class TaskBank(Layer):
             self._take_off()
 
     def remove(self, name: str) -> None:
-        """Forgets a task; if it is active, the model becomes the base.
+        """Removes a task; if it is active, the model becomes the base.
 
         Raises:
-            KeyError: no such task.
+            KeyError: there is no such task.
         """
         if name == self._active:
             self.activate(None)
@@ -130,12 +130,12 @@ class TaskBank(Layer):
 
     @property
     def active(self) -> str | None:
-        """The task that is in the model."""
+        """The task that is in the model, or None."""
         return self._active
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All tasks, in the order in which they were added."""
+        """All tasks in the order they were added."""
         return tuple(self._tasks)
 
     def __len__(self) -> int:
@@ -151,10 +151,10 @@ class TaskBank(Layer):
         return self._tasks[name].delta
 
     def overlap(self, *, whole: bool = False) -> TaskOverlap:
-        """How many entries each two tasks both set.
+        """How many entries each pair of tasks shares.
 
         Args:
-            whole: count also tensors that either task sets whole, such as biases.
+            whole: also count tensors that either task sets whole, such as biases.
         """
         masks = {name: task.delta.masks for name, task in self._tasks.items()}
         return TaskOverlap({(a, b): overlap(*paired(masks[a], masks[b]), whole) for a, b in combinations(masks, 2)})
@@ -164,7 +164,7 @@ class TaskBank(Layer):
 
 
 class TaskOverlap(Mapping[tuple[str, str], Overlap]):
-    """The overlap of every two tasks, by their names; printable."""
+    """The overlap of every pair of tasks, by their names; printable."""
 
     def __init__(self, pairs: Mapping[tuple[str, str], Overlap]) -> None:
         self._pairs = dict(pairs)

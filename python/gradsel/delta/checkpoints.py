@@ -1,11 +1,11 @@
-"""Checkpoints in safetensors files, in one or in shards, read tensor by tensor and rewritten in place in a copy."""
+"""Checkpoints in safetensors files, single or in shards: read tensor by tensor, and copied with tensors changed."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,14 +19,14 @@ _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 class Checkpoint(Mapping[str, Tensor]):
-    """The tensors of a checkpoint by name, each read from its file when it is asked for.
+    """The tensors of a checkpoint by name, each read from its file on access.
 
     Args:
         path: a ``.safetensors`` file, an index ``*.safetensors.index.json`` of shards, or a folder with
             ``model.safetensors`` or ``model.safetensors.index.json``.
 
     Raises:
-        ValueError: no such file, or one that cannot be read.
+        ValueError: a file does not exist or cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -39,7 +39,7 @@ class Checkpoint(Mapping[str, Tensor]):
         self._files = {name: file for file, names in self.shards.items() for name in names}
 
     def __getitem__(self, name: str) -> Tensor:
-        """A copy of the tensor, in memory of its own."""
+        """A copy of the tensor, in its own memory."""
         with safe_open(self._files[name], framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor.clone()
@@ -51,17 +51,33 @@ class Checkpoint(Mapping[str, Tensor]):
         return len(self._files)
 
     @property
+    def files(self) -> list[Path]:
+        """All files that it is read from, an index included."""
+        return [*self.shards, *([] if self.index is None else [self.path])]
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of its files."""
+        """Size of its files in bytes."""
         return sum(file.stat().st_size for file in self.shards)
 
 
+def require_no_overwrite(output: Path, inputs: Iterable[Path]) -> None:
+    """Checks that an output file does not replace one of the files it is made from.
+
+    Raises:
+        ValueError: it would.
+    """
+    for path in inputs:
+        if output.exists() and path.exists() and output.samefile(path):
+            raise ValueError(f"{output} would replace {path}, which it is made from; name another file")
+
+
 def rewrite(source: Checkpoint, target: Path, changes: Mapping[str, Callable[[Tensor], Tensor]]) -> list[Path]:
-    """Copies a checkpoint with some of its tensors changed, which keep their shapes and dtypes.
+    """Copies a checkpoint with some of its tensors changed. These keep their shapes and dtypes.
 
     Args:
-        target: the file; of a sharded checkpoint the folder, or the index.
-        changes: what becomes of tensors, by name. One tensor is in memory at a time.
+        target: the file to write; for a sharded checkpoint, the folder or the index.
+        changes: by name, a function from the old to the new tensor. One tensor is in memory at a time.
 
     Returns:
         The files that were written, each atomically, the index last.
@@ -70,8 +86,8 @@ def rewrite(source: Checkpoint, target: Path, changes: Mapping[str, Callable[[Te
         ValueError: a file would replace one of ``source``.
     """
     files, index = _targets(source, target)
-    if any(new.exists() and new.resolve() in {old.resolve() for old in source.shards} for new in files.values()):
-        raise ValueError(f"{target} would replace the checkpoint it is made from; name another file")
+    for new in (*files.values(), *([] if index is None else [index])):
+        require_no_overwrite(new, source.files)
     for old, new in files.items():
         new.parent.mkdir(parents=True, exist_ok=True)
         with replacing(new) as unfinished:
@@ -100,7 +116,7 @@ def _index(path: Path) -> dict[str, Any]:
         index = json.loads(path.read_text())
         files = set(index["weight_map"].values())
         if not files or any(not isinstance(name, str) or Path(name).name != name for name in files):
-            raise ValueError("weight_map must name files beside it")
+            raise ValueError("weight_map must name files in the same folder")
     except (OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not an index of safetensors files: {error}") from None
     return dict(index)
@@ -115,7 +131,7 @@ def _names(file: Path) -> list[str]:
 
 
 def _starts(stream: BinaryIO) -> dict[str, int]:
-    """Where the tensors of a file begin: behind the length of the header, 8 bytes, and the header, JSON."""
+    """Where the tensors of a file begin; they follow the length of the header (8 bytes) and the header (JSON)."""
     (length,) = struct.unpack("<Q", stream.read(8))
     header = json.loads(stream.read(length))
     return {name: 8 + length + about["data_offsets"][0] for name, about in header.items() if name != "__metadata__"}

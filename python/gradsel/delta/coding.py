@@ -1,4 +1,4 @@
-"""The smallest form of a mask in a delta's file: what ``Mask.packed()`` gives, or the gaps between its entries."""
+"""The smallest encoding of a mask in a delta's file: that of ``Mask.packed()``, or the gaps between its entries."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ESCAPES = {torch.uint8: 2**8 - 1, torch.uint16: 2**16 - 1}
 
 
 def packed(mask: Mask) -> dict[str, Tensor]:
-    """The tensors of a mask in the fewest bytes, by part; ``gaps`` beside the parts of ``Mask.packed()``."""
+    """The tensors of a mask in as few bytes as possible, by part: those of ``Mask.packed()``, or ``gaps``."""
     best = mask.packed()
     if isinstance(mask, (PerRow, Flat)) and mask.nnz:
         steps = _steps(mask.entries() if isinstance(mask, Flat) else mask.numbers())
@@ -26,10 +26,10 @@ def packed(mask: Mask) -> dict[str, Tensor]:
 
 
 def unpacked(kind: str, shape: Sequence[int], description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Mask:
-    """The inverse of :func:`packed`, with what ``Mask.describe()`` says; nothing of it is trusted.
+    """The inverse of :func:`packed`, from the tensors and the result of ``Mask.describe()``, both untrusted.
 
     Raises:
-        TypeError, ValueError, LookupError: parts that make no mask.
+        TypeError, ValueError, LookupError: the parts do not make a mask.
     """
     if tensors.keys() != {"gaps"}:
         return from_parts(kind, shape, description, tensors)
@@ -39,20 +39,20 @@ def unpacked(kind: str, shape: Sequence[int], description: Mapping[str, Any], te
     if kind != PerRow.kind:
         raise ValueError(f"a mask of kind {kind!r} has no gaps")
     no_rows = from_parts(WholeRows.kind, shape, description, {"rows": torch.empty(0, dtype=torch.int32)})
-    assert isinstance(no_rows, WholeRows)  # it knows whether shape and view are right, and takes no memory
+    assert isinstance(no_rows, WholeRows)  # it checks shape and view, and takes no memory
     rows, n = no_rows.rows_and_columns
     if not rows or not n or numbers.numel() % rows:
-        raise ValueError(f"{numbers.numel()} entries are not as many in each of {rows} rows of {n}")
+        raise ValueError(f"{numbers.numel()} entries are not the same number in each of {rows} rows of {n}")
     mask = PerRow((numbers % n).view(rows, -1).to(torch.int32), shape, no_rows.view)
     if not torch.equal(mask.numbers(), numbers):
-        raise ValueError("gaps leave the rows that they are for")
+        raise ValueError("gaps leave their rows")
     return mask
 
 
 def to_gaps(numbers: Tensor, dtype: torch.dtype) -> Tensor:
     """Ascending numbers as how many are left out before each: ``[0, 7, 299]`` is ``[0, 6, 255, 36]`` in uint8.
 
-    The largest number that the dtype holds is an escape: it adds itself to the gap and goes on to the next digit.
+    The largest number of the dtype is an escape: it adds itself to the gap and continues with the next digit.
 
     Args:
         numbers: int64 [n], n > 0, from 0, strictly ascending.
@@ -68,7 +68,7 @@ def from_gaps(gaps: Tensor) -> Tensor:
     """The inverse of :func:`to_gaps`: int64 [n].
 
     Raises:
-        TypeError, ValueError: another dtype, no vector, empty, or cut off in the middle of a gap.
+        TypeError, ValueError: ``gaps`` has another dtype, is not a vector, is empty, or ends in the middle of a gap.
     """
     if gaps.dtype not in _ESCAPES:
         raise TypeError(f"gaps must be uint8 or uint16, got {gaps.dtype}")

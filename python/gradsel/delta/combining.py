@@ -1,4 +1,4 @@
-"""Two deltas of one base: what they share, where they differ, and what both set."""
+"""Combining two deltas of one base: what they share, where they differ, and their union."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Difference:
     """What two deltas have in common and how far they agree on it; printable.
 
     Attributes:
-        a, b: entries that each of them sets.
-        shared: entries that both set.
-        differing: those of them that they set to other bits.
+        a, b: numbers of entries that each sets.
+        shared: number of entries that both set.
+        differing: number of shared entries that they set to different bits.
         parameters: the same for every tensor that either touches.
     """
 
@@ -52,7 +52,7 @@ def difference(a: Mapping[str, Part], b: Mapping[str, Part]) -> Difference:
 
 
 def paired(a: Mapping[str, Mask], b: Mapping[str, Mask]) -> tuple[dict[str, Mask], dict[str, Mask]]:
-    """Both with a mask for every tensor that either knows.
+    """The masks of both, completed to the tensors that either has.
 
     Raises:
         ValueError: shapes differ.
@@ -100,7 +100,7 @@ def _merged(name: str, a: Part, b: Part, wins: str) -> Part:
 
 def _require_same_base(name: str, a: Part, b: Part) -> None:
     if a.dtype is not b.dtype:
-        raise ValueError(f"{name} is {a.dtype} in the base of one delta, {b.dtype} in that of the other")
+        raise ValueError(f"{name} is {a.dtype} in the base of one delta, {b.dtype} in the base of the other")
     known = [(a.fingerprint, b.fingerprint)]
     known += [(a.digest, b.digest)] if same(a.mask, b.mask) else []
     if any(ours and theirs and ours != theirs for ours, theirs in known):
@@ -108,7 +108,7 @@ def _require_same_base(name: str, a: Part, b: Part) -> None:
 
 
 def _compared(a: Part, b: Part) -> tuple[int, int]:
-    """How many entries both set, and how many of them to other bits."""
+    """How many entries both set, and how many of these to different bits."""
     (entries, order), (others, other_order) = ascending(a.mask), ascending(b.mask)
     places = torch.searchsorted(others, entries).clamp_(max=others.numel() - 1)
     both = others[places] == entries

@@ -1,4 +1,4 @@
-"""Deltas: what fine-tuning changed, as a small, safe, exact file. The format is in docs/deltas.md."""
+"""Deltas: what fine-tuning changed, as a small, safe, exact file. docs/deltas.md describes the format."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from gradsel.delta import file as delta_file
 from gradsel.delta.applying import Applied, known_fingerprint, load_attached, require_base, require_finite, sites_of
 from gradsel.delta.coding import packed
 from gradsel.delta.combining import Difference, difference, merged, paired
-from gradsel.delta.making import Base, attached_root, parts_of
+from gradsel.delta.making import Base, parts_of
 from gradsel.delta.parts import Part, same_bits
 from gradsel.delta.shira import read_shira, write_shira
+from gradsel.delta.trained import attached_root
 from gradsel.masks import Frozen, Mask, same
 from gradsel.parameters.fingerprints import fingerprint
 from gradsel.parameters.names import named_parameters
@@ -29,17 +30,17 @@ PathLike = str | os.PathLike[str]
 
 
 class Delta(Mapping[str, Part]):
-    """The entries that a task sets in a base model, and what it sets them to, by the names of the tensors.
+    """The entries that a task sets in a base model and their values, by the names of the tensors.
 
     Attributes:
-        notes: how it came about: those of the selection, and what else was given.
+        notes: how it was made: the notes of the selection and any others that were given.
     """
 
     def __init__(self, parts: Mapping[str, Part], notes: Mapping[str, Any] | None = None) -> None:
         """
         Args:
             parts: by the names of parameters and buffers.
-            notes: anything that JSON can hold.
+            notes: anything that can be written as JSON.
         """
         self._parts = dict(parts)
         self.notes = dict(notes or {})
@@ -53,22 +54,23 @@ class Delta(Mapping[str, Part]):
         selection: Selection | None = None,
         notes: Mapping[str, Any] | None = None,
     ) -> Delta:
-        """The delta of a trained model. The model stays as it is.
+        """The delta of a trained model, which does not change.
 
         Args:
             model: attached, or trained in any other way; wrapped or not.
-            dtype: round floating-point values to this one. None: as they were trained, which for an attached model in
-                bfloat16 is float32.
-            base: the plain model that training began with, or its state_dict, new heads included. With it, buffers
-                that have changed (running statistics) are part of the delta, and changes outside the selection are an
-                error. An attached model knows its original entries without it.
-            selection: what was trained. Needed where the model is not attached; without it, and with a base, the delta
-                has the entries whose bits differ. Of an attached model it gives notes, and fingerprints of the weights
-                that it was made on, which else are computed.
-            notes: beside those of the selection.
+            dtype: round floating-point values to this dtype. None: keep the dtype they were trained in, which is
+                float32 for an attached model in bfloat16.
+            base: the plain model that training began with, or its state_dict, new heads included. If given, buffers
+                that changed (running statistics) become part of the delta, and changes outside the selection are an
+                error. An attached model does not need it, because it keeps its original entries.
+            selection: what was trained. Required if the model is not attached, unless a base is given: then the delta
+                has the entries whose bits differ. For an attached model, it adds its notes, and fingerprints that would
+                otherwise be computed.
+            notes: further notes, added to those of the selection.
 
         Raises:
-            KeyError, ValueError: neither attached, nor selection or base; a selection or base of another model.
+            KeyError, ValueError: the model is not attached and neither selection nor base is given; or they are of
+                another model.
         """
         parts = parts_of(model, selection, base, dtype)
         return Delta(parts, {**({} if selection is None else selection.notes), **(notes or {})})
@@ -78,11 +80,11 @@ class Delta(Mapping[str, Part]):
         """Reads what :meth:`save` wrote.
 
         Args:
-            path: the file; it need not be trusted.
-            force: also with values that are NaN or infinite.
+            path: the file, which may be untrusted.
+            force: also load values that are NaN or infinite.
 
         Raises:
-            ValueError: the file is no delta, is damaged, or was written by a later version; or has such values.
+            ValueError: the file is not a delta, is damaged, was written by a later version, or has such values.
         """
         delta = Delta(*delta_file.read(path))
         if not force:
@@ -90,17 +92,17 @@ class Delta(Mapping[str, Part]):
         return delta
 
     def save(self, path: PathLike, *, originals: bool = False, force: bool = False) -> None:
-        """Writes one safetensors file, atomically: a crash leaves the old file as it was.
+        """Writes one safetensors file, atomically: a crash leaves the old file intact.
 
         Args:
             path: the file.
-            originals: also the entries of the base that are replaced, so that a checkpoint can be reverted by the file
-                alone; up to twice the size.
-            force: also values that are NaN or infinite.
+            originals: also save the replaced entries of the base, so that the file alone can revert a checkpoint; up to
+                twice the size.
+            force: also save values that are NaN or infinite.
 
         Raises:
-            ValueError: originals that are not known; such values.
-            TypeError: notes that JSON cannot hold.
+            ValueError: the originals are not known, or there are such values.
+            TypeError: the notes cannot be written as JSON.
         """
         if not force:
             require_finite(self)
@@ -116,7 +118,7 @@ class Delta(Mapping[str, Part]):
         return len(self._parts)
 
     def __eq__(self, other: object) -> bool:
-        """Whether both set the same entries to the same bits; where they come from is not looked at."""
+        """Whether both set the same entries to the same bits; their bases and notes do not matter."""
         if not isinstance(other, Delta):
             return NotImplemented
         return self.keys() == other.keys() and all(
@@ -127,12 +129,12 @@ class Delta(Mapping[str, Part]):
     __hash__ = None  # type: ignore[assignment]
 
     def trained_count(self) -> int:
-        """How many scalars it sets."""
+        """The number of scalars that it sets."""
         return sum(part.mask.nnz for part in self.values())
 
     @property
     def nbytes(self) -> int:
-        """Bytes of values and packed indices: the file without names and checksum."""
+        """Bytes of values and packed indices: the size of the file without its metadata."""
         return sum(_bytes(part) for part in self.values())
 
     @property
@@ -141,8 +143,9 @@ class Delta(Mapping[str, Part]):
         return {name: part.mask for name, part in self.items()}
 
     def selection(self, model: nn.Module) -> Selection:
-        """The selection that trains the same parameters, to go on training: ``attach(model, delta.selection(model))``,
-        then ``load_delta(model, delta)``.
+        """The selection that trains the same entries.
+
+        To continue training: ``attach(model, delta.selection(model))``, then ``load_delta(model, delta)``.
 
         Raises:
             ValueError: shapes differ.
@@ -156,9 +159,9 @@ class Delta(Mapping[str, Part]):
         return Selection(masks, self.notes, known)
 
     def __str__(self) -> str:
-        """A table with one line for each group of equal tensors; block numbers are written as ``*``."""
+        """A table with one line per group of similar tensors; block numbers are written as ``*``."""
         keys = {
-            name: (part.mask.shape, part.mask.how, "+".join(packed(part.mask)), part.values.dtype, part.mask.nnz)
+            name: (part.mask.shape, part.mask.label, "+".join(packed(part.mask)), part.values.dtype, part.mask.nnz)
             for name, part in self.items()
         }
         sizes = {keys[name]: _bytes(part) for name, part in self.items()}
@@ -180,11 +183,11 @@ class Delta(Mapping[str, Part]):
     # --- Two deltas
 
     def overlap(self, other: Delta, *, whole: bool = False) -> Overlap:
-        """How many entries both set, in all and by tensor.
+        """How many entries both set, in total and by tensor.
 
         Args:
-            other: of the same model.
-            whole: count also tensors that either sets whole, such as biases.
+            other: another delta of the same model.
+            whole: also count tensors that either sets whole, such as biases.
 
         Raises:
             ValueError: shapes differ.
@@ -192,7 +195,7 @@ class Delta(Mapping[str, Part]):
         return overlap(*paired(self.masks, other.masks), whole)
 
     def difference(self, other: Delta) -> Difference:
-        """Shared entries, and those of them with other values, by tensor; printable.
+        """Shared entries, and how many of them have different values, by tensor; printable.
 
         Raises:
             ValueError: shapes differ.
@@ -205,17 +208,17 @@ class Delta(Mapping[str, Part]):
         return self.merged(other)
 
     def merged(self, other: Delta, *, wins: Literal["neither", "self", "other"] = "neither") -> Delta:
-        """What both set; ``a | b`` is ``a.merged(b)``.
+        """A delta that sets the entries of both; ``a | b`` is ``a.merged(b)``.
 
-        Where they set different entries of one tensor, the digest of its base is lost, so that applying the result
-        looks at whole tensors, which takes longer.
+        If they set different entries of a tensor, the digest of its base is lost. Applying the result then checks the
+        whole tensor, which takes longer.
 
         Args:
-            other: of the same base.
-            wins: whose value is taken where both set an entry; "neither": their bits must be equal.
+            other: another delta of the same base.
+            wins: whose value to take if both set an entry. "neither": their bits must be equal.
 
         Raises:
-            ValueError: shapes or dtypes of tensors, or bases, differ; other values of the same entry, and neither wins.
+            ValueError: shapes, dtypes or bases differ; or values of an entry differ and neither wins.
         """
         parts = merged(self, other, wins)
         return Delta(parts, {"policy": f"[{self.notes.get('policy')}] or [{other.notes.get('policy')}]"})
@@ -223,12 +226,12 @@ class Delta(Mapping[str, Part]):
     # --- Models
 
     def check(self, model: nn.Module) -> None:
-        """Compares all touched tensors of a plain model with those that the delta was made on, by fingerprint.
+        """Checks by fingerprint that all touched tensors of a plain model are those that the delta was made on.
 
-        What :meth:`apply_` looks at is less: the entries that it replaces, and up to 32 more of each tensor.
+        :meth:`apply_` checks less: the entries that it replaces, and up to 32 more of each tensor.
 
         Raises:
-            ValueError: they differ, in shape, dtype or values; or the delta does not know its base.
+            ValueError: shapes, dtypes or values differ, or the delta does not know its base.
         """
         sites = sites_of(self, model, force=False)
         wrong = [site.name for site in sites if known_fingerprint(site.name, site.part) != fingerprint(site.tensor)]
@@ -237,24 +240,24 @@ class Delta(Mapping[str, Part]):
     def apply_(self, model: nn.Module, *, force: bool = False) -> Applied:
         """Writes the values to a plain model, in place, and keeps what they replace.
 
-        Values of another dtype than the tensor's are rounded once. Parameters stay the same objects at the same place
-        in memory, and code of torch.compile stays valid.
+        Values in another dtype than the tensor's are rounded once. Parameters stay the same objects at the same
+        addresses, and code compiled by torch.compile stays valid.
 
         Args:
-            model: the base, wrapped or not; nobody else may use it in the meantime.
-            force: also on another base, one in another dtype, or one that the delta does not know.
+            model: the base, wrapped or not; do not use it during the call.
+            force: also apply to another base, to one in another dtype, or if the delta does not know its base.
 
         Returns:
-            What takes it back: ``.revert_()``.
+            A handle whose ``revert_()`` undoes the change.
 
         Raises:
-            ValueError: another model or base, or an attached one; nothing has changed.
+            ValueError: the model is attached, or is another model or base; nothing has changed.
         """
         return Applied(self, model, force)
 
     @contextmanager
     def applied(self, model: nn.Module, *, force: bool = False) -> Iterator[Applied]:
-        """``with delta.applied(model):``, see :meth:`apply_`; leaving it restores every byte."""
+        """Applies the delta inside ``with delta.applied(model):``, see :meth:`apply_`; the end restores every byte."""
         handle = self.apply_(model, force=force)
         try:
             yield handle
@@ -266,28 +269,28 @@ class Delta(Mapping[str, Part]):
     def to_shira(self, folder: PathLike, *, base: Base | None = None, drop: bool = False) -> None:
         """Writes a SHiRA adapter of PEFT: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-        SHiRA stores differences: base + difference is the value up to rounding, and cannot be undone to the bit.
+        SHiRA stores differences. Adding one to the base gives the value up to rounding, and cannot be undone exactly.
 
         Args:
-            folder: where to; it is created.
-            base: the model, or its state_dict, where the delta does not keep originals.
-            drop: leave out what SHiRA cannot hold, such as biases of adapted layers.
+            folder: the folder to write to, which is created.
+            base: the model, or its state_dict, if the delta does not keep originals.
+            drop: leave out what SHiRA cannot store, such as biases of adapted layers.
 
         Raises:
-            ValueError: originals are not known; parameters that SHiRA cannot hold.
+            ValueError: originals are not known, or SHiRA cannot store some parameters.
         """
         write_shira(self, Path(folder), base, drop)
 
     @staticmethod
     def from_shira(folder: PathLike, base: Base) -> Delta:
-        """The delta that a SHiRA adapter of PEFT makes on a base model: base + difference, as PEFT would merge it.
+        """The delta with the effect of a SHiRA adapter of PEFT: base + difference, as PEFT would merge it.
 
         Args:
-            folder: what PEFT's ``save_pretrained`` wrote.
+            folder: the folder that PEFT's ``save_pretrained`` wrote.
             base: the plain model, or its state_dict.
 
         Raises:
-            ValueError: no SHiRA adapter, or one of another model.
+            ValueError: the folder has no SHiRA adapter, or one for another model.
         """
         return Delta(read_shira(Path(folder), base), {"policy": f"SHiRA adapter {Path(folder).name}"})
 
@@ -301,26 +304,27 @@ def save_delta(
     selection: Selection | None = None,
     notes: Mapping[str, Any] | None = None,
 ) -> Delta:
-    """``Delta.of(model, ...)``, saved: see :meth:`Delta.of` and :meth:`Delta.save`, which have more options."""
+    """Saves ``Delta.of(model, ...)``. See :meth:`Delta.of`, and :meth:`Delta.save`, which has more options."""
     delta = Delta.of(model, dtype=dtype, base=base, selection=selection, notes=notes)
     delta.save(path)
     return delta
 
 
 def load_delta(model: nn.Module, delta: Delta | PathLike, *, force: bool = False) -> Applied | None:
-    """Puts a delta into a model.
+    """Loads a delta into a model.
 
     Args:
-        model: the plain base, see :meth:`Delta.apply_`; or attached to the same entries (see :meth:`Delta.selection`):
-            then values and weights are set, originals stay, and training can go on.
-        delta: or its file.
-        force: see :meth:`Delta.apply_`; of an attached model, the originals stay its own.
+        model: the plain base, see :meth:`Delta.apply_`; or a model that is attached to the same entries (see
+            :meth:`Delta.selection`): then its values and weights are set, its originals stay, and training can
+            continue.
+        delta: a delta, or the path of its file.
+        force: see :meth:`Delta.apply_`; an attached model keeps its own originals.
 
     Returns:
-        What takes it back, for a plain model.
+        For a plain model, a handle whose ``revert_()`` undoes the change.
 
     Raises:
-        ValueError: another model or base, or other entries; nothing has changed.
+        ValueError: the model is another model or base, or is attached to other entries; nothing has changed.
     """
     delta = delta if isinstance(delta, Delta) else Delta.load(delta, force=force)
     root = attached_root(model)

@@ -1,4 +1,4 @@
-"""A full checkpoint of a trained model, for those who do not have this library."""
+"""Full checkpoints of a trained model, for use without this library."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from gradsel.sealed import replacing
 
 
 def export(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Writes a full checkpoint, safetensors, with the keys of the plain model: nothing in it is of this library.
+    """Writes a full safetensors checkpoint with the keys of the plain model, which loads without this library.
 
     Args:
-        model: attached or not, wrapped or not. Its weights are written, not the float32 values that it is trained by.
+        model: attached or not, wrapped or not. Its weights are written, not their float32 values in training.
         path: the file, written atomically.
     """
     plain = unwrapped(model)
@@ -26,11 +26,9 @@ def export(model: nn.Module, path: str | os.PathLike[str]) -> None:
         for prefix, module in plain.named_modules(remove_duplicate=False)
         for short in selected_in(module)
     }
-    # Clones: tied tensors are written once for each name, so that load_state_dict finds all of them.
+    # Clones: tied tensors are written once per name, so that load_state_dict finds all of them.
     copies = {
-        ".".join(part for part in key.split(".") if part not in WRAPPERS): tensor.detach()
-        .cpu()
-        .clone(memory_format=torch.contiguous_format)
+        _plain(key): tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for key, tensor in plain.state_dict().items()
         if key not in hidden and isinstance(tensor, Tensor)
     }
@@ -39,5 +37,5 @@ def export(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def _plain(key: str) -> str:
-    """Without what torch.compile and checkpoint_wrapper put into it; a module called "module" is the model's own."""
+    """A key without what torch.compile and checkpoint_wrapper add; unlike strip_wrappers, it keeps "module" parts."""
     return ".".join(part for part in key.split(".") if part not in WRAPPERS)

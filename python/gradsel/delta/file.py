@@ -1,4 +1,4 @@
-"""The file of a delta: safetensors with JSON metadata, described byte by byte in docs/deltas.md. It is not trusted."""
+"""The file format of deltas: safetensors with JSON metadata, untrusted; docs/deltas.md describes every byte."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ _DTYPES = {
 def write(
     path: str | os.PathLike[str], parts: Mapping[str, Part], notes: Mapping[str, Any], originals: bool = False
 ) -> None:
-    """Writes one file, atomically; with the replaced entries, if asked for.
+    """Writes one file, atomically, with ``originals`` also the replaced entries.
 
     Raises:
-        ValueError: they are asked for and not known; the notes are not JSON.
+        ValueError: the original entries are not known.
+        TypeError: the notes cannot be written as JSON.
     """
     tensors: dict[str, Tensor] = {}
     parameters = {}
@@ -54,10 +55,10 @@ def write(
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Part], dict[str, Any]]:
-    """Parts and notes of a file that :func:`write` wrote.
+    """Reads the parts and notes that :func:`write` wrote.
 
     Raises:
-        ValueError: the file is no delta, is damaged, or was written by a later version.
+        ValueError: the file is not a delta, is damaged, or was written by a later version.
     """
     with reading_sealed(path, FORMAT, VERSION, "a delta") as (metadata, tensors):
         owned = by_parameter(tensors)
@@ -81,7 +82,7 @@ def _part(described: Mapping[str, Any], tensors: dict[str, Tensor]) -> Part:
     mask = unpacked(described["kind"], described["shape"], described, tensors)
     dtype, digest, fingerprint = _DTYPES[described["dtype"]], described["digest"], described["fingerprint"]
     if not mask.nnz:
-        raise ValueError("no entries")  # their other size could be anything
+        raise ValueError("no entries")  # the other size could be anything
     if values.dtype not in _DTYPES.values() or (values.dtype is not dtype and not _are_floats(values.dtype, dtype)):
         raise TypeError(f"values are {values.dtype} for a tensor of {dtype}")
     if originals is not None and originals.dtype is not dtype:
@@ -90,8 +91,8 @@ def _part(described: Mapping[str, Any], tensors: dict[str, Tensor]) -> Part:
         if tensor is not None and tuple(tensor.shape) != mask.compact_shape:
             raise ValueError(f"{what} must be {list(mask.compact_shape)}, got {list(tensor.shape)}")
     if not isinstance(digest, str) or not isinstance(fingerprint, str):
-        raise TypeError("digest and fingerprint are texts")
-    # Clones: what was read may be the file itself, mapped into memory.
+        raise TypeError("digest and fingerprint must be strings")
+    # Clones, because tensors that were read may be the mapped file itself.
     return Part(mask, values.clone(), dtype, digest, fingerprint, None if originals is None else originals.clone())
 
 

@@ -1,17 +1,16 @@
-"""Parts of a delta from a model: attached, trained with a selection in any other way, or beside its base."""
+"""Making a delta's parts from a model that is attached, was trained with a selection in another way, or has a base."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from gradsel.attached import RECORD, SUFFIX, selected_in
-from gradsel.delta.parts import Part, bits_of, digest_with, read, same_bits, tensors_of
-from gradsel.masks import Mask, Whole, same
+from gradsel.delta.parts import Part, bits_of, read, same_bits, tensors_of
+from gradsel.delta.trained import attached_root, trained_in
+from gradsel.masks import Mask, same
 from gradsel.masks.combining import recognised
 from gradsel.parameters.fingerprints import fingerprint, kind_of
 from gradsel.parameters.names import named_parameters, strip_wrappers
@@ -23,56 +22,14 @@ Base = nn.Module | Mapping[str, Tensor]
 Tensors = Mapping[str, Tensor]
 
 
-@dataclass
-class Trained:
-    """One trained parameter of an attached model.
-
-    Attributes:
-        mask: what is trained of it.
-        values: the trained entries: a parameter of their own, or ``tensor`` itself.
-        originals: the same entries at attach().
-        tensor: the parameter.
-    """
-
-    mask: Mask
-    values: Tensor
-    originals: Tensor
-    tensor: Tensor
-
-
-def attached_root(model: nn.Module) -> nn.Module | None:
-    """The module that attach() was called on: the model or one inside it; None if there is none.
-
-    Raises:
-        ValueError: there are several.
-    """
-    roots = [module for module in model.modules() if RECORD in vars(module)]
-    if len(roots) > 1:
-        raise ValueError(f"{len(roots)} modules of the model are attached, each on its own; pass one of them")
-    return roots[0] if roots else None
-
-
-def trained_in(root: nn.Module) -> dict[str, Trained]:
-    """What an attached model trains, in the order of its parameters."""
-    found: dict[str, Trained] = {}
-    for module in root.modules():
-        for short, selected in selected_in(module).items():
-            own: Any = module._parameters
-            found[selected.name] = Trained(selected.mask, own[short + SUFFIX], selected.original, own[short])
-    parameters = named_parameters(root)
-    for name, original in vars(root)[RECORD].wholes.items():
-        found[name] = Trained(Whole(original.shape), parameters[name], original, parameters[name])
-    return {name: found[name] for name in parameters if name in found}
-
-
 def parts_of(
     model: nn.Module, selection: Selection | None, base: Base | None, dtype: torch.dtype | None
 ) -> dict[str, Part]:
-    """The parts of ``Delta.of``, which see."""
+    """The parts of ``Delta.of``; see there."""
     root = attached_root(model)
     before = None if base is None else tensors_of(base)
     if isinstance(base, nn.Module) and attached_root(base) is not None:
-        raise ValueError("the base is attached, so that its weights may be trained; pass a plain one")
+        raise ValueError("the base is attached, so its weights may have been trained; pass a plain one")
     if root is not None:
         if before is not None:
             _require_base_of(root, before)
@@ -92,7 +49,7 @@ def differing(name: str, original: Tensor, tuned: Tensor, dtype: torch.dtype | N
     """The entries of two tensors of one name whose bits differ, or None if there are none.
 
     Args:
-        dtype: round floating-point values to this one.
+        dtype: round floating-point values to this dtype.
 
     Raises:
         ValueError: shapes or dtypes differ.
@@ -102,7 +59,7 @@ def differing(name: str, original: Tensor, tuned: Tensor, dtype: torch.dtype | N
         ("dtype", tuned.dtype, original.dtype),
     ):
         if ours != theirs:
-            raise ValueError(f"{name} has {what} {ours}, {theirs} in the base; a delta replaces entries, no tensors")
+            raise ValueError(f"{name} has {what} {ours}, {theirs} in the base; a delta replaces entries, not tensors")
     entries = (bits_of(tuned) != bits_of(original)).reshape(-1).nonzero().view(-1)
     return _beside(recognised(entries, tuned.shape), tuned, original, dtype) if entries.numel() else None
 
@@ -112,43 +69,31 @@ def _of_attached(root: nn.Module, selection: Selection | None, dtype: torch.dtyp
     for name, trained in trained_in(root).items():
         if selection is not None and not same(lookup(selection, name), trained.mask):
             raise ValueError(f"{name} is not attached as this selection says; pass the one that attach() got")
-        part = Part(_on_cpu(trained.mask), _kept(trained.values, dtype), trained.tensor.dtype)
+        part = Part(_on_cpu(trained.mask), _copied(trained.values, dtype), trained.tensor.dtype)
         known = "" if selection is None or trained.mask.is_whole else selection.base.get(name, "")
         parts[name] = replace(
             part,
-            originals=_kept(trained.originals, None),
-            digest=digest_with(trained.originals, trained.tensor, part),
-            fingerprint=known if known.startswith(f"{kind_of(trained.tensor)} ") else fingerprint_before(trained),
+            originals=_copied(trained.originals, None),
+            digest=trained.digest_before(part),
+            fingerprint=known if known.startswith(f"{kind_of(trained.tensor)} ") else trained.fingerprint_before(),
         )
     return parts
 
 
 def _require_base_of(root: nn.Module, before: Mapping[str, Tensor]) -> None:
-    """Refuses a base that the attached model does not come from, or frozen entries that are no longer those of it."""
+    """Checks that an attached model comes from this base and that its frozen entries are unchanged."""
     trained = trained_in(root)
     hidden = {own.values.data_ptr() for own in trained.values() if own.values is not own.tensor}
     for name, parameter in named_parameters(root).items():
         if parameter.data_ptr() in hidden or name not in before:
             continue
-        ours = before_training(trained[name]) if name in trained else parameter.detach()
+        ours = trained[name].whole_before() if name in trained else parameter.detach()
         theirs = before[name].detach().to(ours.device)
         if not same_bits(ours, theirs):
             raise ValueError(
                 f"{name} was not this at attach(), or was changed outside the selection since; pass the base that the "
                 "model was attached with"
             )
-
-
-def before_training(trained: Trained) -> Tensor:
-    """A whole parameter as it was at attach()."""
-    original = trained.tensor.detach().clone()
-    trained.mask.scatter_(original, trained.originals)
-    return original
-
-
-def fingerprint_before(trained: Trained) -> str:
-    """Of a whole parameter as it was at attach()."""
-    return fingerprint(before_training(trained))
 
 
 def _of_selection(
@@ -163,7 +108,7 @@ def _of_selection(
             if mask.nnz:
                 parts[name] = _beside(mask, parameter, original, dtype)
         elif mask.nnz:
-            part = Part(_on_cpu(mask), _kept(mask.gather(parameter.detach()), dtype), parameter.dtype)
+            part = Part(_on_cpu(mask), _copied(mask.gather(parameter.detach()), dtype), parameter.dtype)
             known = selection.base.get(name, "")
             parts[name] = replace(part, fingerprint=known if known.startswith(f"{kind_of(parameter)} ") else "")
     return parts
@@ -175,7 +120,7 @@ def _of_base(tensors: Tensors, before: Tensors, dtype: torch.dtype | None) -> di
 
 
 def _beside(mask: Mask, tuned: Tensor, original: Tensor, dtype: torch.dtype | None) -> Part:
-    part = Part(_on_cpu(mask), _kept(mask.gather(tuned.detach()), dtype), original.dtype)
+    part = Part(_on_cpu(mask), _copied(mask.gather(tuned.detach()), dtype), original.dtype)
     entries, digest = read(original, part)
     originals = entries.cpu().view(mask.compact_shape)
     return replace(part, originals=originals, digest=digest, fingerprint=fingerprint(original))
@@ -185,8 +130,8 @@ def _original(name: str, tensor: Tensor, before: Tensors) -> Tensor:
     if name not in before or before[name].shape != tensor.shape:
         found = shape_text(before[name].shape) if name in before else "missing"
         raise ValueError(
-            f"{name} is {shape_text(tensor.shape)} in the model, {found} in the base; the base is what training began "
-            "with, new heads included"
+            f"{name} is {shape_text(tensor.shape)} in the model, {found} in the base; pass the model that training "
+            "began with, new heads included"
         )
     return before[name].detach().to(tensor.device)
 
@@ -201,7 +146,7 @@ def _require_untouched(name: str, mask: Mask, tuned: Tensor, original: Tensor) -
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that are part of a checkpoint."""
+    """The buffers that checkpoints contain."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     state = model.state_dict()
     return {
@@ -211,8 +156,8 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _kept(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A copy on the CPU; floating-point numbers in ``dtype``."""
+def _copied(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A copy on the CPU, rounded to ``dtype`` if it is floating-point."""
     target = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
     return tensor.detach().to("cpu", target, copy=True).contiguous()
 

@@ -1,4 +1,4 @@
-"""The parts of a delta: one touched tensor each, and how it knows the tensor that it was made on."""
+"""The parts of a delta, each for one tensor, and how they recognise the tensor they were made on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gradsel.masks.encoding import ascends
 from gradsel.parameters.fingerprints import INTEGERS
 from gradsel.parameters.names import strip_wrappers
 
-#: Entries of a tensor that a part leaves alone and that are looked at all the same before it is applied.
+#: Number of entries of a tensor that are checked before a part is applied, besides those that it replaces.
 PROBES = 32
 
 
@@ -24,11 +24,11 @@ class Part:
 
     Attributes:
         mask: the entries that it sets.
-        values: what it sets them to, of ``mask.compact_shape``, in the dtype that they were trained or saved in.
-        dtype: of the tensor that it was made on.
-        digest: of the entries of that tensor that it replaces, and of a few others, see :func:`read`; "" if not known.
-        fingerprint: of that whole tensor, from :mod:`gradsel.parameters.fingerprints`; "" if not known.
-        originals: the entries of that tensor that it replaces, like ``values`` but of its dtype, if they are kept.
+        values: their new values, of ``mask.compact_shape``, in the dtype that they were trained or saved in.
+        dtype: dtype of the base, the tensor that the part was made on.
+        digest: digest of the replaced entries of the base and of a few others, see :func:`read`; "" if not known.
+        fingerprint: fingerprint of the base from :mod:`gradsel.parameters.fingerprints`; "" if not known.
+        originals: the replaced entries of the base, shaped like ``values`` but in its dtype, if they are kept.
     """
 
     mask: Mask
@@ -40,10 +40,10 @@ class Part:
     _places: dict = field(default_factory=dict, repr=False)
 
     def places(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
-        """Offsets in the memory of a tensor, worked out once for its strides and device.
+        """Offsets in the memory of a tensor, computed once for its strides and device.
 
         Returns:
-            int64 [nnz], those of the entries in mask order, and int64 [nnz + p], those and the p <= 32 probes.
+            int64 [nnz], the entries in mask order, and int64 [nnz + p], the same followed by p <= 32 probes.
         """
         key = (tensor.stride(), tensor.device)
         if key not in self._places:
@@ -52,29 +52,29 @@ class Part:
         return self._places[key]
 
     def remade(self, mask: Mask, values: Tensor) -> Part:
-        """A part of the same tensor that sets other entries; how the entries were before is not known."""
+        """A part for the same tensor that sets other entries, whose original values are not known."""
         return replace(self, mask=mask, values=values, digest="", originals=None, _places={})
 
 
 def read(tensor: Tensor, part: Part) -> tuple[Tensor, str]:
-    """The entries of a dense tensor that a part replaces, flat in mask order, and the digest that goes with them.
+    """The entries of a dense tensor that a part replaces, flat in mask order, and their digest.
 
-    The digest is BLAKE2b, 16 bytes as hex, of these entries and of the probes: the entries number ``i * numel // n``
-    in row-major order, with ``n = min(numel, 32)`` and i from 0, as far as the part leaves them alone.
+    The digest is BLAKE2b, 16 bytes as hex, of these entries and of the probes: entries number ``i * numel // n`` in
+    row-major order, with ``n = min(numel, 32)`` and i from 0, without those that the part replaces.
     """
     both = entries_of(tensor, part) if part.mask.is_whole else memory(tensor).index_select(0, part.places(tensor)[1])
     return both[: part.mask.nnz], _hash(both)
 
 
 def entries_of(tensor: Tensor, part: Part) -> Tensor:
-    """A copy of the entries of a dense tensor where the part is, flat in mask order."""
+    """A copy of the entries of a dense tensor that a part replaces, flat in mask order."""
     if part.mask.is_whole:
         return tensor.detach().clone(memory_format=torch.contiguous_format).view(-1)
     return memory(tensor).index_select(0, part.places(tensor)[0])
 
 
 def digest_with(originals: Tensor, tensor: Tensor, part: Part) -> str:
-    """The digest of a tensor as it was when it had these entries where the part is."""
+    """The digest that a tensor had when the entries that a part replaces were ``originals``."""
     if part.mask.is_whole:
         return _hash(originals.reshape(-1))
     probes = part.places(tensor)[1][part.mask.nnz :]
@@ -82,7 +82,7 @@ def digest_with(originals: Tensor, tensor: Tensor, part: Part) -> str:
 
 
 def write_(tensor: Tensor, part: Part, entries: Tensor) -> None:
-    """Writes entries, flat in mask order and of the dtype and device of ``tensor``, to where the part is."""
+    """Writes the entries of a part, given flat in mask order with the dtype and device of ``tensor``."""
     if part.mask.is_whole:
         tensor.detach().copy_(entries.view(tensor.shape))
     else:
@@ -97,7 +97,7 @@ def memory(tensor: Tensor) -> Tensor:
 def tensors_of(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Parameters and buffers of a model, or the tensors of a state_dict, by name without the prefixes of wrappers.
 
-    Tied tensors are there under each of their names.
+    Tied tensors appear under each of their names.
     """
     if not isinstance(model, nn.Module):
         return {strip_wrappers(name): tensor for name, tensor in model.items() if isinstance(tensor, Tensor)}
@@ -106,17 +106,17 @@ def tensors_of(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def bits_of(tensor: Tensor) -> Tensor:
-    """The bits of a tensor as integers of the same size, an alias."""
+    """The bits of a tensor as integers of the same size; an alias."""
     return tensor.detach().view(INTEGERS[tensor.element_size()])
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are of one shape and dtype and hold the same bits: NaN is NaN, and 0 is not -0."""
+    """Whether two tensors have the same shape, dtype and bits: NaN equals NaN, and 0 differs from -0."""
     return a.shape == b.shape and a.dtype is b.dtype and torch.equal(bits_of(a), bits_of(b))
 
 
 def ascending(mask: Mask) -> tuple[Tensor, Tensor]:
-    """The entries of a mask by their row-major index in the tensor, ascending, and their places in mask order.
+    """Row-major indices of a mask's entries in the tensor, ascending, and the position of each in mask order.
 
     Both are int64 [nnz].
     """

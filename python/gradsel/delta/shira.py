@@ -1,4 +1,4 @@
-"""Deltas to and from SHiRA adapters of PEFT, which need not be installed: it is met through its files."""
+"""Deltas to and from PEFT's SHiRA adapters, by their files; PEFT need not be installed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def write_shira(parts: Mapping[str, Part], folder: Path, base: Base | None, drop
             "in part, or saves modules whole; drop=True leaves them out"
         )
     if not layers:
-        raise ValueError("the delta sets no weight of two dimensions in part, which is all that SHiRA does")
+        raise ValueError("the delta sets no weight of two dimensions in part, and SHiRA adapts nothing else")
     r = max(-(-part.mask.nnz // sum(part.mask.shape)) for part in layers.values())
     tensors: dict[str, Tensor] = {}
     for name, part in layers.items():
@@ -50,7 +50,7 @@ def write_shira(parts: Mapping[str, Part], folder: Path, base: Base | None, drop
     config = {
         "peft_type": "SHIRA",
         "r": r,
-        "mask_type": "random",  # any name that PEFT knows; the indices in the file are what counts
+        "mask_type": "random",  # any type that PEFT knows; the indices in the file are used
         "target_modules": [name.removesuffix(".weight") for name in layers],
         "modules_to_save": sorted(saved) or None,
         "inference_mode": True,
@@ -63,7 +63,7 @@ def write_shira(parts: Mapping[str, Part], folder: Path, base: Base | None, drop
 
 
 def _saved_modules(parts: Mapping[str, Part], layers: Mapping[str, Part]) -> set[str]:
-    """Modules of which the delta sets the weight whole, so that PEFT can save them beside the adapter."""
+    """Modules whose weights the delta sets whole, so that PEFT can save them beside the adapter."""
     wholes = {name for name, part in parts.items() if part.mask.is_whole}
     return {name.removesuffix(".weight") for name in wholes if name.endswith(".weight") and name not in layers}
 
@@ -81,7 +81,7 @@ def _replaced(name: str, part: Part, before: Mapping[str, Tensor]) -> Tensor:
 
 
 def _padded(name: str, part: Part, r: int, originals: Tensor) -> tuple[Tensor, Tensor]:
-    """int32 [2, n] and float32 [n], with n = r * (in + out) as PEFT has it: others are set to a difference of 0."""
+    """int32 [2, n] and float32 [n], with n = r * (in + out) as in PEFT: the entries added to fill up differ by 0."""
     rows, cols = part.mask.shape
     count = r * (rows + cols)
     if count > rows * cols:
@@ -102,9 +102,9 @@ def read_shira(folder: Path, base: Base) -> dict[str, Part]:
         config = json.loads((folder / _CONFIG).read_text())
         tensors = load_file(folder / _WEIGHTS)
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{folder} is no adapter of PEFT: {error}") from None
+        raise ValueError(f"{folder} is not an adapter of PEFT: {error}") from None
     if not isinstance(config, dict) or config.get("peft_type") != "SHIRA":
-        raise ValueError(f"{folder} is no SHiRA adapter")
+        raise ValueError(f"{folder} is not a SHiRA adapter")
     before = tensors_of(base)
     parts = {}
     for key, tensor in tensors.items():
@@ -125,13 +125,13 @@ def read_shira(folder: Path, base: Base) -> dict[str, Part]:
 
 
 def _added(name: str, weight: Tensor, indices: Tensor | None, differences: Tensor) -> Tensor:
-    """The weight with the differences added, as PEFT merges them; in the wider dtype of the two."""
+    """The weight plus the differences, as PEFT merges them, in the wider of the two dtypes."""
     shape = (2, differences.numel())
     if indices is None or weight.ndim != 2 or tuple(indices.shape) != shape or differences.ndim != 1:
         raise ValueError(f"{name}: the adapter has no indices {list(shape)} for its differences")
     limits = torch.tensor(weight.shape).unsqueeze(1)
     if bool((indices < 0).any()) or bool((indices >= limits).any()):
-        raise ValueError(f"{name}: the adapter has indices outside of {list(weight.shape)}")
+        raise ValueError(f"{name}: the adapter has indices outside {list(weight.shape)}")
     added = torch.zeros(math.prod(weight.shape), dtype=differences.dtype)
     added.index_add_(0, indices[0].long() * weight.shape[1] + indices[1].long(), differences)
     return weight.detach().cpu() + added.view(weight.shape)

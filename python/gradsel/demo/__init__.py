@@ -1,1 +1,1 @@
-"""A worked example over the public API: a small ViT on digits, adapted by six methods."""
+"""A worked example of the public API: a small ViT on digits, adapted by six methods."""

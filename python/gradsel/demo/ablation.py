@@ -1,6 +1,6 @@
 """``gradsel demo --ablation``: the ablations of GPS (Tab. 6) and GRFT (Tab. 4 and 5) in miniature.
 
-On the demo's digits; all variants train about as many weights as GPS with K = 1, so that they differ in which ones.
+Uses the demo's digits. All variants train about as many weights as GPS with K = 1, and differ in which ones.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ from pathlib import Path
 
 import gradsel
 from gradsel.demo import demo, plots
-from gradsel.demo.demo import Method, Results, attached, chosen
+from gradsel.demo.data import NEW, OLD
+from gradsel.demo.demo import Results
+from gradsel.demo.methods import Method, attached, chosen
 
 NEURON, ROWS, COLUMNS = gradsel.PerNeuron(1), gradsel.Rows, gradsel.Columns
 
-# Every rate, and the strength of every pull, is the best for its variant by demo.tune(methods=VARIANTS) among powers of
-# ten for the pull, and these and three times these for the rate.
+# Every rate and the strength of every pull is the best for its variant according to demo.tune(methods=VARIANTS): pulls
+# among powers of ten, rates among powers of ten and three times these.
 SECTIONS: Mapping[str, Sequence[Method]] = {
     "level (gradient, contrastive loss)": (
         Method("net", 3e-2, attached(chosen(gradsel.Global)), plots.SKY),
@@ -46,11 +48,11 @@ def run(seeds: Sequence[int] = (0, 1, 2), quiet: bool = False) -> Results:
 
 
 def table(results: Results) -> str:
-    """The results as text, section by section; differences are to GPS."""
+    """The results as text, section by section, with differences to GPS."""
     rows = {row.method: row for row in results.rows}
     gps = rows["neuron: GPS"]
     lines = [
-        f"Digits {demo.OLD[0]}-{demo.OLD[-1]} to {demo.NEW[0]}-{demo.NEW[-1]}, {results.settings.shots} examples of "
+        f"Digits {OLD[0]}-{OLD[-1]} to {NEW[0]}-{NEW[-1]}, {results.settings.shots} examples of "
         f"each, {results.test_images} test images, {len(results.seeds)} seeds.",
         "",
         f"{'':<28}{'accuracy %':>13}{'against GPS':>13}{'trained %':>11}",
@@ -68,7 +70,7 @@ def table(results: Results) -> str:
 
 
 def draw(results: Results, path: Path) -> None:
-    """The picture: what every variant reaches, and in which blocks the weights lie that net and neuron level take."""
+    """The picture: the accuracy of every variant, and the blocks of the weights selected at net and neuron level."""
     drawing, (left, middle, right) = plots.figure(3, 19, 8.5)
     plots.accuracies(
         left,

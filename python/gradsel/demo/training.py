@@ -1,4 +1,4 @@
-"""The loop a user would write: cross-entropy, warm-up and cosine, seeded augmentation."""
+"""The training loop that a user would write: cross-entropy, warm-up and cosine, seeded augmentation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Augmentation = Callable[[Tensor, torch.Generator], Tensor]
 
 
 class History(NamedTuple):
-    """What :func:`fine_tune` saw: the loss and the wall-clock seconds of every step."""
+    """The loss and the wall-clock seconds of every step of :func:`fine_tune`."""
 
     losses: list[float]
     seconds: list[float]
@@ -27,14 +27,14 @@ class History(NamedTuple):
 def warmup_cosine(
     step: int, steps: int, peak: float, warmup: float = 0.1, start: float = 1e-7, end: float = 1e-8
 ) -> float:
-    """The learning rate of one step: linear from ``start`` to ``peak``, then a half cosine to ``end``.
+    """The learning rate of one step: linear from ``start`` to ``peak``, then half a cosine to ``end``.
 
     Args:
         step: 0 to ``steps - 1``.
         steps: length of the schedule.
         peak: the largest rate, reached at the end of the warm-up.
-        warmup: share of the steps that the warm-up takes.
-        start, end: rates of the first step and at the end (GPS's: 1e-7 and 1e-8).
+        warmup: fraction of the steps that are warm-up.
+        start, end: rates at the first step and at the end (1e-7 and 1e-8 in GPS).
     """
     rising = round(warmup * steps)
     if step < rising:
@@ -46,7 +46,7 @@ def warmup_cosine(
 def jitter(
     images: Tensor, generator: torch.Generator, shift: float = 1.0, degrees: float = 10.0, scale: float = 0.1
 ) -> Tensor:
-    """Randomly shifts, turns and scales every image by itself; the edge pixels continue outside.
+    """Randomly shifts, rotates and scales each image on its own, repeating the edge pixels outside.
 
     Args:
         images: [batch, channels, side, side].
@@ -84,12 +84,12 @@ def fine_tune(
     seed: int = 0,
     progress: str | None = None,
 ) -> History:
-    """Trains what ``optimizer`` holds on cross-entropy; the learning rate follows :func:`warmup_cosine`.
+    """Trains the parameters of ``optimizer`` on cross-entropy; the learning rate follows :func:`warmup_cosine`.
 
     Args:
         lr: the peak rate.
-        seed: of the order of the images and of the augmentation.
-        progress: the title of a progress bar, shown on a terminal; None shows none.
+        seed: seed of the order of the images and of the augmentation.
+        progress: the title of a progress bar, shown on a terminal; None: no bar.
     """
     generator = torch.Generator().manual_seed(seed)
     steps = epochs * math.ceil(len(labels) / batch_size)
@@ -114,7 +114,7 @@ def fine_tune(
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 512) -> float:
-    """Share of the images that are classified correctly, in percent."""
+    """The percentage of images that are classified correctly."""
     model.eval()
     right = sum(
         int((model(batch).argmax(1) == target).sum())

@@ -1,4 +1,4 @@
-"""Masks: which entries of one parameter are trained. One small object a parameter, the same verbs for every kind."""
+"""Masks: which entries of a parameter are trained. One object per parameter, one set of methods for all kinds."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def from_parts(kind: str, shape: Sequence[int], description: Mapping[str, Any], 
     """The inverse of :meth:`Mask.describe`, and of :meth:`Mask.tensors` or :meth:`Mask.packed`.
 
     Raises:
-        TypeError, ValueError, LookupError: parts that make no mask, such as those of a damaged file.
+        TypeError, ValueError, LookupError: the parts do not make a mask, as in a damaged file.
     """
     if not isinstance(shape, (list, tuple)) or not all(type(size) is int and size >= 0 for size in shape):
         raise ValueError(f"a shape is a list of sizes, got {shape!r}")
     if len(shape) > 64 or math.prod(max(size, 1) for size in shape) >= 2**63:
         raise ValueError("a shape with more than 64 dimensions or 2**63 entries")
     if kind not in _KINDS:
-        raise ValueError(f"unknown kind of mask {kind!r}")
+        raise ValueError(f"unknown kind of mask {kind!r}, expected one of {', '.join(_KINDS)}")
     return _KINDS[kind].from_parts(tuple(shape), description, tensors)

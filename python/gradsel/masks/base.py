@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 import gradsel_kernels as gk
-from gradsel.masks.products import COPIED_SHARE, Lookup, Product
+from gradsel.masks.weight_grad import COPIED_SHARE, Lookup, Product
 from gradsel.views import NeuronView, memory_offsets
 
 
@@ -30,9 +30,9 @@ class Mask(ABC):
 
     Attributes:
         kind: the name of the kind, as files and tables show it.
-        is_whole: every entry is selected, and no more needs to be known.
+        is_whole: the kind selects every entry, and so stores no indices.
         shape: shape of the parameter.
-        compact_shape: shape of a tensor of the selected entries: gradients, moments, values.
+        compact_shape: shape of a tensor with the selected entries: gradients, moments, values.
     """
 
     kind: ClassVar[str]
@@ -52,8 +52,8 @@ class Mask(ABC):
         return math.prod(self.shape)
 
     @property
-    def how(self) -> str:
-        """How the parameter is trained, or why not, in a few words for tables."""
+    def label(self) -> str:
+        """How the parameter is trained, or why it is not, in a few words for tables."""
         return self.kind if self.nnz else "nothing selected"
 
     @abstractmethod
@@ -69,34 +69,34 @@ class Mask(ABC):
         """bool, shaped like the parameter."""
 
     def entries(self) -> Tensor:
-        """The selected entries by their row-major index in the parameter: int64 [nnz], ascending."""
+        """Row-major indices of the selected entries in the parameter: int64 [nnz], ascending."""
         return self.to_dense().reshape(-1).nonzero().view(-1)
 
     @abstractmethod
     def place(self, weight: Tensor) -> Place:
-        """Weight and indices for a gradient in mask order, as aliases."""
+        """Weight and indices for a gradient in mask order, without copying either."""
 
     def grad_at(self, place: Place, weight: Tensor, grad: Tensor) -> Tensor:
-        """A dense gradient in the form that goes with a place: as it is, or its selected entries."""
+        """A dense gradient in the form that fits a place: unchanged, or its selected entries."""
         if place.weight is weight and (weight.ndim <= 2 or grad.is_contiguous()):
             return grad
         return self.gather(grad)
 
     @abstractmethod
     def to(self, device: torch.device) -> Mask:
-        """The mask on ``device``: itself, if it is there already."""
+        """The mask on ``device``: the same object if it is there already."""
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """Its tensors as they are in memory, by name: one or none."""
+        """Its tensors as they are in memory, by name: at most one."""
 
     def packed(self) -> dict[str, Tensor]:
-        """The same in the fewest bytes, for files: uint16 or int32 numbers, or packed bits."""
+        """The same in as few bytes as possible, for files: uint16 or int32 numbers, or packed bits."""
         return self.tensors()
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """Everything but tensors, as JSON."""
+        """Everything but the tensors, as JSON."""
 
     @classmethod
     @abstractmethod
@@ -104,8 +104,8 @@ class Mask(ABC):
         """The inverse of :meth:`describe` and of :meth:`tensors` or :meth:`packed`.
 
         Args:
-            shape: a shape that :func:`gradsel.masks.from_parts` has looked at.
-            description, tensors: not trusted.
+            shape: a shape that :func:`gradsel.masks.from_parts` has checked.
+            description, tensors: untrusted.
 
         Raises:
             LookupError, TypeError, ValueError: they do not describe a mask of this kind.
@@ -113,15 +113,15 @@ class Mask(ABC):
 
     @abstractmethod
     def used_columns(self) -> Tensor:
-        """The columns of the neuron view with a selected entry, ascending: the inputs that backward needs. int64."""
+        """The columns of the neuron view with a selected entry, the inputs that backward needs: int64, ascending."""
 
     def product(self, view: NeuronView, groups: int = 1, share: float = COPIED_SHARE) -> Product:
         """How a layer that multiplies by the parameter computes the gradient of the selected entries.
 
         Args:
             view: the layer's rows and columns.
-            groups: of a grouped convolution: its rows are cut into as many blocks, each with inputs of its own.
-            share: see :data:`gradsel.masks.products.COPIED_SHARE`.
+            groups: for a grouped convolution: the rows form this many blocks, each with its own inputs.
+            share: see :data:`gradsel.masks.weight_grad.COPIED_SHARE`.
         """
         rows, n = view.shape(self.shape)
         row, col = self._coordinates(view)
@@ -143,15 +143,15 @@ class Mask(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the indices are."""
+        """The device of the indices."""
         return torch.device("cpu")
 
     def _pick(self, entries: Tensor) -> Tensor:
-        """The selected ones of a tensor shaped like the parameter, in mask order, flat."""
+        """The selected entries of a tensor shaped like the parameter, flat in mask order."""
         return entries.reshape(-1)
 
     def _offsets(self, weight: Tensor) -> Tensor:
-        """The selected entries as places in the memory of ``weight``, worked out once for its strides."""
+        """Where the selected entries lie in the memory of ``weight``, computed once for its strides."""
         if self._scattered is None or self._scattered[0] != weight.stride():
             offsets = self._pick(memory_offsets(weight))
             if weight.numel() <= 2**31:
@@ -168,7 +168,7 @@ class Mask(ABC):
         return self._offsets(weight).long()
 
     def to_bits(self) -> Tensor:
-        """The packed bitmask, int32 [rows, words], of the parameter flattened behind its first dimension."""
+        """The packed bitmask, int32 [rows, words], of the parameter flattened after its first dimension."""
         return gk.pack_bits(self.to_dense().reshape(matrix_shape(self.shape)))
 
     def __repr__(self) -> str:
@@ -176,10 +176,10 @@ class Mask(ABC):
 
 
 def memory_of(tensor: Tensor) -> Tensor:
-    """The memory of a dense tensor as one row; no compact gradient has this shape, so none is taken for a dense one."""
+    """The memory of a dense tensor as [1, 1, numel], a shape that no compact gradient has, so none can be mistaken."""
     return tensor.as_strided((1, 1, tensor.numel()), (tensor.numel(), tensor.numel(), 1))
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and columns of a parameter flattened behind its first dimension; a scalar is one row."""
+    """Rows and columns of a parameter flattened after its first dimension; a scalar has one of each."""
     return (shape[0], math.prod(shape[1:])) if shape else (1, 1)

@@ -1,6 +1,6 @@
-"""Union, intersection and difference of masks, and the regular kind behind a set of entries.
+"""Union, intersection and difference of masks, and the most regular kind of mask for a set of entries.
 
-Entries are sorted int64 vectors of row-major indices, so that the work grows with what is selected.
+Sets of entries are sorted int64 vectors of row-major indices, so the work grows with the number of selected entries.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from gradsel.views import NeuronView
 
 
 def union(a: Mask, b: Mask) -> Mask:
-    """What either selects.
+    """What either mask selects.
 
-    The masks of these functions have one shape. Where a result equals one of them it is that mask, with its reason.
+    Both masks must have the same shape, here and below. A result that equals one of them is that mask, reason included.
     """
     if not b.nnz or _is_full(a):
         return _simplest(a)
@@ -59,7 +59,7 @@ def shared_entries(a: Mask, b: Mask) -> int:
 
 
 def recognised(entries: Tensor, shape: Sequence[int]) -> Mask:
-    """The mask of the most regular kind with these entries, in any neuron view that layers have: for imports.
+    """The most regular mask with these entries, in any neuron view that layers have; for imports.
 
     Args:
         entries: int64 [nnz], row-major indices in the parameter, ascending and in range.
@@ -79,10 +79,10 @@ Finder = Callable[[Tensor, tuple[int, ...], NeuronView], Mask | None]
 
 
 def _likely(ndim: int) -> list[tuple[NeuronView, Sequence[Finder]]]:
-    """Neuron views of layers whose weights have so many dimensions, and what to look for, in order.
+    """The neuron views of weights with ``ndim`` dimensions, each with the kinds to look for, in order.
 
-    Among views of three dimensions, rows of the coarse one (neurons of a Conv1d, whole experts) are rows of the finer
-    ones too, and what is regular in every row of a finer one is so in the coarse one. What says more comes first.
+    In three dimensions, whole rows of the coarse view (neurons of a Conv1d, whole experts) are also whole rows of the
+    finer views, and a mask per row of a finer view is also one of the coarse view. The more telling kind comes first.
     """
     if ndim < 2:
         return []
@@ -96,14 +96,14 @@ def _is_full(mask: Mask) -> bool:
 
 
 def _simplest(mask: Mask) -> Mask:
-    """The mask, as Whole or Frozen if it selects everything or nothing."""
+    """The mask, or Whole or Frozen if it selects everything or nothing."""
     if not mask.nnz:
         return mask if isinstance(mask, (Whole, Frozen)) else Frozen(mask.shape)
     return Whole(mask.shape) if _is_full(mask) else mask
 
 
 def _combined(operation: Callable[[Tensor, Tensor], Tensor], a: Mask, b: Mask) -> Mask:
-    """``operation`` on sorted int64 vectors: of lines, where both masks are made of the same lines, else of entries."""
+    """Applies ``operation`` to the lines of two masks made of whole lines in one view, otherwise to their entries."""
     if isinstance(a, Lines) and isinstance(b, Lines) and type(a) is type(b) and a.view == b.view:
         lines = operation(a.lines.long(), b.lines.to(a.device).long())
         return _simplest(type(a)(lines.to(torch.int32), a.shape, a.view))
@@ -112,7 +112,7 @@ def _combined(operation: Callable[[Tensor, Tensor], Tensor], a: Mask, b: Mask) -
 
 
 def _common_view(a: Mask, b: Mask) -> NeuronView | None:
-    """The view of the one or two masks that have one; rows of the parameter where none has; None where they differ."""
+    """The view of the masks that have one, None if these differ; rows of the parameter if neither mask has a view."""
     views = {mask.view for mask in (a, b) if isinstance(mask, Viewed)}
     if not views and len(a.shape) >= 2:
         return NeuronView()
@@ -147,14 +147,14 @@ def _rows(numbers: Tensor, shape: tuple[int, ...], view: NeuronView) -> WholeRow
 
 def _columns(numbers: Tensor, shape: tuple[int, ...], view: NeuronView) -> WholeColumns | None:
     rows, n = view.shape(shape)
-    if rows == 1 or numbers.numel() % rows:  # columns of a single row are entries of it
+    if rows == 1 or numbers.numel() % rows:  # columns of a single row are just entries
         return None
     cols = (numbers % n).unique()
     return WholeColumns(cols.to(torch.int32), shape, view) if cols.numel() * rows == numbers.numel() else None
 
 
 def _in_view(entries: Tensor, shape: tuple[int, ...], view: NeuronView) -> Tensor:
-    """Row-major indices in the parameter as such in its neuron view, ascending."""
+    """Turns row-major indices in the parameter into row-major indices in its neuron view, ascending."""
     if view.is_leading:
         return entries
     dense = torch.zeros(math.prod(shape), dtype=torch.bool, device=entries.device)
@@ -163,13 +163,13 @@ def _in_view(entries: Tensor, shape: tuple[int, ...], view: NeuronView) -> Tenso
 
 
 def _found(numbers: Tensor, among: Tensor) -> Tensor:
-    """bool: which of ``numbers`` are in ``among``. Both are sorted, the latter is not empty."""
+    """bool: which of ``numbers`` are in ``among``. Both are sorted, and ``among`` is not empty."""
     places = torch.searchsorted(among, numbers).clamp_(max=among.numel() - 1)
     return among[places] == numbers
 
 
 def same(a: Mask, b: Mask) -> bool:
-    """Whether two masks are of one kind, shape and view, and select the same entries, wherever their indices are."""
+    """Whether two masks have the same kind, shape, view and entries, on whatever devices their indices are."""
     if (a.kind, a.shape, a.describe()) != (b.kind, b.shape, b.describe()):
         return False
     theirs = b.tensors()

@@ -1,4 +1,4 @@
-"""The tensors of masks in files: in the fewest bytes on the way out, not trusted on the way in."""
+"""The tensors of masks in files: written in as few bytes as possible, untrusted when read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import gradsel_kernels as gk
 
 
 def ascends(numbers: Tensor) -> bool:
-    """Whether numbers ascend strictly along the last dimension. Differences would overflow on damaged ones."""
+    """Whether numbers ascend strictly along the last dimension. No diff(): on damaged ones it may overflow."""
     return bool((numbers[..., 1:] > numbers[..., :-1]).all())
 
 
@@ -26,7 +26,7 @@ def widen(part: str, numbers: Tensor, dtypes: tuple[torch.dtype, ...]) -> Tensor
     """The inverse of :func:`narrow`: int32, or int64 as it is.
 
     Raises:
-        TypeError: numbers of none of these dtypes.
+        TypeError: the numbers have none of these dtypes.
     """
     if numbers.dtype not in dtypes:
         raise TypeError(f"{part} must be one of {', '.join(map(str, dtypes))}, got {numbers.dtype}")
@@ -34,7 +34,7 @@ def widen(part: str, numbers: Tensor, dtypes: tuple[torch.dtype, ...]) -> Tensor
 
 
 def fewest_bytes(part: str, numbers: Tensor, shape: tuple[int, int], matrix: Callable[[], Tensor]) -> dict[str, Tensor]:
-    """``numbers``, or the packed bits of the bool ``matrix`` of this shape where these are smaller."""
+    """``numbers``, or the packed bits of the bool ``matrix`` of this shape if they are smaller."""
     rows, n = shape
     if 4 * rows * _words(n) < numbers.nbytes:
         return {"bits": gk.pack_bits(matrix())}
@@ -45,8 +45,8 @@ def unpack(bits: Tensor, shape: tuple[int, int]) -> Tensor:
     """The bool matrix [rows, n] of packed bits.
 
     Raises:
-        TypeError, ValueError: not int32 [rows, ceil(n / 32)], bits set behind the last column, or an empty matrix,
-            which is never packed: its other size could be anything.
+        TypeError, ValueError: ``bits`` is not int32 [rows, ceil(n / 32)]; it has bits set after the last column; or the
+            matrix is empty, which is never packed (its other size could be anything).
     """
     rows, n = shape
     if bits.dtype is not torch.int32:
@@ -54,15 +54,15 @@ def unpack(bits: Tensor, shape: tuple[int, int]) -> Tensor:
     if tuple(bits.shape) != (rows, _words(n)) or not rows * n:
         raise ValueError(f"bits must be [{rows}, {_words(n)}] for a matrix [{rows}, {n}], got {list(bits.shape)}")
     if n % 32 and bool((bits[:, -1] >> n % 32).any()):
-        raise ValueError(f"bits are set behind the last column, {n - 1}")
+        raise ValueError(f"bits are set after the last column, {n - 1}")
     return gk.unpack_bits(bits, n)
 
 
 def part_of(tensors: Mapping[str, Tensor], *names: str) -> tuple[str, Tensor]:
-    """The one tensor of a mask, with its name, which is one of ``names``.
+    """The only tensor of a mask and its name, which must be one of ``names``.
 
     Raises:
-        KeyError, ValueError: there is none, or another one.
+        KeyError, ValueError: there is no tensor, or a different one.
     """
     if not tensors:
         raise KeyError(names[0])
@@ -73,10 +73,10 @@ def part_of(tensors: Mapping[str, Tensor], *names: str) -> tuple[str, Tensor]:
 
 
 def no_part(tensors: Mapping[str, Tensor]) -> None:
-    """Refuses tensors of a mask that has none.
+    """Checks that a mask which needs no tensors has none.
 
     Raises:
-        ValueError: there are some.
+        ValueError: it has some.
     """
     if tensors:
         raise ValueError(f"expected no tensors, got {', '.join(tensors)}")

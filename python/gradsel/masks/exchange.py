@@ -1,4 +1,4 @@
-"""Masks from and to the forms of other tools. What comes in becomes the most regular kind with the same entries."""
+"""Masks from and to the formats of other tools. Imports become the most regular kind with the same entries."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def from_dense(mask: Tensor) -> Mask:
     """From a boolean mask shaped like the parameter.
 
     Raises:
-        TypeError: it is not bool.
+        TypeError: ``mask`` is not bool.
     """
     if mask.dtype is not torch.bool:
         raise TypeError(f"a dense mask must be bool, got {mask.dtype}")
@@ -24,10 +24,10 @@ def from_dense(mask: Tensor) -> Mask:
 
 
 def from_bits(bits: Tensor, shape: Sequence[int]) -> Mask:
-    """From packed bits, int32 [rows, ceil(cols / 32)], of a parameter flattened behind its first dimension.
+    """From packed bits, int32 [rows, ceil(cols / 32)], of a parameter flattened after its first dimension.
 
     Raises:
-        TypeError, ValueError: another dtype or shape.
+        TypeError, ValueError: ``bits`` has another dtype or shape.
     """
     rows, cols = matrix_shape(tuple(shape))
     expected = (rows, -(-cols // 32))
@@ -39,10 +39,10 @@ def from_bits(bits: Tensor, shape: Sequence[int]) -> Mask:
 
 
 def from_coo(indices: Tensor, shape: Sequence[int]) -> Mask:
-    """From the indices of a ``torch.sparse_coo_tensor``, int [ndim, nnz], in any order; entries named twice count once.
+    """From the indices of a ``torch.sparse_coo_tensor``, int [ndim, nnz], in any order; duplicates count once.
 
     Raises:
-        TypeError, ValueError: no integers, another number of dimensions, indices out of range.
+        TypeError, ValueError: ``indices`` are not integers, have another number of dimensions, or are out of range.
     """
     shape = tuple(shape)
     if indices.dtype not in (torch.int32, torch.int64):
@@ -62,7 +62,7 @@ def from_coo(indices: Tensor, shape: Sequence[int]) -> Mask:
 
 
 def to_coo(mask: Mask) -> Tensor:
-    """The inverse of :func:`from_coo`: int64 [ndim, nnz], in row-major order, as coalesced tensors have it."""
+    """The inverse of :func:`from_coo`: int64 [ndim, nnz] in row-major order, like a coalesced tensor's."""
     entries = mask.entries()
     indices = torch.empty(len(mask.shape), entries.numel(), dtype=torch.int64, device=entries.device)
     if mask.numel:

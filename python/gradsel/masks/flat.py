@@ -1,4 +1,4 @@
-"""Masks that know nothing of rows and columns: any entries, all of them, none."""
+"""Masks without rows and columns: any entries, all of them, none."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from gradsel.masks.encoding import ascends, fewest_bytes, narrow, no_part, part_
 
 
 class Flat(Mask):
-    """Any entries, by their row-major index in the parameter: layer-wide selections, imported masks.
+    """Any entries, by row-major index in the parameter: layer-wide selections, imported masks.
 
     Args:
         indices: int32 or int64 [nnz], ascending.
         shape: shape of the parameter.
 
     Raises:
-        TypeError, ValueError: ``indices`` are no vector of int32 or int64, or not strictly ascending in range.
+        TypeError, ValueError: ``indices`` is not an int32 or int64 vector, or not strictly ascending in range.
     """
 
     kind = "irregular"
@@ -34,7 +34,7 @@ class Flat(Mask):
         if indices.dtype not in (torch.int32, torch.int64) or indices.ndim != 1:
             raise TypeError(f"indices must be int32 or int64 [nnz], got {indices.dtype} {list(indices.shape)}")
         if indices.numel() and (int(indices[0]) < 0 or int(indices[-1]) >= numel or not ascends(indices)):
-            raise ValueError(f"indices must ascend within 0 to {numel - 1}, the entries of a {list(self.shape)}")
+            raise ValueError(f"indices must ascend within 0 to {numel - 1}, the entries of {list(self.shape)}")
         self.indices = indices.contiguous() if numel > 2**31 else indices.to(torch.int32)
         self.compact_shape = (indices.numel(),)
 
@@ -157,7 +157,7 @@ class Frozen(Mask):
         self.reason = reason
 
     @property
-    def how(self) -> str:
+    def label(self) -> str:
         return self.reason
 
     def gather(self, weight: Tensor) -> Tensor:

@@ -14,16 +14,17 @@ from typing_extensions import Self
 import gradsel_kernels as gk
 from gradsel.masks.base import Mask, Place, memory_of
 from gradsel.masks.encoding import ascends, fewest_bytes, narrow, part_of, unpack, widen
-from gradsel.masks.products import COPIED_SHARE, Lookup, Product
+from gradsel.masks.weight_grad import COPIED_SHARE, Lookup, Product
 from gradsel.views import NeuronView
 
 
 class Viewed(Mask):
-    """Entries named by rows and columns of a neuron view.
+    """Entries given by rows and columns of a neuron view.
 
     Attributes:
         view: how the parameter is seen as rows and columns.
-        layout: how :attr:`indices` name entries of that matrix.
+        rows_and_columns: the shape of the neuron view.
+        layout: how :attr:`indices` number the entries of that matrix.
     """
 
     layout: ClassVar[gk.Layout]
@@ -37,10 +38,10 @@ class Viewed(Mask):
     @property
     @abstractmethod
     def indices(self) -> Tensor:
-        """For ``gradsel_kernels.masked_adam_``."""
+        """The indices that ``gradsel_kernels.masked_adam_`` takes for :attr:`layout`."""
 
     def _matrix(self, weight: Tensor) -> Tensor | None:
-        """The neuron view as an alias; the weight itself where the kernels see it so, which is cheaper."""
+        """The neuron view as an alias, or the weight itself if the kernels see it the same way, which is cheaper."""
         if self.view.is_first_dim and (weight.ndim == 2 or weight.is_contiguous()):
             return weight
         return self.view.alias(weight)
@@ -61,7 +62,7 @@ class Viewed(Mask):
 
     @abstractmethod
     def numbers(self) -> Tensor:
-        """The selected entries by their row-major index in the neuron view: int64 [nnz], ascending."""
+        """Row-major indices of the selected entries in the neuron view: int64 [nnz], ascending."""
 
     def entries(self) -> Tensor:
         return self.numbers() if self.view.is_leading else super().entries()
@@ -74,30 +75,67 @@ class Viewed(Mask):
 
 
 class Lines(Viewed):
-    """Rows or columns of a neuron view with all their entries.
+    """Whole rows or whole columns of a neuron view.
+
+    Args:
+        lines: int32 [k], their numbers, ascending.
+        shape: shape of the parameter.
+        view: how the parameter is seen as rows and columns.
 
     Attributes:
-        lines: int32 [k], their numbers, ascending.
+        dim: the dimension of the neuron view that lines number: 0 for rows, 1 for columns.
+        part: the name of ``lines`` in files and messages.
+
+    Raises:
+        TypeError, ValueError: ``lines`` is not int32, or not strictly ascending in range.
     """
 
+    dim: ClassVar[int]
     part: ClassVar[str]
 
     def __init__(self, lines: Tensor, shape: Sequence[int], view: NeuronView | None = None) -> None:
         super().__init__(shape, view)
-        end = self._line_count()
+        sizes = list(self.rows_and_columns)
+        end = sizes[self.dim]
         if lines.dtype is not torch.int32 or lines.ndim != 1:
             raise TypeError(f"{self.part} must be int32 [k], got {lines.dtype} {list(lines.shape)}")
         if lines.numel() and (int(lines[0]) < 0 or int(lines[-1]) >= end or not ascends(lines)):
             raise ValueError(f"{self.part} must ascend within 0 to {end - 1}, got {_shortened(lines)}")
+        sizes[self.dim] = lines.numel()
         self.lines = lines
-
-    @abstractmethod
-    def _line_count(self) -> int:
-        """Rows or columns of the neuron view."""
+        self.compact_shape = tuple(sizes)
 
     @property
     def device(self) -> torch.device:
         return self.lines.device
+
+    def _index(self) -> tuple[slice | Tensor, ...]:
+        """Indexes the lines of a matrix."""
+        return (*[slice(None)] * self.dim, self.lines.long())
+
+    def gather(self, weight: Tensor) -> Tensor:
+        return self.view.of(weight)[self._index()].contiguous()
+
+    def scatter_(self, weight: Tensor, values: Tensor) -> None:
+        matrix = self.view.alias(weight)
+        if matrix is not None:
+            matrix[self._index()] = values.to(weight.dtype)
+        else:
+            self._scatter_to_memory_(weight, values)
+
+    def to_dense(self) -> Tensor:
+        dense = torch.zeros(self.rows_and_columns, dtype=torch.bool, device=self.device)
+        dense[self._index()] = True
+        return self.view.undo(dense, self.shape)
+
+    def lookup(self) -> Lookup:
+        if not self.view.is_first_dim:
+            return super().lookup()
+        lines = self.lines.long()
+        return Lookup(self.compact_shape, self.shape[0], *((lines, None) if self.dim == 0 else (None, lines)))
+
+    def _pick(self, entries: Tensor) -> Tensor:
+        return self.gather(entries).view(-1)
 
     def to(self, device: torch.device) -> Self:
         return self if self.device == device else type(self)(self.lines.to(device), self.shape, self.view)
@@ -106,7 +144,7 @@ class Lines(Viewed):
         return {self.part: self.lines}
 
     def packed(self) -> dict[str, Tensor]:
-        return {self.part: narrow(self.lines, self._line_count())}
+        return {self.part: narrow(self.lines, self.rows_and_columns[self.dim])}
 
     @classmethod
     def from_parts(cls, shape: tuple[int, ...], description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
@@ -142,7 +180,7 @@ class PerRow(Viewed):
             raise ValueError(f"cols must lie in 0 to {n - 1}, found {int(cols.min())} to {int(cols.max())}")
         if not ascends(cols):
             row = int((cols.diff(dim=1) <= 0).any(dim=1).nonzero()[0])
-            raise ValueError(f"cols must ascend in every row, row {row} does not: {_shortened(cols[row])}")
+            raise ValueError(f"cols must ascend in every row, but row {row} does not: {_shortened(cols[row])}")
         self.cols = cols.contiguous()
         self.compact_shape = tuple(cols.shape)
 
@@ -207,30 +245,21 @@ class PerRow(Viewed):
         return cls(widen(part, tensor, (torch.uint16, torch.int32)), shape, view)
 
     def numbers(self) -> Tensor:
-        rows, n = self.rows_and_columns
-        return (torch.arange(rows, device=self.device).unsqueeze(1) * n + self.cols).view(-1)
+        return _numbers(self.cols, *self.rows_and_columns)
 
 
 class WholeRows(Lines):
-    """All entries of some neurons: GRFT with rows, single tokens of an embedding.
-
-    Args:
-        rows: int32 [k], ascending.
-        shape: shape of the parameter.
-        view: how the parameter is seen as rows and columns.
-
-    Raises:
-        TypeError, ValueError: ``rows`` is not int32, or not strictly ascending in range.
-    """
+    """All entries of some neurons: GRFT with rows, single tokens of an embedding. See :class:`Lines`."""
 
     kind = "rows"
+    dim = 0
     part = "rows"
     layout = gk.Layout.FLAT
 
-    def __init__(self, rows: Tensor, shape: Sequence[int], view: NeuronView | None = None) -> None:
-        super().__init__(rows, shape, view)
-        self.rows = rows
-        self.compact_shape = (rows.numel(), self.rows_and_columns[1])
+    @property
+    def rows(self) -> Tensor:
+        """int32 [k], ascending."""
+        return self.lines
 
     @cached_property
     def indices(self) -> Tensor:
@@ -240,24 +269,6 @@ class WholeRows(Lines):
     def numbers(self) -> Tensor:
         n = self.rows_and_columns[1]
         return (self.rows.long().unsqueeze(1) * n + torch.arange(n, device=self.device)).view(-1)
-
-    def _line_count(self) -> int:
-        return self.rows_and_columns[0]
-
-    def gather(self, weight: Tensor) -> Tensor:
-        return self.view.of(weight)[self.rows.long()]
-
-    def scatter_(self, weight: Tensor, values: Tensor) -> None:
-        matrix = self.view.alias(weight)
-        if matrix is not None:
-            matrix[self.rows.long()] = values.to(weight.dtype)
-        else:
-            self._scatter_to_memory_(weight, values)
-
-    def to_dense(self) -> Tensor:
-        dense = torch.zeros(self.rows_and_columns, dtype=torch.bool, device=self.device)
-        dense[self.rows.long()] = True
-        return self.view.undo(dense, self.shape)
 
     def used_columns(self) -> Tensor:
         return torch.arange(self.rows_and_columns[1] if self.rows.numel() else 0, device=self.device)
@@ -272,61 +283,26 @@ class WholeRows(Lines):
         rows64 = self.rows.long()
         return Product.per_row(cols[rows64], groups * n, self.compact_shape, share, rows64)
 
-    def lookup(self) -> Lookup:
-        if not self.view.is_first_dim:
-            return super().lookup()
-        return Lookup(self.compact_shape, self.shape[0], rows=self.rows.long())
-
-    def _pick(self, entries: Tensor) -> Tensor:
-        return self.gather(entries).reshape(-1)
-
 
 class WholeColumns(Lines):
-    """The same inputs of every neuron: GRFT with columns.
-
-    Args:
-        cols: int32 [k], ascending.
-        shape: shape of the parameter.
-        view: how the parameter is seen as rows and columns.
-
-    Raises:
-        TypeError, ValueError: ``cols`` is not int32, or not strictly ascending in range.
-    """
+    """The same inputs of every neuron: GRFT with columns. See :class:`Lines`."""
 
     kind = "columns"
+    dim = 1
     part = "cols"
     layout = gk.Layout.COLS
 
-    def __init__(self, cols: Tensor, shape: Sequence[int], view: NeuronView | None = None) -> None:
-        super().__init__(cols, shape, view)
-        self.cols = cols
-        self.compact_shape = (self.rows_and_columns[0], cols.numel())
+    @property
+    def cols(self) -> Tensor:
+        """int32 [k], ascending."""
+        return self.lines
 
     @cached_property
     def indices(self) -> Tensor:
         return self.cols.expand(self.compact_shape).contiguous()
 
     def numbers(self) -> Tensor:
-        rows, n = self.rows_and_columns
-        return (torch.arange(rows, device=self.device).unsqueeze(1) * n + self.cols).view(-1)
-
-    def _line_count(self) -> int:
-        return self.rows_and_columns[1]
-
-    def gather(self, weight: Tensor) -> Tensor:
-        return self.view.of(weight)[:, self.cols.long()].contiguous()
-
-    def scatter_(self, weight: Tensor, values: Tensor) -> None:
-        matrix = self.view.alias(weight)
-        if matrix is not None:
-            matrix[:, self.cols.long()] = values.to(weight.dtype)
-        else:
-            self._scatter_to_memory_(weight, values)
-
-    def to_dense(self) -> Tensor:
-        dense = torch.zeros(self.rows_and_columns, dtype=torch.bool, device=self.device)
-        dense[:, self.cols.long()] = True
-        return self.view.undo(dense, self.shape)
+        return _numbers(self.cols, *self.rows_and_columns)
 
     def used_columns(self) -> Tensor:
         return self.cols.long()
@@ -338,13 +314,10 @@ class WholeColumns(Lines):
         cols = self.cols + _first_inputs(rows, n, groups, self.device)
         return Product.per_row(cols, groups * n, self.compact_shape, share)
 
-    def lookup(self) -> Lookup:
-        if not self.view.is_first_dim:
-            return super().lookup()
-        return Lookup(self.compact_shape, self.shape[0], cols=self.cols.long())
 
-    def _pick(self, entries: Tensor) -> Tensor:
-        return self.gather(entries).view(-1)
+def _numbers(cols: Tensor, rows: int, n: int) -> Tensor:
+    """int64 [rows * k]: row-major indices in a matrix [rows, n] of its columns ``cols`` [rows, k] or [k]."""
+    return (torch.arange(rows, device=cols.device).unsqueeze(1) * n + cols).view(-1)
 
 
 def _view_of(description: Mapping[str, Any]) -> NeuronView:
@@ -356,7 +329,7 @@ def _view_of(description: Mapping[str, Any]) -> NeuronView:
 
 
 def _cols_of(matrix: Tensor) -> Tensor:
-    """int32 [rows, K]: the selected columns of a bool matrix with K of them in every row."""
+    """int32 [rows, K]: the selected columns of a bool matrix with K entries set in every row."""
     counts = matrix.sum(1)
     if bool((counts != counts[0]).any()):
         raise ValueError(f"rows have {int(counts.min())} to {int(counts.max())} bits set, not all the same number")
@@ -364,10 +337,10 @@ def _cols_of(matrix: Tensor) -> Tensor:
 
 
 def _shortened(numbers: Tensor) -> str:
-    """The first numbers of a list that may be long, for messages."""
+    """The first numbers of a vector that may be long, for messages."""
     return str(numbers[:16].tolist())[:-1] + (", ...]" if numbers.numel() > 16 else "]")
 
 
 def _first_inputs(rows: int, n: int, groups: int, device: torch.device) -> Tensor:
-    """int32 [rows, 1]: where the inputs of each row's group begin."""
+    """int32 [rows, 1]: the first input of each row's group."""
     return (torch.arange(rows, dtype=torch.int32, device=device) // max(rows // groups, 1) * n).unsqueeze(1)

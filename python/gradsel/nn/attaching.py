@@ -92,7 +92,7 @@ def attach(model: nn.Module, selection: Selection) -> AttachReport:
     partial: dict[nn.Module, dict[str, str]] = {}  # of each module: the parameter's name in it, and its full name
     for name, mask in masks.items():
         if mask.is_whole or not mask.nnz:
-            routes[name] = Route("whole" if mask.nnz else "frozen", mask.how, mask.shape, mask.nnz)
+            routes[name] = Route("whole" if mask.nnz else "frozen", mask.label, mask.shape, mask.nnz)
             continue
         entries = mask.gather(parameters[name].detach()).to(trained_dtype(parameters[name]))
         values[name] = nn.Parameter(entries)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.nn import grad as input_grads
 
 from gradsel.masks import Mask
-from gradsel.masks.products import Lookup, Product, Taps
+from gradsel.masks.weight_grad import Lookup, Product, Taps
 
 #: Copies of a convolution's taps that backward holds at a time, in bytes: batches are cut to stay below.
 TAP_BYTES = 2**26

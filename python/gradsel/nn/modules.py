@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from gradsel.attached import STATE, SUFFIX, Selected, link, selected_in
 from gradsel.dtypes import trained_dtype
 from gradsel.masks import Mask
-from gradsel.masks.products import Taps
+from gradsel.masks.weight_grad import Taps
 from gradsel.nn import functional
 from gradsel.parameters.rules import is_transposed_linear
 from gradsel.views import NeuronView

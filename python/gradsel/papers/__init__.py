@@ -1,4 +1,4 @@
-"""The settings of both papers as data, and their counts of trained parameters."""
+"""The settings of both papers as data, and their numbers of trained parameters."""
 
 from gradsel.papers import presets
 from gradsel.papers.counting import trainable_count

@@ -1,6 +1,6 @@
-"""Trained scalars by policy, and the papers' tables of them beside our counts.
+"""Counting trained scalars by policy, and comparing the counts with the papers' tables.
 
-Everything is counted from shapes alone, so models may lie on the meta device and take no memory.
+Counts depend only on shapes, so models may be on the meta device, where they take no memory.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from gradsel.ranking.policies import PerNeuron, Policy
 
 @dataclass(frozen=True)
 class Count:
-    """Scalars of a model.
+    """Numbers of scalars in a model.
 
     Attributes:
-        ranked: selected by the policy.
-        rankable: those it selects from.
-        whole: trained whole, by reason: ``"bias"``, ``"head"``, ``"layer scale"``, ...
-        total: all of the model, the head included.
+        ranked: those that the policy selects.
+        rankable: those that it selects from.
+        whole: those in parameters that are trained whole, by reason: ``"bias"``, ``"head"``, ``"layer scale"``, ...
+        total: all of them, the head included.
     """
 
     ranked: int
@@ -40,25 +40,25 @@ class Count:
 
     @property
     def trained(self) -> int:
-        """Trained scalars in all."""
+        """Number of trained scalars."""
         return self.ranked + sum(self.whole.values())
 
     @property
     def percent(self) -> float:
-        """Trained scalars in percent of all."""
+        """Trained scalars as a percentage of all."""
         return 100 * self.trained / max(self.total, 1)
 
 
 def count(model: nn.Module, policy: Policy, **rules: Unpack[RuleOptions]) -> Count:
-    """What a policy trains of a model, without a gradient: as many as a selection by it has, if all ranked get one.
+    """Counts what a policy trains in a model, without gradients. A selection trains as many if all ranked ones get one.
 
     Args:
-        model: on any device, meta included.
-        policy: how many entries of what.
-        rules: as for :func:`gradsel.parameters.rules.parameter_rules`.
+        model: on any device, including meta.
+        policy: how many entries are trained, and which compete.
+        rules: the options of :func:`gradsel.parameters.rules.parameter_rules`.
 
     Raises:
-        ValueError: as :func:`gradsel.parameters.rules.parameter_rules`.
+        ValueError: as in :func:`gradsel.parameters.rules.parameter_rules`.
     """
     rule_of, parameters = parameter_rules(model, **rules), named_parameters(model)
     sizes = sizes_of(rule_of, parameters).values()
@@ -71,7 +71,7 @@ def count(model: nn.Module, policy: Policy, **rules: Unpack[RuleOptions]) -> Cou
 
 
 def trainable_count(model: nn.Module, policy: Policy, **rules: Unpack[RuleOptions]) -> int:
-    """Trained scalars in all; arguments and errors as for :func:`count`."""
+    """The number of trained scalars; arguments and errors are those of :func:`count`."""
     return count(model, policy, **rules).trained
 
 
@@ -120,8 +120,8 @@ def _transformers(model: str) -> Any:
     return transformers
 
 
-#: The papers' models by name: from a number of classes, not pre-trained. All but ViT-B/16 need transformers, where
-#: queries, keys and values have a matrix each: rows are counted in three matrices, which timm fuses into one.
+#: Builders of the papers' models, from a number of classes; not pre-trained. All but ViT-B/16 need transformers, whose
+#: queries, keys and values have separate matrices, so rows are counted in three matrices that timm fuses into one.
 MODELS: Mapping[str, Callable[[int], nn.Module]] = MappingProxyType(
     {
         "vit-b-16": vit_base_patch16_224,
@@ -136,8 +136,8 @@ def meta_model(name: str, classes: int) -> nn.Module:
     """One of :data:`MODELS` at full size on the meta device.
 
     Raises:
-        ValueError: no such model.
-        ModuleNotFoundError: it needs transformers, which is not installed.
+        ValueError: there is no such model.
+        ModuleNotFoundError: the model needs transformers, which is not installed.
     """
     _check_model(name)
     with torch.device("meta"):
@@ -158,8 +158,8 @@ def available_models() -> list[str]:
 
 Unit = Literal["M", "%"]
 
-#: GPS, Tab. 7: number of parameters by preset. Its head says millions, but most figures are percent of all parameters,
-#: the head included. CIFAR-100 (VTAB) is the row whose name is lost in the paper's web version.
+#: GPS, Tab. 7: number of parameters by preset. Its header says millions, but most figures are percentages of all
+#: parameters, the head included. CIFAR-100 (VTAB) is the row whose name is missing in the paper's web version.
 GPS_TABLE_7: tuple[tuple[str, float, Unit], ...] = (
     ("CUB-200-2011", 0.47, "%"),
     ("NABirds", 1.35, "M"),
@@ -190,7 +190,7 @@ GPS_TABLE_7: tuple[tuple[str, float, Unit], ...] = (
     ("CIFAR-100 (ConvNeXt)", 0.78, "M"),
 )
 
-#: GRFT, Tab. 8: number of parameters by preset, in percent of all, the head included.
+#: GRFT, Tab. 8: number of parameters by preset, as a percentage of all, the head included.
 GRFT_TABLE_8: tuple[tuple[str, float, Unit], ...] = (
     ("CUB-200-2011", 0.47, "%"),
     ("NABirds", 2.56, "%"),
@@ -221,22 +221,22 @@ GRFT_TABLE_8: tuple[tuple[str, float, Unit], ...] = (
     ("RTE", 0.08, "%"),
 )
 
-# Where a table's figure is that of another policy than the table's.
+# Rows whose printed figure matches another policy than the printed one.
 _FITS: Mapping[tuple[str, str], Policy] = {("GPS", "Clevr/count"): PerNeuron(2)}
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """One row of a paper's table beside our count.
 
     Attributes:
         table: where it is printed: ``"GPS, Tab. 7"`` or ``"GRFT, Tab. 8"``.
         preset: the settings of that row.
-        name: of the preset: the data set, for some with the model.
-        policy: what was counted: the preset's, except where the printed figure is that of another one.
+        name: the name of the preset: the data set, sometimes with the model.
+        policy: the policy that we count: the preset's, unless the printed figure matches another one.
         count: our count.
-        printed: the paper's figure, two decimals.
-        unit: its unit: ``"M"``, million scalars, or ``"%"`` of all parameters, the head included.
+        printed: the paper's figure, with two decimals.
+        unit: the figure's unit: ``"M"``, million scalars, or ``"%"`` of all parameters, the head included.
     """
 
     table: str
@@ -254,29 +254,29 @@ class Row:
 
     @property
     def difference(self) -> float:
-        """Ours less the paper's, in the paper's unit."""
+        """Our figure minus the paper's, in the paper's unit."""
         return self.figure - self.printed
 
     @property
     def rounds(self) -> bool:
-        """Whether ours, rounded to two decimals, is the paper's."""
+        """Whether our figure, rounded to two decimals, equals the paper's."""
         return f"{self.figure:.2f}" == f"{self.printed:.2f}"
 
     @property
     def note(self) -> str:
-        """What is odd about it; empty where nothing is."""
+        """Anything unusual about the row; empty if there is nothing."""
         return "; ".join(filter(None, [self.preset.note, "" if self.rounds else f"rounds to {self.figure:.2f}"]))
 
 
-def reproduce(models: Iterable[str] = tuple(MODELS)) -> list[Row]:
-    """Counts every row of GPS, Tab. 7 and of GRFT, Tab. 8, in their order.
+def reproduce(models: Iterable[str] = tuple(MODELS)) -> list[TableRow]:
+    """Counts every row of GPS, Tab. 7, and GRFT, Tab. 8, in their order.
 
     Args:
-        models: leave out the rows of other models: :func:`available_models` for those that can be built here.
+        models: only count rows of these models. :func:`available_models` returns those that can be built here.
 
     Raises:
-        ValueError: no such model.
-        ModuleNotFoundError: one of them needs transformers, which is not installed.
+        ValueError: there is no such model.
+        ModuleNotFoundError: a model needs transformers, which is not installed.
     """
     wanted = list(models)
     for name in wanted:
@@ -296,5 +296,5 @@ def reproduce(models: Iterable[str] = tuple(MODELS)) -> list[Row]:
             if key not in built:
                 built[key] = meta_model(*key)
             policy = _FITS.get((preset.method, name), preset.policy)
-            rows.append(Row(table, preset, name, policy, count(built[key], policy), printed, unit))
+            rows.append(TableRow(table, preset, name, policy, count(built[key], policy), printed, unit))
     return rows

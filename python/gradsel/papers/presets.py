@@ -1,8 +1,8 @@
-"""The papers' settings, one preset for each data set.
+"""The papers' settings, one preset per data set.
 
 :data:`GPS` holds those of gradient-based parameter selection (Zhang et al., CVPR 2024), :data:`GRFT` those of
-gradient-based and regularized fine-tuning; :func:`gps` and :func:`grft` look one up by name. What neither the paper
-nor the authors' scripts tell is None.
+gradient-based and regularized fine-tuning; :func:`gps` and :func:`grft` look them up by name. Settings that neither
+the paper nor the authors' scripts state are None.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class DataSet(NamedTuple):
 
     Attributes:
         benchmark: ``"FGVC"``, ``"VTAB"``, ``"GLUE"`` or ``"CIFAR"``.
-        classes: number of classes (GPS, Tab. 13; GLUE's tasks of GRFT ask for one of two).
-        aliases: other names it goes by.
+        classes: number of classes (GPS, Tab. 13; 2 for the GLUE tasks of GRFT).
+        aliases: other names.
     """
 
     benchmark: str
@@ -31,7 +31,7 @@ class DataSet(NamedTuple):
     aliases: tuple[str, ...] = ()
 
 
-#: The data sets by name. "CIFAR-100" is the whole one, with 50,000 images to train on; VTAB's has 1,000.
+#: The data sets by name. "CIFAR-100" is the full one, with 50,000 training images; VTAB's has 1,000.
 DATA_SETS: Mapping[str, DataSet] = MappingProxyType(
     {
         "CUB-200-2011": DataSet("FGVC", 200, ("CUB-2011", "CUB-200", "CUB")),
@@ -67,7 +67,7 @@ DATA_SETS: Mapping[str, DataSet] = MappingProxyType(
 
 
 class Between(NamedTuple):
-    """A range that a paper gives for many data sets together, without the value of each; both ends included."""
+    """A range that a paper gives for many data sets without the value for each; both ends are included."""
 
     low: float
     high: float
@@ -78,7 +78,7 @@ class Between(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """Settings for one data set. None: not known.
+    """Settings for one data set. None means not known.
 
     Attributes:
         method: ``"GPS"`` or ``"GRFT"``.
@@ -86,16 +86,16 @@ class Preset:
         model: a name of :data:`gradsel.papers.counting.MODELS`.
         policy: for :func:`gradsel.select`.
         source: where the settings come from, in words.
-        note: what is odd about them; empty where nothing is.
+        note: anything unusual about them; empty if there is nothing.
         optimizer: ``"Adam"`` or ``"AdamW"``, masked here: :class:`gradsel.MaskedAdam`, :class:`gradsel.MaskedAdamW`.
-        learning_rate: its largest value, after warm-up; then it falls along a cosine.
-        first_learning_rate, last_learning_rate: at the start of warm-up and at the end of training.
-        batch_size: samples a step.
-        epochs, warmup_epochs: passes over the training data. GPS's warm-up is part of ``epochs``, GRFT's comes before.
-        weight_decay: of the selected entries.
-        drop_path: largest probability of leaving out a residual branch (stochastic depth).
-        mixup, cutmix: alpha of the Beta distribution that mixes images.
-        label_smoothing: share of the target that all classes get.
+        learning_rate: the peak, after warm-up; then the rate follows a cosine.
+        first_learning_rate, last_learning_rate: the rates at the start of warm-up and at the end of training.
+        batch_size: samples per step.
+        epochs, warmup_epochs: passes over the training data. GPS counts warm-up in ``epochs``, GRFT before them.
+        weight_decay: weight decay of the selected entries.
+        drop_path: the largest probability of dropping a residual branch (stochastic depth).
+        mixup, cutmix: alpha of the Beta distributions that mix images.
+        label_smoothing: fraction of the target that is spread over all classes.
     """
 
     method: str
@@ -125,11 +125,11 @@ class Preset:
 
 @dataclass(frozen=True, kw_only=True)
 class GPSPreset(Preset):
-    """Settings of GPS, with what all of its runs share.
+    """Settings of GPS; the defaults are shared by all of its runs.
 
     Attributes:
-        policy: as in the paper's table.
-        scripts_policy: as in the authors' scripts, which goes beyond the paper's for NABirds and Stanford Cars.
+        policy: the policy in the paper's table.
+        scripts_policy: the policy in the authors' scripts, which train more for NABirds and Stanford Cars.
     """
 
     method: str = "GPS"
@@ -147,10 +147,10 @@ class GRFTPreset(Preset):
     """Settings of GRFT.
 
     Attributes:
-        data_subsets: random parts of the training data, on the easiest of which is selected:
+        data_subsets: number of random parts of the training data; the selection uses the easiest one, see
             :func:`gradsel.ranking.subsets.easiest_subset`.
-        anchor: factor of the squared distance from the pre-trained weights (lambda).
-        regular_layers: the last blocks that the anchor holds, besides patch embedding and head; or ``"all"``.
+        anchor: the factor of the squared distance from the pre-trained weights (lambda).
+        regular_layers: number of last blocks that the anchor holds, besides patch embedding and head; or ``"all"``.
     """
 
     method: str = "GRFT"
@@ -161,7 +161,7 @@ class GRFTPreset(Preset):
 
 _PresetT = TypeVar("_PresetT", bound=Preset)
 
-# Entries a neuron: the paper's (Tab. 7) and the scripts'. Then the scripts' learning rate, batch size and drop-path.
+# Entries per neuron in the paper (Tab. 7) and in the scripts; then the scripts' learning rate, batch size, drop path.
 _GPS_FGVC = (
     ("CUB-200-2011", 2, 2, 3e-3, 32, 0.0),
     ("NABirds", 10, 20, 1e-4, 32, 0.1),
@@ -169,22 +169,22 @@ _GPS_FGVC = (
     ("Stanford Dogs", 1, 1, 1e-4, 64, 0.0),
     ("Stanford Cars", 10, 15, 5e-4, 32, 0.0),
 )
-# Entries a neuron, of which Tab. 7 has one for all of VTAB but this.
+# Entries per neuron; in Tab. 7, all other data sets of VTAB have one.
 _GPS_VTAB = {"Patch Camelyon": 2}
-# Tab. 7's runs on the whole CIFAR-100, by model: entries a neuron.
+# Tab. 7's runs on the full CIFAR-100: model and entries per neuron.
 _GPS_CIFAR = (
     ("CIFAR-100", "vit-b-16", 5),
     ("CIFAR-100 (Swin)", "swin-b", 5),
     ("CIFAR-100 (ConvNeXt)", "convnext-b", 5),
 )
 _GPS_NOTES = {
-    "NABirds": "the scripts train 20 entries a neuron where Tab. 7 says 10",
-    "Stanford Cars": "the scripts train 15 entries a neuron where Tab. 7 says 10",
-    "Clevr/count": "Tab. 7 says 1 entry a neuron, but its number of parameters is that of 2",
+    "NABirds": "the scripts train 20 entries per neuron, Tab. 7 says 10",
+    "Stanford Cars": "the scripts train 15 entries per neuron, Tab. 7 says 10",
+    "Clevr/count": "Tab. 7 says 1 entry per neuron, but its number of parameters matches 2",
 }
 
-# GRFT, Tab. 6 and 7: learning rate, batch size, data subsets, regular parameter, regular layers, rows or columns. Which
-# of the two is not printed, but follows from the numbers of parameters in Tab. 8.
+# GRFT, Tab. 6 and 7: learning rate, batch size, data subsets, regular parameter, regular layers, rows or columns. The
+# paper does not print which of the two, but it follows from the numbers of parameters in Tab. 8.
 _GRFT_FGVC: tuple[tuple[str, float, int, int, float, int | Literal["all"], Rows | Columns], ...] = (
     ("CUB-200-2011", 5e-3, 32, 4, 1e-3, 2, Columns(2)),
     ("NABirds", 1e-4, 32, 1, 1e-4, 7, Rows(26)),
@@ -290,10 +290,10 @@ def _grft_presets() -> Iterator[tuple[str, GRFTPreset]]:
         )
 
 
-#: GPS's settings by name of the data set.
+#: GPS's settings by data set.
 GPS: Mapping[str, GPSPreset] = MappingProxyType(dict(_gps_presets()))
 
-#: GRFT's settings by name of the data set.
+#: GRFT's settings by data set.
 GRFT: Mapping[str, GRFTPreset] = MappingProxyType(dict(_grft_presets()))
 
 
@@ -301,11 +301,11 @@ def gps(name: str) -> GPSPreset:
     """GPS's settings for a data set.
 
     Args:
-        name: as in :data:`GPS` or as an alias in :data:`DATA_SETS`; case, spaces and punctuation do not matter. GPS
-            has two of CIFAR-100: ``"CIFAR-100"``, the whole one, and ``"CIFAR-100 (VTAB)"``.
+        name: a name in :data:`GPS` or an alias in :data:`DATA_SETS`; case, spaces and punctuation do not matter. GPS
+            uses CIFAR-100 twice: ``"CIFAR-100"`` is the full one, ``"CIFAR-100 (VTAB)"`` VTAB's.
 
     Raises:
-        KeyError: no such preset; the message names those that come closest, or all.
+        KeyError: there is no such preset; the message names similar ones, if any, and all that there are.
     """
     return _look_up("GPS", GPS, name)
 
@@ -314,17 +314,17 @@ def grft(name: str) -> GRFTPreset:
     """GRFT's settings for a data set.
 
     Args:
-        name: as in :data:`GRFT` or as an alias in :data:`DATA_SETS`; case, spaces and punctuation do not matter.
-            ``"CIFAR-100"`` is VTAB's, the only one GRFT has.
+        name: a name in :data:`GRFT` or an alias in :data:`DATA_SETS`; case, spaces and punctuation do not matter.
+            ``"CIFAR-100"`` is VTAB's, the only one that GRFT uses.
 
     Raises:
-        KeyError: no such preset; the message names those that come closest, or all.
+        KeyError: there is no such preset; the message names similar ones, if any, and all that there are.
     """
     return _look_up("GRFT", GRFT, name, {"CIFAR-100": "CIFAR-100 (VTAB)"})
 
 
 class _NoPreset(KeyError):
-    """A KeyError whose message is not shown with quotes around it."""
+    """A KeyError that shows its message without quotes."""
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -347,5 +347,5 @@ def _look_up(
 
 
 def _plain(name: str) -> str:
-    """Letters and digits alone, in lower case."""
+    """Only the letters and digits, in lower case."""
     return re.sub(r"[^a-z0-9]", "", name.lower())

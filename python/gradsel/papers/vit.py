@@ -1,6 +1,6 @@
 """A vision transformer in timm's layout, for the demo, the tests and the benchmarks.
 
-Modules and parameters carry timm's names, so its checkpoints load and a selection made for one fits the other.
+Modules and parameters have timm's names, so timm's checkpoints load, and selections fit both.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer block, normalised before each part."""
+    """A pre-norm transformer block."""
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -70,8 +70,8 @@ class VisionTransformer(nn.Module):
     Args:
         image_size, patch: side of the square images and patches, in pixels.
         channels: image channels.
-        dim, depth, heads: width, number of blocks, attention heads a block.
-        mlp_ratio: hidden width of a block's MLP over ``dim``.
+        dim, depth, heads: width, number of blocks, attention heads per block.
+        mlp_ratio: hidden width of each block's MLP divided by ``dim``.
         num_classes: outputs of the head.
 
     Raises:
@@ -102,21 +102,21 @@ class VisionTransformer(nn.Module):
         self.head = nn.Linear(dim, num_classes)
         nn.init.normal_(self.cls_token, std=1e-6)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        self.apply(_init_linear)  # timm leaves the patch embedding's convolution at torch's default
+        self.apply(_init_linear)  # like timm, leaves the patch embedding's convolution at torch's default
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Images [batch, channels, side, side] to the class token behind the final norm, [batch, dim]."""
+        """Images [batch, channels, side, side] to the class token after the final norm, [batch, dim]."""
         tokens = self.patch_embed(images)
         tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
         tokens = self.blocks(tokens + self.pos_embed)
-        return self.norm(tokens[:, 0].contiguous())  # copied, so that backward does not hold on to the other tokens
+        return self.norm(tokens[:, 0].contiguous())  # copied, so that backward does not keep the other tokens
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [batch, channels, side, side] to logits [batch, classes]."""
         return self.head(self.forward_features(images))
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Puts a freshly initialised head in place of the old one."""
+        """Replaces the head by a newly initialised one."""
         self.head = nn.Linear(self.head.in_features, num_classes).to(self.head.weight)
         _init_linear(self.head)
 

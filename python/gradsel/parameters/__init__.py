@@ -1,4 +1,4 @@
-"""What the parameters of a model are called, and which of them are ranked, trained whole or frozen."""
+"""The parameters of a model: their names, blocks and fingerprints, and which are ranked, trained whole or frozen."""
 
 from gradsel.parameters.rules import ranked_sizes
 

@@ -1,4 +1,4 @@
-"""Fingerprints of weights, by which a selection knows the model it was made on."""
+"""Fingerprints of weights, by which a selection recognises the model it was made on."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor, nn
 from gradsel.parameters.names import named_parameters
 from gradsel.tables import shape_text
 
-#: Entries of a parameter that go into its fingerprint one by one.
+#: Number of entries of a parameter that go into its fingerprint individually.
 _SAMPLE = 256
-#: What the bits of an entry are seen as, by its size in bytes.
+#: The integer type that holds the bits of an entry, by its size in bytes.
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def fingerprint(parameter: Tensor) -> str:
     """Shape, dtype and a hash of the values, such as ``768x3072 float32 5f0c8e1d9ab37264``.
 
-    The hash is of the sum of all entries' bits, as integers, and of up to 256 entries themselves: any change of a value
-    shows, one of order where it meets a sample. The same on every device and in every memory format.
+    The hash covers the sum of all entries' bits, read as integers, and up to 256 single entries. A changed value shows
+    in the sum; swapped values show only if one is among the single entries. The device and memory format do not matter.
 
     Args:
         parameter: any shape, dtype and strides.
@@ -36,10 +36,10 @@ def fingerprint(parameter: Tensor) -> str:
 
 
 def kind_of(parameter: Tensor) -> str:
-    """Shape and dtype, what a fingerprint begins with."""
+    """Shape and dtype, as at the start of a fingerprint."""
     return f"{shape_text(parameter.shape)} {str(parameter.dtype).removeprefix('torch.')}"
 
 
 def fingerprints(model: nn.Module) -> dict[str, str]:
-    """Of all parameters of a model, by name without the prefixes of DistributedDataParallel and torch.compile."""
+    """The fingerprints of all parameters, by name without the prefixes of DistributedDataParallel and torch.compile."""
     return {name: fingerprint(parameter) for name, parameter in named_parameters(model).items()}

@@ -1,13 +1,14 @@
-"""What the parameters of a model are called, whatever wraps it, and where each of them is used."""
+"""The names of a model's parameters, whatever wraps the model, and the modules that use each of them."""
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Iterator
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-#: What torch.compile and checkpoint_wrapper put into the names of parameters.
+#: Parts that torch.compile and checkpoint_wrapper insert into the names of parameters.
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
@@ -20,10 +21,10 @@ Use = tuple[str, nn.Module, str]  # full name, owning module, name in it
 
 
 def parameter_uses(model: nn.Module) -> dict[str, list[Use]]:
-    """Every parameter by its first name, with all the places it is used in.
+    """Every parameter by its first name, with all its uses.
 
     Raises:
-        ValueError: two parameters have the same name, once what wrappers put into it is gone.
+        ValueError: two parameters have the same name once the parts that wrappers insert are removed.
     """
     by_id: dict[int, tuple[str, list[Use]]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
@@ -35,13 +36,13 @@ def parameter_uses(model: nn.Module) -> dict[str, list[Use]]:
         if order.setdefault(strip_wrappers(full), id(parameter)) != id(parameter):
             raise ValueError(
                 f"{full} and another parameter of {type(model).__name__} are both {strip_wrappers(full)} without the "
-                "prefixes of wrappers; rename the module"
+                "prefixes of wrappers; rename one of their modules"
             )
     return {name: by_id[key][1] for name, key in order.items()}
 
 
 def strings(names: Iterable[str]) -> tuple[str, ...]:
-    """The names; a lone string is one, not its letters."""
+    """The names as a tuple; a string is one name."""
     return (names,) if isinstance(names, str) else tuple(names)
 
 
@@ -50,8 +51,14 @@ def has_part(name: str, heads: tuple[str, ...]) -> bool:
     return any(f".{head}." in f".{name}." for head in heads)
 
 
+def did_you_mean(wrong: str, known: Iterable[str]) -> str:
+    """``"; did you mean weight?"``, to end a message about an unknown name; empty if no known name resembles it."""
+    close = difflib.get_close_matches(wrong, list(known), n=1, cutoff=0.4)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
 def strip_wrappers(name: str) -> str:
-    """A parameter's name without what DistributedDataParallel, torch.compile and checkpoint_wrapper put into it."""
+    """A parameter's name without what DistributedDataParallel, torch.compile and checkpoint_wrapper add."""
     return ".".join(_unwrapped(name.split(".")))
 
 

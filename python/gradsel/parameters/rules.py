@@ -1,8 +1,7 @@
-"""Which parameters of a model are ranked, trained whole, or frozen, before any gradient is looked at."""
+"""Which parameters of a model are ranked, trained whole or frozen, before any gradient is computed."""
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,14 +14,22 @@ from typing_extensions import Unpack
 
 from gradsel.attached import selected_in
 from gradsel.parameters.blocks import is_inside, numbered
-from gradsel.parameters.names import Use, has_part, named_parameters, parameter_uses, strings, strip_wrappers
+from gradsel.parameters.names import (
+    Use,
+    did_you_mean,
+    has_part,
+    named_parameters,
+    parameter_uses,
+    strings,
+    strip_wrappers,
+)
 from gradsel.views import NeuronView
 
 #: Modules with one of these names anywhere in their path are the head.
 HEAD = ("classifier", "head", "score", "fc")
 
-#: What happens to each kind of parameter unless something else is asked for: the rules of GPS (Zhang et al., CVPR 2024)
-#: as its authors' runs have them, and frozen embeddings.
+#: What happens to each kind of parameter by default: the rules of GPS (Zhang et al., CVPR 2024), as its authors ran it,
+#: and frozen embeddings.
 KINDS = {
     "weight": "rank",  # matrices and convolutions, the patch embedding included
     "bias": "whole",
@@ -52,14 +59,14 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 #: Layers that multiply by their weight, whatever a subclass of them is called.
 _PRODUCTS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-#: Classes whose weights are stored as [in, out] or [experts, in, out], which nothing else in them tells.
+#: Classes whose weights are stored as [in, out] or [experts, in, out], although nothing else in them shows it.
 _INPUTS_FIRST = (
     "Llama4TextExperts",
     "GroupedLinearLayer",  # ConvBERT
     "Gemma3MultiModalProjector",
     "T5Gemma2MultiModalProjector",
 )
-#: Bare parameters that CLIP and those after it multiply by from the right: [in, out].
+#: Bare parameters [in, out] that CLIP and its successors multiply by from the right.
 _PROJECTION = re.compile(r"((text|image|visual|prompts_visual)_projection|proj)$")
 
 
@@ -71,7 +78,7 @@ class Rule:
         action: ``"rank"``, ``"whole"`` or ``"freeze"``.
         reason: why, in a few words.
         view: its neuron view, for ``"rank"``.
-        named: the caller named it, so that not being able to follow is an error.
+        named: the caller named the parameter, so a rule that cannot be followed is an error.
     """
 
     action: str
@@ -81,7 +88,7 @@ class Rule:
 
 
 class RuleOptions(TypedDict, total=False):
-    """The arguments of :func:`parameter_rules` behind the model, as others pass them on."""
+    """The keyword arguments of :func:`parameter_rules`, for functions that pass them on."""
 
     head: Iterable[str]
     kinds: Mapping[str, str]
@@ -106,27 +113,28 @@ def parameter_rules(
     """One rule for every parameter of ``model``, by name.
 
     Args:
-        model: any module, on any device. A parameter that several modules share is judged by all of them and named
-            once.
-        head: names of modules or of bare parameters, of one part or several (``"decoder.classifier"``), found anywhere
-            in the model; what they name, and all below it but norms and embeddings, is of the kind ``"head"``.
-        kinds: what happens to parameters of a kind, ``"rank"``, ``"whole"`` or ``"freeze"``, where that is not
-            :data:`KINDS`, for example ``{"bias": "freeze", "normalisation": "whole"}``.
+        model: any module, on any device. A parameter shared by several modules gets one rule, to which all its uses
+            contribute.
+        head: names of modules or bare parameters, with one part or several (``"decoder.classifier"``), anywhere in the
+            model. These and everything below them, except norms and embeddings, are of the kind ``"head"``.
+        kinds: overrides :data:`KINDS`, what happens to each kind (``"rank"``, ``"whole"`` or ``"freeze"``), for example
+            by ``{"bias": "freeze", "normalisation": "whole"}``.
         blocks: numbers of the blocks to choose from (see :func:`gradsel.parameters.blocks.block_names`); negative
-            ones count from the last. Everything outside them but the head is frozen. None: the whole model.
+            ones count from the last. Everything outside them except the head is frozen. None: the whole model.
         skip_blocks: numbers of blocks to freeze, as in GPS's block study.
-        rank, whole, freeze: glob patterns on parameter names (``"blocks.0.*"``) that override all of the above. Where
-            several match, rank goes before whole and whole before freeze, so that ``freeze=["*"]`` leaves what the
-            other two name.
+        rank, whole, freeze: glob patterns on parameter names (``"blocks.0.*"``) that override all of the above. If
+            several match, rank takes precedence over whole and whole over freeze, so ``freeze=["*"]`` does not affect
+            parameters that the other two name.
 
-    A parameter without dimensions is one number, not a layer of neurons: where it would be ranked, it is trained whole.
+    A parameter without dimensions is a single number rather than a layer of neurons, so it is trained whole instead of
+    ranked.
 
     Raises:
-        ValueError: a pattern matches no parameter; ``head`` names nothing; an unknown kind or action; no such block;
-            two parameters with one name; the model is attached.
+        ValueError: a pattern matches no parameter; ``head`` names nothing; a kind, action or block does not exist; two
+            parameters have the same name; or the model is attached.
     """
     if any(selected_in(module) for module in model.modules()):
-        raise ValueError("the model is attached to a selection; call gradsel.detach(model) before selecting anew")
+        raise ValueError("the model is attached to a selection; call gradsel.detach(model) before selecting again")
     owners = parameter_uses(model)
     overrides = {"rank": strings(rank), "whole": strings(whole), "freeze": strings(freeze)}
     all_names = [name for uses in owners.values() for name, _, _ in uses]
@@ -155,12 +163,12 @@ def parameter_rules(
 
 
 def ranked_sizes(model: nn.Module, **options: Unpack[RuleOptions]) -> dict[str, tuple[int, int]]:
-    """Rows and columns of the neuron view of every ranked parameter; arguments as in :func:`parameter_rules`."""
+    """Rows and columns of the neuron view of every ranked parameter; takes the arguments of :func:`parameter_rules`."""
     return sizes_of(parameter_rules(model, **options), named_parameters(model))
 
 
 def sizes_of(rules: Mapping[str, Rule], parameters: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
-    """Rows and columns of the neuron view of every parameter that is ranked by these rules."""
+    """Rows and columns of the neuron view of every parameter that these rules rank."""
     return {name: rule.view.shape(parameters[name].shape) for name, rule in rules.items() if rule.action == "rank"}
 
 
@@ -168,24 +176,20 @@ def _check_patterns(model: nn.Module, overrides: Mapping[str, tuple[str, ...]], 
     for action, patterns in overrides.items():
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
-                close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4)
-                hint = f"; did you mean {', '.join(close)}?" if close else ""
+                hint = did_you_mean(pattern, names)
                 raise ValueError(f"{action}={pattern!r} matches no parameter of {type(model).__name__}{hint}")
 
 
 def _check_head(model: nn.Module, heads: tuple[str, ...], names: list[str]) -> None:
     if heads and not any(has_part(name, heads) for name in names):
-        parts = {part for name in names for part in name.split(".")}
-        close = [best for name in heads for best in difflib.get_close_matches(name, parts, n=1)]
-        hint = f"; did you mean {', '.join(close)}?" if close else ""
+        hint = did_you_mean(heads[0], dict.fromkeys(part for name in names for part in name.split(".")))
         raise ValueError(f"head={list(heads)} names no module or parameter of {type(model).__name__}{hint}")
 
 
 def _checked_kinds(kinds: Mapping[str, str]) -> Mapping[str, str]:
     for kind, action in kinds.items():
         if kind not in KINDS:
-            close = difflib.get_close_matches(kind, KINDS, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = did_you_mean(kind, KINDS)
             raise ValueError(f"kinds names {kind!r}, expected one of {', '.join(KINDS)}{hint}")
         if action not in _ACTIONS:
             raise ValueError(f"kinds[{kind!r}] is {action!r}, expected one of {', '.join(_ACTIONS)}")
@@ -196,7 +200,7 @@ def _named(action: str, uses: list[Use]) -> Rule:
     name, module, short = uses[0]
     parameter = getattr(module, short)
     if action != "freeze" and not parameter.is_floating_point():
-        raise ValueError(f"{action} names {name}, which cannot be trained: it is {parameter.dtype}")
+        raise ValueError(f"{action} names {name}, which cannot be trained: it is {parameter.dtype}, not floating-point")
     return Rule(_feasible(action, parameter), "named", _view(uses), named=True)
 
 
@@ -238,12 +242,12 @@ def _is_bias(parameter: Tensor, module: nn.Module, short: str) -> bool:
 
 
 def _is_broadcast(parameter: Tensor, module: nn.Module) -> bool:
-    """Whether it is a vector or a number that has dimensions of size 1 for broadcasting: logit scales, biases."""
+    """Whether it is a vector or number with extra dimensions of size 1 for broadcasting: logit scales, biases."""
     return parameter.ndim > 2 and parameter.numel() == max(parameter.shape) and not isinstance(module, _PRODUCTS)
 
 
 def _output_embeddings(model: nn.Module) -> list[nn.Module]:
-    """The layers from features to tokens, where a model, or one inside it, says which one it is (transformers)."""
+    """The layers from features to tokens that the model, or a model inside it, reports (transformers)."""
     found = []
     for module in model.modules():
         ask = getattr(module, "get_output_embeddings", None)
@@ -269,7 +273,7 @@ def _view(uses: list[Use]) -> NeuronView:
     parameter = getattr(module, short)
     kind = type(module).__name__
     if parameter.ndim < 2 or _is_bias(parameter, module, short):
-        return NeuronView(tuple(range(parameter.ndim)))  # one number for each neuron, those of stacked experts, too
+        return NeuronView(tuple(range(parameter.ndim)))  # one number per neuron, also for stacked experts
     if isinstance(module, _TRANSPOSED):
         return _inputs_first(module.groups)
     if kind == "DbrxExpertGLU" and short == "w2":  # [experts * in, out]

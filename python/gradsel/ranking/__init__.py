@@ -1,4 +1,4 @@
-"""select(): gradients collected within bounded memory, ranked by a policy and a criterion."""
+"""select(): collects gradients within bounded memory and ranks them by a policy and a criterion."""
 
 from gradsel.ranking.criteria import Criterion, random_scores
 from gradsel.ranking.losses import SupConLoss, contrastive, cross_entropy

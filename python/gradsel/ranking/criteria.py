@@ -8,23 +8,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: Scores of one weight from its neuron view and the neuron view of its accumulated gradient, both [rows, cols]. The
-#: largest magnitudes are selected.
+#: Scores of one weight, from its neuron view and that of its summed gradient, both [rows, cols]. The largest magnitudes
+#: are selected.
 Score = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """What makes an entry worth training. A plain function ``(weight, grad) -> score`` is one, too.
+    """What makes an entry worth training. A plain function ``(weight, grad) -> score`` also serves as one.
 
     Attributes:
-        name: what the selection's notes call it.
+        name: its name in the selection's notes.
         score: the scores [rows, cols] of one weight, from its neuron view and that of its summed gradient.
-        needs_gradient: whether gradients are computed at all.
-        each_batch: what is summed over batches, from the gradient of one, which it may change in place. None: the
-            gradient itself, with its sign.
-        squared: scores are squares already; rows and columns are then judged by plain sums of them.
-        reset: called before a selection, so that each one starts alike.
+        needs_gradient: whether gradients need to be computed.
+        each_batch: maps the gradient of one batch, which it may change in place, to what is summed over batches. None:
+            the gradient itself is summed, with its sign.
+        squared: scores are squares already, so the scores of rows and columns are plain sums of them.
+        reset: called before each selection, so that all selections start from the same state.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Criterion:
 
 
 def random_scores(seed: int = 0) -> Criterion:
-    """Random entries, the baseline of GPS Tab. 6; the same for the same seed."""
+    """Random scores, the baseline of GPS, Tab. 6; the same ones for the same seed."""
     generator = torch.Generator("cpu")
 
     def score(weight: Tensor, grad: Tensor | None) -> Tensor:
@@ -56,7 +56,7 @@ _CRITERIA: dict[str, Callable[[], Criterion]] = {
 
 
 def _given(grad: Tensor | None) -> Tensor:
-    assert grad is not None  # select() ranks only what has a gradient
+    assert grad is not None  # select() only ranks parameters with a gradient
     return grad
 
 

@@ -1,4 +1,4 @@
-"""Selecting together with other processes that each see part of the data."""
+"""Selecting jointly with other processes, each of which sees part of the data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gradsel.dtypes import trained_dtype
 
 
 def process_group_of(model: nn.Module) -> dist.ProcessGroup | None:
-    """The process group of a model that DistributedDataParallel wraps, or that has parts which it wraps."""
+    """The process group of the DistributedDataParallel modules in a model; None if there are none."""
     groups = [wrapper.process_group for wrapper in _wrappers(model)]
     if any(group is not groups[0] for group in groups):
         raise ValueError("parts of the model have different process groups; pass process_group=")
@@ -28,8 +28,10 @@ def _wrappers(model: nn.Module) -> list[DistributedDataParallel]:
 
 @contextmanager
 def unsynchronised(model: nn.Module) -> Iterator[None]:
-    """DistributedDataParallel neither reduces gradients, which are added once at the end, nor sends buffers around,
-    for which all ranks would need equally many batches."""
+    """Stops DistributedDataParallel from reducing gradients and from broadcasting buffers.
+
+    Gradients are added once, at the end; broadcasting would need the same number of batches on every rank.
+    """
     wrappers = _wrappers(model)
     before = [wrapper.require_forward_param_sync for wrapper in wrappers]
     with ExitStack() as stack:
@@ -45,10 +47,10 @@ def unsynchronised(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def failing_together(group: dist.ProcessGroup | None) -> Iterator[None]:
-    """An error of one rank is an error of all, which would wait for that rank otherwise.
+    """Raises an error on all ranks if one of them fails, as the others would otherwise wait for it forever.
 
     Raises:
-        RuntimeError: another rank has failed; it says which, and how.
+        RuntimeError: another rank has failed; the message says which one, and with what error.
     """
     failure: Exception | None = None
     try:
@@ -60,13 +62,13 @@ def failing_together(group: dist.ProcessGroup | None) -> Iterator[None]:
         dist.all_gather_object(told, None if failure is None else f"{type(failure).__name__}: {failure}", group=group)
         others = [f"rank {rank} failed with {text}" for rank, text in enumerate(told) if text is not None]
         if failure is None and others:
-            raise RuntimeError(f"the selection was given up because {others[0]}")
+            raise RuntimeError(f"the selection was stopped because {others[0]}")
     if failure is not None:
         raise failure
 
 
 def total_over(count: int, group: dist.ProcessGroup | None, device: torch.device) -> int:
-    """The sum of a number over the ranks."""
+    """The sum of ``count`` over all ranks."""
     if group is None:
         return count
     total = torch.tensor(count, device=device)
@@ -75,10 +77,10 @@ def total_over(count: int, group: dist.ProcessGroup | None, device: torch.device
 
 
 def add_over(totals: dict[str, Tensor], members: Mapping[str, Tensor], group: dist.ProcessGroup) -> None:
-    """Adds the sums of all ranks, in place; a parameter without a gradient on one rank counts as zero there.
+    """Adds up the sums of all ranks, in place; a parameter without a gradient on a rank counts as zero there.
 
     Args:
-        totals: sums by name, those that this rank has.
+        totals: the sums that this rank has, by name.
         members: the parameters, in the same order on every rank.
     """
     device = next(iter(members.values())).device

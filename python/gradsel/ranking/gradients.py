@@ -1,4 +1,4 @@
-"""The gradients that a selection ranks, collected as planned."""
+"""Collecting the gradients that a selection ranks, according to a plan."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tqdm.auto import tqdm
 
 from gradsel.dtypes import trained_dtype
 from gradsel.ranking.distributed import add_over, failing_together, total_over, unsynchronised
-from gradsel.ranking.planning import NOT_ONE, Plan
+from gradsel.ranking.planning import NOT_ONE, GradientPlan
 from gradsel.ranking.replay import Replay
 
 #: ``loss(model, batch)``
 Loss = Callable[[Any, Any], Tensor]
-#: Takes the gradient of one parameter, by name, summed over all batches.
+#: Receives the name of a parameter and its gradient, summed over all batches.
 Deliver = Callable[[str, Tensor], None]
 
 
@@ -28,8 +28,8 @@ class Collected:
     """What :func:`collect` saw.
 
     Attributes:
-        batches: their number, over all ranks.
-        names: the parameters that got any gradient.
+        batches: number of batches over all ranks.
+        names: the parameters that got a gradient.
     """
 
     batches: int = 0
@@ -41,7 +41,7 @@ def collect(
     ranked: Mapping[str, nn.Parameter],
     batches: Iterable[Any],
     loss: Loss,
-    plan: Plan,
+    plan: GradientPlan,
     deliver: Deliver,
     *,
     each_batch: Callable[[Tensor], Tensor] | None,
@@ -49,14 +49,14 @@ def collect(
     group: dist.ProcessGroup | None,
     quiet: bool | None,
 ) -> Collected:
-    """Sums the gradients of ``ranked`` over ``batches`` as planned and delivers each sum once. Changes the model's
-    flags and gradients; call it inside :func:`gradsel.ranking.preserving.kept`.
+    """Sums the gradients of ``ranked`` over ``batches`` and delivers each sum once.
 
-    Sums are float32 (float64 for float64 parameters), in the order of the batches.
+    Changes the model's flags and gradients, so call it inside :func:`gradsel.ranking.preserving.preserved`. Sums are
+    float32 (float64 for float64 parameters) and add batches in order.
 
     Raises:
-        ValueError: no batches; a loss that is no finite scalar or does not depend on the parameters; passes
-            that differ.
+        ValueError: there are no batches; a loss is not a finite scalar or does not depend on the parameters; or passes
+            differ.
     """
     result = Collected()
     replay = Replay(model, batches, len(plan.groups))
@@ -83,7 +83,7 @@ def collect(
             replay.ended()
         result.batches = total_over(count, group, next(iter(members.values())).device)
         if result.batches == 0:
-            raise ValueError("batches is empty: there is nothing to take gradients of")
+            raise ValueError("batches is empty, so there are no gradients; pass at least one batch")
         result.names |= sums.delivered
         if group is not None:
             add_over(sums.totals, members, group)
@@ -104,12 +104,12 @@ def _checked_loss(value: object, number: int) -> Tensor:
         found = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{_NEEDED}, got {found}")
     if not bool(value.isfinite()):
-        raise ValueError(f"the selection loss of batch {number} is {value.item()}, so its gradients mean nothing")
+        raise ValueError(f"the selection loss of batch {number} is {value.item()}, so its gradients are meaningless")
     return value
 
 
 class _Sums:
-    """Takes every gradient away from its parameter as soon as backward has it."""
+    """Takes each gradient from its parameter as soon as backward has computed it."""
 
     def __init__(
         self,
@@ -121,7 +121,7 @@ class _Sums:
         self._each_batch = each_batch
         self._loss_scale = loss_scale
         self._offload = offload
-        self._deliver = deliver  # for streaming: there is nothing to add
+        self._deliver = deliver  # when streaming: there is nothing to sum
         self._arrived: set[str] = set()
         self._running = False
         self.delivered: set[str] = set()
@@ -129,7 +129,7 @@ class _Sums:
 
     @contextmanager
     def watching(self, members: Mapping[str, Tensor]) -> Iterator[None]:
-        """Takes the gradients of these parameters, in a ``with`` block."""
+        """Takes the gradients of these parameters inside a ``with`` block."""
         foreign = [name for name, parameter in members.items() if parameter._post_accumulate_grad_hooks]
         if foreign:
             raise ValueError(
@@ -143,7 +143,7 @@ class _Sums:
             yield
 
     def backward(self, value: Tensor) -> None:
-        """Backward from the loss of one batch."""
+        """Runs backward from the loss of one batch."""
         self._arrived.clear()
         self._running = True
         try:
@@ -156,11 +156,11 @@ class _Sums:
         grad, parameter.grad = parameter.grad, None
         assert grad is not None
         if not self._running:
-            raise ValueError("loss must not call backward() itself; it returns what select() is to differentiate")
+            raise ValueError("loss must not call backward() itself; return the loss, and select() differentiates it")
         if name in self._arrived and (self._each_batch is not None or self._deliver is not None):
             raise ValueError(
-                f"the gradient of {name} arrives in parts, of which only the sum means anything: a weight shared by "
-                "segments under reentrant checkpointing; use use_reentrant=False"
+                f"the gradient of {name} arrives in parts, of which only the sum is meaningful, because segments under "
+                "reentrant checkpointing share the weight; use use_reentrant=False"
             )
         self._arrived.add(name)
         grad = grad.to_dense() if grad.layout is not torch.strided else grad

@@ -15,8 +15,8 @@ from gradsel.parameters.names import unwrapped
 class SupConLoss(nn.Module):
     """Supervised contrastive loss, L_out of equation 2 in Khosla et al. (NeurIPS 2020), as GPS and GRFT use it.
 
-    Features are L2-normalised inside. Every sample (every view of it) is an anchor; its positives are all other
-    samples of the same class. Anchors without a positive are left out of the mean.
+    The loss L2-normalises the features. Every sample, or every view of it, is an anchor; its positives are all other
+    samples of the same class. The mean leaves out anchors without a positive.
 
     Args:
         temperature: divides the cosine similarities.
@@ -38,12 +38,12 @@ class SupConLoss(nn.Module):
             The loss, a float32 scalar (float64 for float64 features).
 
         Raises:
-            ValueError: shapes do not fit, or no class has two samples, so that there is nothing to pull together.
+            ValueError: shapes do not match, or no class has two samples, so that no anchor has a positive.
         """
         if features.ndim not in (2, 3):
             raise ValueError(f"features must be [batch, dim] or [batch, views, dim], got {list(features.shape)}")
         if labels.shape != features.shape[:1]:
-            raise ValueError(f"labels must be [{features.shape[0]}], one class a sample, got {list(labels.shape)}")
+            raise ValueError(f"labels must be [{features.shape[0]}], one class per sample, got {list(labels.shape)}")
         if features.ndim == 3:
             labels = labels.repeat_interleave(features.shape[1])
             features = features.flatten(0, 1)
@@ -78,10 +78,10 @@ def contrastive(
     """The loss of GPS and GRFT for :func:`gradsel.select`: :class:`SupConLoss` on batches of (inputs, labels).
 
     Args:
-        features: ``features(model, inputs)`` returns what the head would get, [batch, dim], or the name of a method of
-            the model that does, given the inputs.
+        features: ``features(model, inputs)``, which returns the input of the head, [batch, dim]; or the name of a
+            method of the model that returns it, given the inputs.
         temperature: as in :class:`SupConLoss`.
-        augment: makes one view of the inputs; with it, two views of every sample are compared.
+        augment: makes one view of the inputs; if given, the loss compares two views of every sample.
 
     Returns:
         ``loss(model, batch)``.
@@ -102,9 +102,9 @@ def contrastive(
 
 
 def cross_entropy(model: Any, batch: Any) -> Tensor:
-    """Head and cross-entropy on batches of (inputs, labels), the ablation of GPS, Tab. 6c: ``loss(model, batch)``.
+    """Cross-entropy through the head on batches of (inputs, labels), as in GPS, Tab. 6c: ``loss(model, batch)``.
 
-    The model returns logits [batch, classes], or an object with such ``logits``.
+    The model returns logits [batch, classes], or an object with these as ``logits``.
     """
     inputs, labels = batch
     outputs = model(inputs)

@@ -1,4 +1,4 @@
-"""How gradients are collected: in one pass or several, and what they may take meanwhile."""
+"""Planning how gradients are collected: in how many passes, and within how much memory."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from torch.utils.data import IterableDataset
 from gradsel.dtypes import trained_dtype
 
 MODES = ("auto", "full", "streaming", "grouped")
-#: ``auto`` plans with at most this share of the memory that is free.
+#: ``auto`` plans to use at most this fraction of the free memory.
 _FREE_SHARE = 0.5
 
 
 @dataclass(frozen=True)
-class Plan:
+class GradientPlan:
     """How gradients are collected.
 
     Attributes:
-        groups: the parameters, by name, whose gradients are summed in one pass over the data.
-        streaming: there is one backward pass, and each gradient is ranked and freed as soon as it is there.
+        groups: for each pass over the data, the names of the parameters whose gradients it sums.
+        streaming: there is a single backward pass, and each gradient is ranked and freed as soon as it arrives.
         offload: sums are kept on the CPU.
-        sentence: what was chosen and what it costs.
+        sentence: the choice and its cost, for the selection's notes.
     """
 
     groups: list[list[str]]
@@ -44,11 +44,11 @@ def make_plan(
     max_gradient_bytes: int | None,
     offload: bool,
     group: dist.ProcessGroup | None,
-) -> Plan:
-    """Chooses how gradients are collected; arguments as in :func:`gradsel.select`.
+) -> GradientPlan:
+    """Chooses how gradients are collected; takes the arguments of :func:`gradsel.select`.
 
     Raises:
-        ValueError: the arguments contradict each other, or ask for what these batches cannot give.
+        ValueError: the arguments contradict each other, or these batches do not allow what they ask for.
     """
     if memory not in MODES:
         raise ValueError(f"memory must be one of {', '.join(MODES)}, got {memory!r}")
@@ -63,7 +63,7 @@ def make_plan(
     if memory == "streaming" or (automatic and length == 1 and group is None):
         largest = max(map(_transient, ranked.values()))
         what = "each gradient is ranked and freed as soon as backward has it"
-        return Plan([list(ranked)], True, offload, f"streaming: {what}; the largest takes {_size(largest)}")
+        return GradientPlan([list(ranked)], True, offload, f"streaming: {what}; the largest takes {_size(largest)}")
 
     devices = {parameter.device for parameter in ranked.values()}
     held = sum(map(_sum_bytes, ranked.values()))
@@ -73,32 +73,34 @@ def make_plan(
         if automatic and limit is not None and not offload and any(device.type != "cpu" for device in devices):
             on_cpu = _free({torch.device("cpu")}, group)
             offload = _needed(ranked.values(), False) > limit and (on_cpu is None or held <= on_cpu)
-        if limit is not None:  # half of what is free is a guess; a single gradient has to fit anyway
+        if limit is not None:  # half of the free memory is a guess; a single gradient has to fit anyway
             limit = max(limit, *(_needed([parameter], offload) for parameter in ranked.values()))
     needed = _needed(ranked.values(), offload)
     where = " on the CPU" if offload else ""
     if limit is None or needed <= limit:
-        return Plan([list(ranked)], False, offload, f"full: one pass, {_size(held)} of gradient sums held{where}")
+        return GradientPlan(
+            [list(ranked)], False, offload, f"full: one pass, {_size(held)} of gradient sums held{where}"
+        )
     groups = _groups(ranked, limit, offload)
     if isinstance(batches, Iterator):
         asked = "max_gradient_bytes" if max_gradient_bytes is not None else "half of the free memory,"
         raise ValueError(
             f"{_size(needed)} of gradients exceed {asked} {_size(limit)}, so the data is needed {len(groups)} times, "
-            "but batches can be gone through only once; pass a DataLoader or a list"
+            "but batches is an iterator and yields it only once; pass a DataLoader or a list"
         )
     passes = f"{len(groups)} passes over the data, at most {_size(limit)} of gradients held"
-    return Plan(groups, False, offload, f"grouped: {passes}" + (", sums on the CPU" if offload else ""))
+    return GradientPlan(groups, False, offload, f"grouped: {passes}" + (", sums on the CPU" if offload else ""))
 
 
-#: The error of streaming for more than one batch.
+#: The error message for streaming with more than one batch.
 NOT_ONE = (
-    "memory='streaming' ranks each gradient as soon as it is there, which is exact for one backward pass, but batches "
+    "memory='streaming' ranks each gradient as soon as it arrives, which is exact for one backward pass, but batches "
     "has more than one; join them into one batch, or use memory='grouped'"
 )
 
 
 def _length(batches: Iterable[Any]) -> int | None:
-    """The number of batches, where it can be relied on."""
+    """The number of batches, or None if it is unknown or unreliable."""
     if isinstance(getattr(batches, "dataset", None), IterableDataset):
         return None
     try:
@@ -112,7 +114,7 @@ def _sum_bytes(parameter: Tensor) -> int:
 
 
 def _transient(parameter: Tensor) -> int:
-    """Bytes of one gradient while it is being added: itself, and its copy where it is in half precision."""
+    """Bytes of one gradient while it is added: the gradient and, in half precision, its float32 copy."""
     copied = trained_dtype(parameter) != parameter.dtype
     return parameter.numel() * parameter.element_size() + (_sum_bytes(parameter) if copied else 0)
 
@@ -123,7 +125,7 @@ def _needed(parameters: Iterable[Tensor], offload: bool) -> int:
 
 
 def _groups(ranked: Mapping[str, nn.Parameter], limit: int, offload: bool) -> list[list[str]]:
-    """Neighbouring parameters that fit the limit together; backward stops at the first layer of a group."""
+    """Groups of neighbouring parameters within the limit; backward stops at the first layer of a group."""
     groups: list[list[str]] = [[]]
     for name, parameter in ranked.items():
         if _needed([parameter], offload) > limit:
@@ -138,7 +140,7 @@ def _groups(ranked: Mapping[str, nn.Parameter], limit: int, offload: bool) -> li
 
 
 def _free(devices: Iterable[torch.device], group: dist.ProcessGroup | None) -> int | None:
-    """Bytes that a plan may use, the same on every rank; None where the system does not say."""
+    """Bytes that a plan may use, the same on every rank; None if the system does not report them."""
     found = [_free_on(device) for device in devices]
     known = [free for free in found if free is not None]
     least = int(min(known) * _FREE_SHARE) if known else None
@@ -150,7 +152,7 @@ def _free(devices: Iterable[torch.device], group: dist.ProcessGroup | None) -> i
 
 
 def _free_on(device: torch.device) -> int | None:
-    """Bytes that are free on a device, within the limits of a container and with what torch holds in reserve."""
+    """Free bytes on a device, including what torch holds in reserve and within the limits of a container."""
     if device.type == "cuda":
         reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserve

@@ -1,7 +1,7 @@
-"""Policies: how many entries are trained, and at which level they compete for it.
+"""Policies: how many entries are trained, and which entries compete with each other.
 
-Scores come one parameter at a time, in any order, as neuron views [rows, cols]. What counts is their magnitude; ties go
-to the lowest column, row or entry, and between parameters to the first one of the model.
+Scores arrive one parameter at a time, in any order. Their magnitudes are ranked; ties go to the lowest column, row or
+entry and, between parameters, to the first one of the model.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy
 import torch
@@ -21,40 +21,49 @@ from gradsel.dtypes import trained_dtype
 from gradsel.masks import Flat, Frozen, Mask, PerRow, Whole, WholeColumns, WholeRows
 from gradsel.views import NeuronView
 
-#: Columns whose gain is worked out anew at a time.
+#: Number of columns whose gains are recomputed together.
 _LOOK_AT = 32
 
 #: Rows and columns of the neuron views that a policy chooses from, by parameter.
 Sizes = Mapping[str, tuple[int, int]]
 
 
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """The scores of one parameter.
+
+    Attributes:
+        matrix: finite scores [rows, cols], one for each entry of the neuron view.
+        shape: shape of the parameter.
+        view: its neuron view.
+        squared: the scores are squares already.
+    """
+
+    matrix: Tensor
+    shape: tuple[int, ...]
+    view: NeuronView
+    squared: bool = False
+
+
 class Ranking(Protocol):
-    """A selection in the making: scores go in, one parameter at a time, and masks come out."""
+    """A running selection: takes scores, one parameter at a time, and returns masks."""
 
-    def add(self, name: str, score: Tensor, shape: tuple[int, ...], view: NeuronView, squared: bool) -> None:
-        """Takes in the scores of one parameter.
-
-        Args:
-            name: the parameter.
-            score: finite scores [rows, cols]; not kept.
-            shape: shape of the parameter.
-            view: its neuron view.
-            squared: scores are squares already.
-        """
+    def add(self, name: str, scores: Scores) -> None:
+        """Takes the scores of the parameter ``name``, without keeping the matrix."""
 
     def finish(self) -> dict[str, Mask]:
         """A mask for every parameter that was added."""
 
 
 class Policy(ABC):
-    """How many entries of what."""
+    """How many entries are trained, and which of them compete."""
 
     @abstractmethod
     def entries(self, rows: int, cols: int) -> int:
-        """Number of entries of one parameter, by the size of its neuron view."""
+        """Number of trained entries of one parameter, from the size of its neuron view."""
 
     def budget(self, sizes: Iterable[tuple[int, int]]) -> int:
-        """Number of entries of all parameters with neuron views of these sizes."""
+        """Number of trained entries of all parameters with neuron views of these sizes."""
         return sum(self.entries(rows, cols) for rows, cols in sizes)
 
     def start(self, sizes: Sizes) -> Ranking:
@@ -62,19 +71,19 @@ class Policy(ABC):
         return _OneByOne(self)
 
     @abstractmethod
-    def choose(self, score: Tensor, shape: tuple[int, ...], view: NeuronView, squared: bool) -> Mask:
-        """The mask of one parameter from its scores; arguments as in :meth:`Ranking.add`."""
+    def choose(self, scores: Scores) -> Mask:
+        """The mask of one parameter."""
 
 
 class _OneByOne:
-    """Parameters that do not compete with one another."""
+    """Ranks parameters that do not compete with each other."""
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
         self._masks: dict[str, Mask] = {}
 
-    def add(self, name: str, score: Tensor, shape: tuple[int, ...], view: NeuronView, squared: bool) -> None:
-        self._masks[name] = self._policy.choose(score, shape, view, squared)
+    def add(self, name: str, scores: Scores) -> None:
+        self._masks[name] = self._policy.choose(scores)
 
     def finish(self) -> dict[str, Mask]:
         return self._masks
@@ -90,14 +99,14 @@ class _Counted(Policy):
 
 @dataclass(frozen=True, repr=False)
 class PerNeuron(_Counted):
-    """The ``k`` best entries of every neuron (row): GPS, equation 3.
+    """The ``k`` best entries of every neuron (row): the mask of GPS, equation 5.
 
     Args:
-        k: entries a neuron; a neuron with fewer inputs is kept whole.
-        columns: inputs a matrix that its neurons choose from. With fewer inputs in use, training saves fewer
-            activations and multiplies less. They are found greedily: each one adds the most to the sum of the scores
-            that the neurons then keep, which reaches at least 63 % of the best possible sum (Nemhauser et al. 1978).
-            None: all of them, as in GPS.
+        k: entries per neuron; all of them for a neuron with fewer inputs.
+        columns: the number of inputs of a matrix that its neurons choose from. With fewer inputs in use, training saves
+            fewer activations and multiplies less. The inputs are found greedily: each adds the most to the sum of the
+            scores that the neurons then keep, which reaches at least 63 % of the best possible sum (Nemhauser et al.
+            1978). None: all inputs, as in GPS.
     """
 
     columns: int | None = None
@@ -115,51 +124,60 @@ class PerNeuron(_Counted):
     def entries(self, rows: int, cols: int) -> int:
         return rows * min(self.k, cols)
 
-    def choose(self, score: Tensor, shape: tuple[int, ...], view: NeuronView, squared: bool) -> Mask:
-        if self.columns is None or self.columns >= score.shape[1]:
-            return PerRow(gk.topk_rows(score, self.k), shape, view)
-        columns = covering_columns(score, self.k, self.columns)
-        inside = gk.topk_rows(score[:, columns].contiguous(), self.k)
-        return PerRow(columns[inside.long()].to(torch.int32), shape, view)
+    def choose(self, scores: Scores) -> Mask:
+        matrix = scores.matrix
+        if self.columns is None or self.columns >= matrix.shape[1]:
+            return PerRow(gk.topk_rows(matrix, self.k), scores.shape, scores.view)
+        columns = covering_columns(matrix, self.k, self.columns)
+        inside = gk.topk_rows(matrix[:, columns].contiguous(), self.k)
+        return PerRow(columns[inside.long()].to(torch.int32), scores.shape, scores.view)
 
 
 @dataclass(frozen=True)
-class Rows(_Counted):
+class _Lines(_Counted):
+    """The ``k`` rows or columns of every matrix with the largest sums of squared scores."""
+
+    mask: ClassVar[type[WholeRows] | type[WholeColumns]]
+
+    def entries(self, rows: int, cols: int) -> int:
+        sizes, dim = (rows, cols), self.mask.dim
+        return min(self.k, sizes[dim]) * sizes[1 - dim]
+
+    def choose(self, scores: Scores) -> Mask:
+        matrix = scores.matrix.to(trained_dtype(scores.matrix))  # half precision would round the sums, or overflow
+        sums = (matrix if scores.squared else matrix.square()).sum(1 - self.mask.dim)
+        return self.mask(gk.topk_rows(sums.unsqueeze(0), self.k)[0], scores.shape, scores.view)
+
+
+@dataclass(frozen=True)
+class Rows(_Lines):
     """The ``k`` best neurons of every matrix, with all their inputs: GRFT, equations 4 to 6.
 
-    A neuron's score is the sum of its squared scores (of the scores, where they are squares: ``"fisher"``).
+    A neuron's score is the sum of its squared scores (or of its scores if these are squares: ``"fisher"``).
 
     Args:
-        k: neurons a matrix; a matrix with fewer is kept whole.
+        k: neurons per matrix; all of them in a matrix with fewer.
     """
 
-    def entries(self, rows: int, cols: int) -> int:
-        return min(self.k, rows) * cols
-
-    def choose(self, score: Tensor, shape: tuple[int, ...], view: NeuronView, squared: bool) -> Mask:
-        return WholeRows(_best(score, 1, self.k, squared), shape, view)
+    mask = WholeRows
 
 
 @dataclass(frozen=True)
-class Columns(_Counted):
+class Columns(_Lines):
     """The ``k`` best inputs of every matrix, for all neurons: GRFT with columns.
 
-    An input's score is the sum of its squared scores (of the scores, where they are squares: ``"fisher"``).
+    An input's score is the sum of its squared scores (or of its scores if these are squares: ``"fisher"``).
 
     Args:
-        k: inputs a matrix; a matrix with fewer is kept whole.
+        k: inputs per matrix; all of them in a matrix with fewer.
     """
 
-    def entries(self, rows: int, cols: int) -> int:
-        return min(self.k, cols) * rows
-
-    def choose(self, score: Tensor, shape: tuple[int, ...], view: NeuronView, squared: bool) -> Mask:
-        return WholeColumns(_best(score, 0, self.k, squared), shape, view)
+    mask = WholeColumns
 
 
 @dataclass(frozen=True)
 class _Shared(Policy):
-    """A number of entries, absolute or as a share of those there are."""
+    """A number of entries, absolute or as a fraction of all entries."""
 
     fraction: float | None = None
     count: int | None = None
@@ -186,26 +204,27 @@ class _Shared(Policy):
 
 @dataclass(frozen=True, repr=False)
 class PerLayer(_Shared):
-    """The best entries of every parameter, whatever their neurons: "layer" in GPS, Tab. 6a.
+    """The best entries of every parameter, regardless of neurons: "layer" in GPS, Tab. 6a.
 
     Args:
-        fraction: share of the entries of each parameter, rounded to the nearest number.
-        count: entries of each parameter; one with fewer is kept whole.
+        fraction: fraction of the entries of each parameter, rounded to the nearest count.
+        count: entries of each parameter; all of them in one with fewer.
     """
 
-    def choose(self, score: Tensor, shape: tuple[int, ...], view: NeuronView, squared: bool) -> Mask:
-        return _mask_of(largest(score.reshape(-1), self._of(score.numel())), shape, view)
+    def choose(self, scores: Scores) -> Mask:
+        entries = largest(scores.matrix.reshape(-1), self._of(scores.matrix.numel()))
+        return _mask_of(entries, scores.shape, scores.view)
 
 
 @dataclass(frozen=True, repr=False)
 class Global(_Shared):
     """The best entries of all parameters together: "net" in GPS, Tab. 6a.
 
-    While a selection runs, 20 bytes are held for every entry that may still be among the best.
+    While a selection runs, it holds 20 bytes for every entry that may still be among the best.
 
     Args:
-        fraction: share of the entries of all ranked parameters, rounded to the nearest number.
-        count: entries in all.
+        fraction: fraction of the entries of all ranked parameters, rounded to the nearest count.
+        count: total number of entries.
     """
 
     def budget(self, sizes: Iterable[tuple[int, int]]) -> int:
@@ -214,14 +233,14 @@ class Global(_Shared):
     def start(self, sizes: Sizes) -> Ranking:
         return _Together(self.budget(sizes.values()), list(sizes))
 
-    def choose(self, score: Tensor, shape: tuple[int, ...], view: NeuronView, squared: bool) -> Mask:
-        ranking = self.start({"": (score.shape[0], score.shape[1])})
-        ranking.add("", score, shape, view, squared)
+    def choose(self, scores: Scores) -> Mask:
+        ranking = self.start({"": (scores.matrix.shape[0], scores.matrix.shape[1])})
+        ranking.add("", scores)
         return ranking.finish()[""]
 
 
 class _Together:
-    """The largest scores of all parameters, of which no more than ``count`` candidates are held at a time."""
+    """Ranks the entries of all parameters together, holding at most ``count`` candidates at a time."""
 
     def __init__(self, count: int, names: list[str]) -> None:
         self._count = count
@@ -229,9 +248,9 @@ class _Together:
         self._added: dict[str, tuple[torch.device, tuple[int, ...], NeuronView]] = {}
         self._held: tuple[Tensor, Tensor, Tensor] | None = None  # magnitudes, numbers of parameters, entries
 
-    def add(self, name: str, score: Tensor, shape: tuple[int, ...], view: NeuronView, squared: bool) -> None:
-        self._added[name] = (score.device, shape, view)
-        magnitudes = score.reshape(-1).abs()
+    def add(self, name: str, scores: Scores) -> None:
+        self._added[name] = (scores.matrix.device, scores.shape, scores.view)
+        magnitudes = scores.matrix.reshape(-1).abs()
         if self._held is not None and 0 < self._count == self._held[0].numel():
             bound = self._held[0].min().to(magnitudes.device)
             entries = (magnitudes >= bound).nonzero().view(-1)
@@ -260,14 +279,14 @@ class _Together:
 
 
 def equal_budget(policy: type[Policy], like: Policy, sizes: Iterable[tuple[int, int]]) -> Policy:
-    """The policy of another kind that trains as many entries as ``like``, or as near to it as its steps allow.
+    """The policy of another class that trains as many entries as ``like``, or as close to it as possible.
 
-    GPS compares levels and GRFT rows with columns at equal budgets (GPS, Tab. 6a).
+    For comparisons at equal budgets, such as those of levels in GPS, Tab. 6a, and of rows with columns in GRFT.
 
     Args:
-        policy: the kind: :class:`PerNeuron`, :class:`Rows`, :class:`Columns`, :class:`PerLayer` or :class:`Global`.
-        like: the policy whose budget it gets.
-        sizes: of the neuron views: ``ranked_sizes(model).values()``.
+        policy: the class: :class:`PerNeuron`, :class:`Rows`, :class:`Columns`, :class:`PerLayer` or :class:`Global`.
+        like: the policy whose budget to match.
+        sizes: the sizes of the neuron views: ``ranked_sizes(model).values()``.
     """
     sizes = list(sizes)
     wanted = like.budget(sizes)
@@ -275,9 +294,9 @@ def equal_budget(policy: type[Policy], like: Policy, sizes: Iterable[tuple[int, 
         total = sum(rows * cols for rows, cols in sizes)
         return policy(count=wanted) if policy is Global else policy(fraction=wanted / max(total, 1))
     if not issubclass(policy, _Counted):
-        raise TypeError(f"policy must be one of this module's classes, got {policy!r}")
+        raise TypeError(f"policy must be PerNeuron, Rows, Columns, PerLayer or Global, got {policy!r}")
     low, high = 1, max((max(size) for size in sizes), default=1)
-    while low < high:  # the smallest k that takes at least as many
+    while low < high:  # find the smallest k that takes at least as many
         middle = (low + high) // 2
         if policy(middle).budget(sizes) < wanted:
             low = middle + 1
@@ -288,7 +307,7 @@ def equal_budget(policy: type[Policy], like: Policy, sizes: Iterable[tuple[int, 
 
 
 def largest(values: Tensor, count: int) -> Tensor:
-    """Places of the ``count`` largest magnitudes of a vector without NaN: int64, ascending, ties to the lowest."""
+    """Indices of the ``count`` largest magnitudes of a vector without NaN: int64, ascending, ties to the lowest."""
     if count >= values.numel():
         return torch.arange(values.numel(), device=values.device)
     if count == 0:
@@ -297,7 +316,7 @@ def largest(values: Tensor, count: int) -> Tensor:
     group = min(magnitudes.numel() // (2 * count), 64)
     if group < 4:
         return _largest_of(magnitudes, count)
-    # As many entries as there are peaks above it reach the bound, so the entries wanted are among those that do.
+    # At least ``count`` entries reach the bound, one per peak that does, so the largest are among those that reach it.
     peaks = magnitudes[: magnitudes.numel() // group * group].view(-1, group).amax(1)
     bound = peaks.topk(count, sorted=False).values.min()
     candidates = (magnitudes >= bound).nonzero().view(-1)
@@ -312,14 +331,14 @@ def _largest_of(magnitudes: Tensor, count: int) -> Tensor:
 
 
 def covering_columns(score: Tensor, k: int, count: int) -> Tensor:
-    """The columns, found greedily, inside which the ``k`` largest magnitudes of every row have the largest sum.
+    """The columns in which the ``k`` largest magnitudes of every row have the largest sum, found greedily.
 
-    The sum of the ``k`` best of every row is submodular in the set of columns, so a column never adds more later than
-    it would have added before: only those whose old gain still leads are looked at again (Minoux 1978).
+    That sum is submodular in the set of columns: a column never gains more later than it did before. So only columns
+    whose old gain still leads are evaluated again (Minoux 1978).
 
     Args:
         score: finite [rows, cols].
-        k: entries a row.
+        k: entries per row.
         count: number of columns.
 
     Returns:
@@ -327,19 +346,19 @@ def covering_columns(score: Tensor, k: int, count: int) -> Tensor:
     """
     columns = score.abs().t().contiguous()  # [cols, rows]: one column is read at a time
     columns = columns.to(trained_dtype(columns))
-    kept = columns.new_zeros(k, columns.shape[1])  # the best of every row among the chosen columns, ascending
+    kept = columns.new_zeros(k, columns.shape[1])  # the best of every row in the chosen columns, ascending
     gains = columns.sum(1, dtype=torch.float64).cpu().numpy()
-    seen_with = numpy.zeros(len(columns), dtype=int)  # how many columns had been chosen when a gain was worked out
+    seen_with = numpy.zeros(len(columns), dtype=int)  # number of chosen columns when each gain was computed
     chosen: list[int] = []
     while len(chosen) < min(count, len(columns)):
-        best = int(gains.argmax())  # the first, of equal ones
+        best = int(gains.argmax())  # the first of equal ones
         if seen_with[best] == len(chosen):
             kept = torch.cat([kept, columns[best : best + 1]]).sort(0).values[1:]
             gains[best] = -1.0
             chosen.append(best)
         else:
             leading = numpy.argpartition(-gains, min(_LOOK_AT, len(gains)) - 1)[:_LOOK_AT]
-            leading = numpy.union1d(leading, [best])  # which is not the one that argpartition takes among equal ones
+            leading = numpy.union1d(leading, [best])  # among equal ones, argpartition may not take the first
             stale = leading[(seen_with[leading] != len(chosen)) & (gains[leading] >= 0)]
             added = columns[torch.from_numpy(stale).to(columns.device)].sub_(kept[0]).clamp_(min=0)
             gains[stale] = added.sum(1, dtype=torch.float64).cpu().numpy()
@@ -348,7 +367,7 @@ def covering_columns(score: Tensor, k: int, count: int) -> Tensor:
 
 
 def _mask_of(entries: Tensor, shape: tuple[int, ...], view: NeuronView) -> Mask:
-    """The mask of entries of a neuron view, by their row-major places in it."""
+    """The mask of some entries, given by their row-major indices in the neuron view."""
     if entries.numel() == 0:
         return Frozen(shape, "nothing selected")
     if entries.numel() == math.prod(shape):
@@ -358,12 +377,6 @@ def _mask_of(entries: Tensor, shape: tuple[int, ...], view: NeuronView) -> Mask:
     dense = torch.zeros(view.shape(shape), dtype=torch.bool, device=entries.device)
     dense.view(-1)[entries] = True
     return Flat.from_dense(view.undo(dense, shape))
-
-
-def _best(score: Tensor, dim: int, k: int, squared: bool) -> Tensor:
-    """The rows or columns with the largest sum of squares along ``dim``: int32 [k], ascending, ties to the lowest."""
-    score = score.to(trained_dtype(score))  # half precision would round the sums, or overflow
-    return gk.topk_rows((score if squared else score.square()).sum(dim).unsqueeze(0), k)[0]
 
 
 def _check_count(what: str, name: str, value: object) -> None:

@@ -1,4 +1,4 @@
-"""Looking at a model without leaving a trace: flags, gradients, modes, buffers and random numbers come back."""
+"""Running a model without leaving a trace: flags, gradients, modes, buffers and random numbers are restored."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import nn
 
 
 @contextmanager
-def kept(model: nn.Module) -> Iterator[None]:
-    """Gives back flags, gradients, modes, buffers and the global random number generators as they were.
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Restores flags, gradients, modes, buffers and the global random number generators at the end.
 
-    Gradients are on inside.
+    Gradients are enabled inside.
     """
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
@@ -36,7 +36,7 @@ def kept(model: nn.Module) -> Iterator[None]:
 
 
 class Buffers:
-    """The buffers of a model as they are now."""
+    """A snapshot of the buffers of a model."""
 
     def __init__(self, model: nn.Module) -> None:
         self._buffers = [
@@ -48,19 +48,19 @@ class Buffers:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Puts them back, in place."""
+        """Writes the buffers back, in place."""
         for module, name, buffer, original in self._buffers:
-            module._buffers[name] = buffer  # forward may have put another tensor in its place
+            module._buffers[name] = buffer  # forward may have replaced it by another tensor
             if not torch.equal(buffer, original):
                 buffer.copy_(original)
 
 
 class RandomState:
-    """The global random number generators of torch, Python and NumPy as they are now.
+    """A snapshot of the global random number generators of torch, Python and NumPy.
 
     Args:
-        model: the generators of the CUDA devices that it is on are included.
-        loader: the generators of a ``DataLoader`` and of its samplers are included, too.
+        model: includes the generators of the CUDA devices that it is on.
+        loader: a ``DataLoader``: includes its generator and those of its samplers.
     """
 
     def __init__(self, model: nn.Module, loader: Any = None) -> None:
@@ -72,7 +72,7 @@ class RandomState:
         self._loader = [(generator, generator.get_state()) for generator in _generators(loader)]
 
     def restore(self) -> None:
-        """Sets all of them back."""
+        """Resets all generators to the snapshot."""
         torch.set_rng_state(self._torch)
         for device, state in self._cuda:
             torch.cuda.set_rng_state(state, device)

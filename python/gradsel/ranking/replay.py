@@ -1,4 +1,4 @@
-"""Several passes over the same data that must be alike: random numbers set back, batches and losses compared."""
+"""Several identical passes over the same data: random numbers are reset, batches and losses compared."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gradsel.ranking.preserving import Buffers, RandomState
 
 
 class Replay:
-    """Makes several passes over the data alike, and finds out where they are not."""
+    """Makes several passes over the data identical, and reports where they are not."""
 
     def __init__(self, model: nn.Module, batches: Iterable[Any], passes: int) -> None:
         self._several = passes > 1
@@ -25,7 +25,7 @@ class Replay:
         self._pass = self._batch = 0
 
     def rewind(self) -> None:
-        """A pass begins: the same random numbers and buffers as in the first one."""
+        """Begins a pass, with the random numbers and buffers of the first one."""
         self._pass, self._batch = self._pass + 1, 0
         if not self._several:
             return
@@ -36,7 +36,7 @@ class Replay:
                 part.restore()
 
     def check(self, batch: Any, value: Tensor) -> None:
-        """One batch and its loss."""
+        """Compares a batch and its loss with those of the first pass."""
         if not self._several:
             return
         seen = (_digest(batch), value.item(), torch.finfo(value.dtype).eps ** 0.75)
@@ -53,22 +53,22 @@ class Replay:
         self._batch += 1
 
     def ended(self) -> None:
-        """A pass is over."""
+        """Ends a pass."""
         if self._several and self._batch < len(self._first):
             self._refuse(f"has only {self._batch} batches, the first had {len(self._first)}")
 
     def _refuse(self, what: str) -> None:
-        hint = "draw from them, pass a list of batches, or use memory='full'"
+        hint = "use only these for random numbers, pass a list of batches, or use memory='full'"
         if getattr(self._batches, "persistent_workers", False):
-            hint = "persistent workers keep generators of their own: use persistent_workers=False"
+            hint = "persistent workers keep their own generators: use persistent_workers=False"
         raise ValueError(
-            f"passes over the data must be alike, but pass {self._pass} {what}. The global random generators and those "
-            f"of a DataLoader are set back for each pass; {hint}"
+            f"passes over the data must be alike, but pass {self._pass} {what}. The global random number generators "
+            f"and those of a DataLoader are reset for each pass; {hint}"
         )
 
 
 def _digest(value: Any) -> int:
-    """A checksum of the tensors, arrays and plain values in a batch; 0 for what it does not know."""
+    """A checksum of the tensors, arrays and plain values in a batch; 0 for values of other types."""
     if isinstance(value, Tensor):
         if value.layout is not torch.strided:
             return 0

@@ -1,4 +1,4 @@
-"""select(): from the gradients of a model on data to a mask for every parameter."""
+"""select(): turns the gradients of a model on data into a mask for every parameter."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from gradsel.ranking.criteria import Criterion, Score, criterion_of
 from gradsel.ranking.distributed import process_group_of
 from gradsel.ranking.gradients import Loss, collect
 from gradsel.ranking.planning import make_plan
-from gradsel.ranking.policies import PerNeuron, Policy, Ranking
-from gradsel.ranking.preserving import kept
+from gradsel.ranking.policies import PerNeuron, Policy, Ranking, Scores
+from gradsel.ranking.preserving import preserved
 from gradsel.selection.selection import Selection
 
 
@@ -44,35 +44,34 @@ def select(
 ) -> Selection:
     """Chooses the entries to train, from the gradients of one pass over ``batches``.
 
-    By default the gradient of every ranked parameter is summed over all batches with its sign, and the magnitude is
-    taken once, at the end (GPS, section 3.2). Ties go to the lowest column. The masks are the same in every ``memory``
-    mode.
+    By default, the gradient of every ranked parameter is summed over all batches with its sign, and its magnitude is
+    taken once, at the end (GPS, section 3.2). Ties go to the lowest column. Every ``memory`` mode gives the same masks.
 
     Args:
-        model: run as it is: mode, autocast, activation checkpointing and device are the caller's. Gradients,
-            ``requires_grad`` flags, buffers and the global random number generators are given back as they were.
-            Parameters are known by their names without the prefixes of DistributedDataParallel and torch.compile;
-            whether they require gradients now does not matter, ``freeze=`` leaves some out.
-        batches: anything to iterate over. None for a criterion that needs no gradient.
+        model: run in the caller's mode, autocast, activation checkpointing and device. Gradients, ``requires_grad``
+            flags, buffers and the global random number generators are restored afterwards. Names of parameters lack the
+            prefixes of DistributedDataParallel and torch.compile. Whether parameters require gradients now does not
+            matter; leave some out with ``freeze=``.
+        batches: any iterable. None for a criterion that needs no gradient.
         loss: ``loss(model, batch)`` returns the scalar to differentiate, for example ``gradsel.contrastive()`` or
             ``gradsel.cross_entropy``.
-        policy: how many entries of what: ``PerNeuron(k)``, ``PerLayer(fraction)``, ``Global(fraction)``, ``Rows(k)`` or
-            ``Columns(k)``.
-        criterion: what is ranked by its magnitude: ``"gradient"``, the sum over batches; ``"absolute"``, the sum of
-            magnitudes; ``"fisher"``, the sum of squares (the empirical Fisher information, batch by batch); ``"snip"``,
-            weight times gradient (Lee et al. 2019); ``"magnitude"``, the weight; ``"random"``; or a function of the
-            neuron views ``(weight, grad) -> score``, which gets copies.
-        memory: where gradients are while they are summed. ``"full"``: all of them, 4 bytes for each ranked entry.
-            ``"streaming"``: for a single batch, each is ranked the moment backward has it, and freed. ``"grouped"``:
-            as many passes over the data as ``max_gradient_bytes`` asks for; every pass must see the same batches, and
-            random numbers are replayed. ``"auto"`` decides by the free memory; the selection's notes say how.
-        max_gradient_bytes: bytes of gradients and of their sums held at a time; implies ``"grouped"``.
+        policy: how many entries are trained, and which compete: ``PerNeuron(k)``, ``PerLayer(fraction)``,
+            ``Global(fraction)``, ``Rows(k)`` or ``Columns(k)``.
+        criterion: what is ranked by magnitude: ``"gradient"``, its sum over batches; ``"absolute"``, the sum of its
+            magnitudes; ``"fisher"``, the sum of its squares (the empirical Fisher information, batch by batch);
+            ``"snip"``, weight times gradient (Lee et al. 2019); ``"magnitude"``, the weight; ``"random"``; or a
+            function ``(weight, grad) -> score`` of the neuron views, which receives copies.
+        memory: how gradients are held while they are summed. ``"full"``: all of them, 4 bytes for each ranked entry.
+            ``"streaming"``, for a single batch: each is ranked and freed as soon as backward has computed it.
+            ``"grouped"``: within ``max_gradient_bytes``, in several passes over the data; every pass must see the same
+            batches, and random numbers are replayed. ``"auto"`` decides by the free memory; the selection's notes say
+            what it chose.
+        max_gradient_bytes: most bytes of gradients and their sums to hold at a time; implies ``"grouped"``.
         offload: keep the sums on the CPU.
-        loss_scale: multiplies the loss and divides the gradients in float32, against underflow in float16.
-        process_group: ranks that each see part of the data and select together: gradients are added over them before
-            they are ranked, so that all get the same masks. None: that of a DistributedDataParallel model, if it is
-            one.
-        progress: show a progress bar; None: on a terminal only.
+        loss_scale: multiplies the loss, and divides the gradients in float32, to avoid underflow in float16.
+        process_group: ranks that each see part of the data and select jointly: gradients are added over all ranks
+            before ranking, so that all get the same masks. None: the group of a DistributedDataParallel model, if any.
+        progress: whether to show a progress bar; None: only on a terminal.
         **rules: ``head``, ``kinds``, ``blocks``, ``skip_blocks``, ``rank``, ``whole``, ``freeze``: what is ranked,
             trained whole or frozen; see :func:`gradsel.parameters.rules.parameter_rules`.
 
@@ -80,8 +79,8 @@ def select(
         A mask for every parameter.
 
     Raises:
-        ValueError: no batches; a gradient that is not finite (the parameter is named); a parameter named in ``rank``
-            that gets no gradient; a pattern that matches nothing; nothing selected; passes over the data that differ.
+        ValueError: there are no batches; a gradient is not finite (the message names the parameter); a parameter named
+            in ``rank`` gets no gradient; a pattern matches nothing; nothing is selected; or the passes differ.
     """
     chosen = criterion_of(criterion)
     if not isinstance(policy, Policy):
@@ -99,7 +98,7 @@ def select(
             raise ValueError(f"criterion {chosen.name!r} needs gradients: pass batches and loss")
         group = process_group or process_group_of(model)
         plan = make_plan(ranked, batches, memory, max_gradient_bytes, offload, group)
-        with kept(model):
+        with preserved(model):
             seen = collect(
                 model, ranked, batches, loss, plan, ranker.add,
                 each_batch=chosen.each_batch, loss_scale=loss_scale, group=group, quiet=_quiet(progress),
@@ -118,7 +117,7 @@ def select(
     if ranked and not any(mask.nnz for mask in found.values()):
         raise ValueError(f"{policy} selects nothing of the {len(ranked)} ranked parameters; ask for more entries")
     if not any(mask.nnz for mask in masks.values()):
-        raise ValueError("nothing would be trained: the rules leave no parameter that is ranked or trained whole")
+        raise ValueError("nothing would be trained: the rules leave no parameter to rank or to train whole")
     return Selection(masks, notes, fingerprints(model))
 
 
@@ -129,7 +128,7 @@ def _unranked(rule: Rule, shape: tuple[int, ...]) -> Mask:
 
 
 class Ranker:
-    """Turns gradients into scores and hands these to the policy, one parameter at a time."""
+    """Turns gradients into scores and passes them to the policy, one parameter at a time."""
 
     def __init__(
         self,
@@ -144,7 +143,7 @@ class Ranker:
         self._parameters = ranked
         self._loss_scale = loss_scale
         self._ranking: Ranking = policy.start(sizes_of(rules, ranked))
-        self._silent: dict[str, int] = {}  # neurons that score zero
+        self._silent: dict[str, int] = {}  # number of neurons whose scores are all zero
         self._zeros = self._entries = 0
 
     @torch.no_grad()
@@ -154,7 +153,7 @@ class Ranker:
         matrix = None if grad is None else view.of(grad)
         score = self._score(name, view.of(parameter), matrix)
         if score.numel():
-            peaks = gk.gather_rows(score, gk.topk_rows(score, 1))  # NaN and inf come out on top
+            peaks = gk.gather_rows(score, gk.topk_rows(score, 1))  # NaN and inf rank first
             if not bool(peaks.isfinite().all()):
                 self._refuse(name, score, parameter, grad)
             if silent := int((peaks == 0).sum()):
@@ -162,7 +161,7 @@ class Ranker:
         if grad is not None:
             self._zeros += grad.numel() - int(torch.count_nonzero(grad))
             self._entries += grad.numel()
-        self._ranking.add(name, score, tuple(parameter.shape), view, self._criterion.squared)
+        self._ranking.add(name, Scores(score, tuple(parameter.shape), view, self._criterion.squared))
 
     def _score(self, name: str, weight: Tensor, grad: Tensor | None) -> Tensor:
         weight = weight if grad is None else weight.to(grad.device)
@@ -182,18 +181,18 @@ class Ranker:
         if grad is not None and not bool(grad.isfinite().all()):
             at_fault, what = grad, f"gradient of {name}"
         elif not bool(weight.isfinite().all()):
-            at_fault, what, hint = weight, f"weight {name}", "load the model anew"
+            at_fault, what, hint = weight, f"weight {name}", "load the model again"
         else:
             at_fault, what = score, f"score of {name} by {self._criterion.name!r}"
         bad = int((~at_fault.isfinite()).sum())
         raise ValueError(f"the {what} is not finite ({bad} of {at_fault.numel()} entries); {hint}")
 
     def masks(self) -> dict[str, Mask]:
-        """The masks of all parameters that were ranked."""
+        """The masks of all ranked parameters."""
         return {name: mask.to(self._parameters[name].device) for name, mask in self._ranking.finish().items()}
 
     def report(self) -> dict[str, Any]:
-        """Notes on gradients that were zero; warns of neurons that have no others."""
+        """Notes on zero gradients; warns about neurons whose scores are all zero."""
         notes: dict[str, Any] = {}
         if self._zeros:
             notes["gradient entries that are zero"] = f"{100 * self._zeros / self._entries:.1f} %"
@@ -203,7 +202,7 @@ class Ranker:
             worst = max(self._silent, key=lambda name: self._silent[name])
             hint = " Under fp16 autocast gradients may underflow: raise loss_scale." if self._entries else ""
             warnings.warn(
-                f"{count} neurons score zero everywhere (most in {worst}: {self._silent[worst]}), so that all of their "
+                f"{count} neurons score zero everywhere (most in {worst}: {self._silent[worst]}), so all of their "
                 f"inputs tie.{hint}",
                 stacklevel=3,
             )

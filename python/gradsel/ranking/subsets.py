@@ -1,4 +1,4 @@
-"""GRFT's choice of the data to select on: the part of a data set that the pre-trained model finds easiest."""
+"""GRFT's choice of the data to select on: the part of a data set with the smallest loss before training."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-from gradsel.ranking.preserving import kept
+from gradsel.ranking.preserving import preserved
 
 Sample = TypeVar("Sample")
 
 
 class EasiestSubset(Subset[Sample]):
-    """A part of a data set, with the losses that made it the choice.
+    """A part of a data set, with the losses that it was chosen by.
 
     Attributes:
         part: its number among the parts, from 0.
-        losses: mean loss of every part; empty where there was but one, which nobody measured.
+        losses: the mean loss of every part; empty if there was only one part, which is not measured.
     """
 
     def __init__(self, dataset: Dataset[Sample], indices: Sequence[int], part: int, losses: Sequence[float]) -> None:
@@ -41,24 +41,24 @@ def easiest_subset(
     """Splits a data set at random and returns the part with the smallest loss, to select on (GRFT, section 4.4.6).
 
     Args:
-        model: run without gradients and as it is: mode, autocast and device are the caller's. Modes, buffers and
-            the global random number generators (torch, Python, NumPy) are given back as they were, and every part
-            starts from the same ones, so that dropout draws alike for all.
+        model: run without gradients, in the caller's mode, autocast and device. Modes, buffers and the global random
+            number generators (torch, Python, NumPy) are restored, and every part starts from the same state, so that
+            dropout draws the same numbers for all parts.
         dataset: map-style, with a length.
         loss: ``loss(model, batch)`` returns a scalar: the loss that selection will use.
-        n: number of parts, whose sizes differ by one at most; GRFT tries 1 to 7. With 1 everything is returned, in its
-            own order and without running the model.
-        batches: makes batches of a part: ``lambda part: DataLoader(part, batch_size=32)``. Every batch counts the same
-            in the mean, whatever its size.
-        seed: of the split.
+        n: number of parts, whose sizes differ by at most one; GRFT tries 1 to 7. With 1, the whole data set is returned
+            in its own order, without running the model.
+        batches: makes batches of a part: ``lambda part: DataLoader(part, batch_size=32)``. Every batch has the same
+            weight in the mean, whatever its size.
+        seed: seed of the random split.
 
     Returns:
-        The easiest part (the first of equal ones), its samples in random order.
+        The easiest part (the first of equal ones), with its samples in random order.
 
     Raises:
         TypeError: ``dataset`` has no length.
-        ValueError: ``n`` is below 1 or above the number of samples; a part gives no batches or a loss that is not a
-            finite scalar (the part is named).
+        ValueError: ``n`` is below 1 or above the number of samples; or a part, named in the message, has no batches or
+            a loss that is not a finite scalar.
     """
     if not isinstance(dataset, Sized):
         raise TypeError(f"easiest_subset needs a map-style data set with a length, got {type(dataset).__name__}")
@@ -66,15 +66,15 @@ def easiest_subset(
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:
         raise ValueError(f"n must be an integer >= 1, got {n!r}")
     if n > size:
-        raise ValueError(f"{size} samples cannot be split in n = {n} parts")
+        raise ValueError(f"{size} samples cannot be split into n = {n} parts")
     if n == 1:
         return EasiestSubset(dataset, range(size), 0, ())
-    # Parts stay shuffled: in a data set sorted by class, a contrastive loss needs batches of several classes.
+    # Parts stay shuffled: if the data set is sorted by class, a contrastive loss needs batches with several classes.
     order = torch.randperm(size, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
     parts = [part.tolist() for part in order.tensor_split(n)]
     losses = []
     for number, indices in enumerate(parts):
-        with kept(model), torch.no_grad():
+        with preserved(model), torch.no_grad():
             losses.append(_mean_loss(model, batches(Subset(dataset, indices)), loss, f"part {number} of {n}"))
     best = losses.index(min(losses))
     return EasiestSubset(dataset, parts[best], best, losses)
@@ -85,7 +85,7 @@ def _mean_loss(model: nn.Module, batches: Iterable[Any], loss: Callable[[Any, An
     for number, batch in enumerate(batches):
         value = loss(model, batch)
         if isinstance(value, Tensor) and value.numel() != 1:
-            raise ValueError(f"the loss of batch {number} in {where} is no scalar, its shape is {list(value.shape)}")
+            raise ValueError(f"the loss of batch {number} in {where} is not a scalar, its shape is {list(value.shape)}")
         values.append(float(value))
         if not math.isfinite(values[-1]):
             raise ValueError(f"the loss of batch {number} in {where} is {values[-1]}, so it cannot be compared")

@@ -1,4 +1,4 @@
-"""The result of select(): a mask for every parameter, its file, and how selections compare."""
+"""The result of select(): a mask for every parameter, its file format, and comparisons of selections."""
 
 from gradsel.selection.selection import Selection, freeze
 

@@ -1,4 +1,4 @@
-"""The file of a selection: safetensors with JSON metadata. What is read is not trusted."""
+"""The file format of selections: safetensors with JSON metadata, untrusted when read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _VERSION = "1"
 
 
 class Content(NamedTuple):
-    """What a file holds; the arguments of :class:`~gradsel.selection.Selection`."""
+    """The contents of a file: the arguments of :class:`~gradsel.selection.Selection`."""
 
     masks: dict[str, Mask]
     notes: dict[str, Any]
@@ -26,7 +26,7 @@ class Content(NamedTuple):
 def write(
     path: str | os.PathLike[str], masks: Mapping[str, Mask], notes: Mapping[str, Any], base: Mapping[str, str]
 ) -> None:
-    """Writes one file, atomically: each mask in its smallest form, the rest as JSON, and a checksum over both."""
+    """Writes one file, atomically: each mask in its smallest encoding, the rest as JSON, and a checksum of all."""
     tensors = {}
     parameters = {}
     for name, mask in masks.items():
@@ -49,7 +49,7 @@ def read(path: str | os.PathLike[str]) -> Content:
             json_object(metadata, "base"),
         )
         if not all(isinstance(text, str) for text in content.base.values()):
-            raise ValueError("fingerprints are texts")
+            raise ValueError("fingerprints must be strings")
     return content
 
 

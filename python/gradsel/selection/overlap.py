@@ -1,35 +1,33 @@
-"""Whether two things have the same parameters, and how much two selections have in common."""
+"""Whether two sets of parameters are the same, and how much two selections have in common."""
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from gradsel.masks import Mask, shared_entries
+from gradsel.parameters.names import did_you_mean
 from gradsel.tables import shape_text, table
 
 Shapes = Mapping[str, Sequence[int]]
 
 
 def require_same_parameters(these: Shapes, those: Shapes, this: str, that: str) -> None:
-    """Refuses two sets of parameters that differ.
+    """Checks that two sets of parameters have the same names and shapes.
 
     Args:
         these, those: shapes by name.
-        this, that: what they belong to, for the message.
+        this, that: what to call them in the message.
 
     Raises:
-        ValueError: names or shapes differ; it says which.
+        ValueError: names or shapes differ; the message says which.
     """
     missing = [name for name in these if name not in those]
     unknown = [name for name in those if name not in these]
     faults = []
     if missing:
-        close = difflib.get_close_matches(missing[0], unknown, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        faults.append(f"{that} lacks {_some(missing)}{hint}")
+        faults.append(f"{that} lacks {_some(missing)}{did_you_mean(missing[0], unknown)}")
     if unknown:
         faults.append(f"{this} lacks {_some(unknown)}")
     other = [name for name in these if name in those and tuple(these[name]) != tuple(those[name])]
@@ -51,8 +49,8 @@ class Overlap:
     """What two selections have in common; printable.
 
     Attributes:
-        shared: entries that both select.
-        a, b: entries that each of them selects.
+        shared: number of entries that both select.
+        a, b: numbers of entries that each selects.
         parameters: the same for every parameter that was compared.
     """
 
@@ -63,12 +61,12 @@ class Overlap:
 
     @property
     def share(self) -> float:
-        """Shared entries as a share of the smaller selection; NaN if that is empty."""
+        """Shared entries as a fraction of the smaller selection; NaN if that is empty."""
         return self.shared / min(self.a, self.b) if min(self.a, self.b) else math.nan
 
     @property
     def jaccard(self) -> float:
-        """Shared entries as a share of those that either selects; NaN if there are none."""
+        """Shared entries as a fraction of the entries that either selects; NaN if there are none."""
         either = self.a + self.b - self.shared
         return self.shared / either if either else math.nan
 
@@ -84,7 +82,7 @@ class Overlap:
 
 
 def overlap(a: Mapping[str, Mask], b: Mapping[str, Mask], whole: bool) -> Overlap:
-    """The overlap of masks of the same parameters, with or without those that either trains whole."""
+    """The overlap of masks of the same parameters; ``whole`` includes those that either side trains whole."""
     parts = {
         name: Overlap(shared_entries(mask, b[name]), mask.nnz, b[name].nnz)
         for name, mask in a.items()

@@ -24,14 +24,14 @@ Given = TypeVar("Given")
 
 
 class Selection(Mapping[str, Mask]):
-    """A mask for every parameter of a model, by name; frozen ones included.
+    """A mask for every parameter of a model, frozen ones included, by name.
 
-    ``a | b``, ``a & b`` and ``a - b`` combine selections of one model, parameter by parameter. Kinds of mask stay as
-    regular as the result is: rows with rows stay rows; as many entries in every neuron are again a mask per row.
+    ``a | b``, ``a & b`` and ``a - b`` combine two selections of one model, parameter by parameter. The result keeps the
+    most regular kind of mask: whole rows combine to whole rows, and equally many entries per neuron to a mask per row.
 
     Attributes:
         notes: how it was made: policy, criterion, number of batches, memory, neurons that score zero.
-        base: fingerprints of the weights it was made on, by name, where they are known.
+        base: fingerprints of the weights it was made on, by name, as far as they are known.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Selection(Mapping[str, Mask]):
         """
         Args:
             masks: by the names of the parameters.
-            notes: anything that JSON can hold.
+            notes: anything that can be written as JSON.
             base: from :func:`gradsel.parameters.fingerprints.fingerprints`.
         """
         self._masks = dict(masks)
@@ -52,9 +52,9 @@ class Selection(Mapping[str, Mask]):
 
     @staticmethod
     def from_dense(masks: Mapping[str, Tensor]) -> Selection:
-        """From boolean masks shaped like their parameters, such as published code saves.
+        """From boolean masks shaped like their parameters, as published code saves them.
 
-        Like all imports, it finds out what is regular: neurons with equally many entries, whole rows, whole columns.
+        Like all imports, it recognises regular masks: equally many entries per neuron, whole rows, whole columns.
 
         Raises:
             TypeError: a mask is not bool.
@@ -67,11 +67,11 @@ class Selection(Mapping[str, Mask]):
         """From packed bitmasks; the inverse of :meth:`to_bits`.
 
         Args:
-            bits: int32 [rows, ceil(cols / 32)] of each parameter flattened behind its first dimension.
-            shapes: of all parameters of the model; those without bits are frozen.
+            bits: int32 [rows, ceil(cols / 32)] of each parameter flattened after its first dimension.
+            shapes: the shapes of all parameters of the model; those without bits are frozen.
 
         Raises:
-            TypeError, ValueError: another dtype or shape, or bits of a parameter that ``shapes`` lacks.
+            TypeError, ValueError: bits have another dtype or shape, or belong to a parameter that ``shapes`` lacks.
         """
         return _imported(bits, shapes, kinds.from_bits)
 
@@ -81,26 +81,27 @@ class Selection(Mapping[str, Mask]):
 
         Args:
             indices: int64 or int32 [ndim, nnz] of each parameter, as ``torch.sparse_coo_tensor`` takes them, in any
-                order; entries named twice count once.
-            shapes: of all parameters of the model; those without indices are frozen.
+                order; duplicates count once.
+            shapes: the shapes of all parameters of the model; those without indices are frozen.
 
         Raises:
-            TypeError, ValueError: another dtype or shape, indices out of range or of a parameter that ``shapes`` lacks.
+            TypeError, ValueError: indices have another dtype or shape, are out of range, or belong to a parameter that
+                ``shapes`` lacks.
         """
         return _imported(indices, shapes, kinds.from_coo)
 
     @staticmethod
     def from_shira(peft_model: nn.Module, adapter: str = "default") -> Selection:
-        """The masks of a SHiRA adapter of PEFT, under the names that parameters have without PEFT.
+        """The masks of one of PEFT's SHiRA adapters, by the names that parameters have without PEFT.
 
-        What the adapter does not reach is frozen; PEFT's ``modules_to_save`` are trained whole.
+        Parameters outside the adapter are frozen; PEFT's ``modules_to_save`` are trained whole.
 
         Args:
-            peft_model: from ``get_peft_model`` or ``PeftModel.from_pretrained``.
+            peft_model: the result of ``get_peft_model`` or ``PeftModel.from_pretrained``.
             adapter: its name in PEFT.
 
         Raises:
-            ValueError: no layer has such an adapter.
+            ValueError: no layer has this adapter.
         """
         return Selection(shira.masks_of(peft_model, adapter), {"policy": f"SHiRA adapter {adapter!r}"})
 
@@ -122,26 +123,26 @@ class Selection(Mapping[str, Mask]):
     __hash__ = None  # type: ignore[assignment]
 
     def trainable_count(self) -> int:
-        """Trained scalars in all: selected entries, biases, head."""
+        """The number of trained scalars: selected entries, biases, head."""
         return sum(mask.nnz for mask in self.values())
 
     def summary(self) -> str:
-        """A table with one line for each group of equal parameters; block numbers are written as ``*``."""
-        groups = grouped((name, (mask.shape, mask.how, mask.nnz)) for name, mask in self.items())
+        """A table with one line per group of similar parameters; block numbers are written as ``*``."""
+        groups = grouped((name, (mask.shape, mask.label, mask.nnz)) for name, mask in self.items())
         rows = [
             (
                 name,
                 shape_text(shape),
-                "-" if nnz == 0 else how,
-                f"{nnz * count:,}" if nnz else f"frozen: {how}",
+                "-" if nnz == 0 else label,
+                f"{nnz * count:,}" if nnz else f"frozen: {label}",
             )
-            for name, (shape, how, nnz), count in groups
+            for name, (shape, label, nnz), count in groups
         ]
         lines = table(("parameter", "shape", "mask", "trained"), rows)
         total = sum(mask.numel for mask in self.values())
         share = 100 * self.trainable_count() / max(total, 1)
         lines.append(f"{self.trainable_count():,} of {total:,} parameters trained ({share:.2f} %)")
-        return "\n".join(lines + ([self._how()] if self.notes else []))
+        return "\n".join(lines + ([self._notes_text()] if self.notes else []))
 
     def __repr__(self) -> str:
         return f"Selection({self.trainable_count():,} trained of {len(self)} parameters)"
@@ -149,19 +150,19 @@ class Selection(Mapping[str, Mask]):
     def __str__(self) -> str:
         return self.summary()
 
-    def _how(self) -> str:
+    def _notes_text(self) -> str:
         return ", ".join(f"{key} {value}" for key, value in self.notes.items())
 
     def by_block(self) -> Blocks:
-        """What is trained in every block and type of matrix: a mapping by (block, type), and a table when printed."""
+        """What is trained in each block and type of matrix: a mapping by (block, type); printable."""
         return Blocks(self)
 
     def overlap(self, other: Selection, *, whole: bool = False) -> Overlap:
-        """What two selections of one model have in common, in all and by parameter.
+        """What two selections of one model have in common, in total and by parameter.
 
         Args:
-            other: for example the selection of another task.
-            whole: count also parameters that either trains whole, such as biases; they would outweigh all others.
+            other: another selection, for example that of another task.
+            whole: also count parameters that either trains whole, such as biases; they tend to outweigh the others.
 
         Raises:
             ValueError: they were made for different models.
@@ -185,7 +186,7 @@ class Selection(Mapping[str, Mask]):
         masks = {name: operation(mask, other[name]) for name, mask in self.items()}
         base = {**other.base, **self.base}
         agreed = {name: text for name, text in base.items() if other.base.get(name, text) == text}
-        return Selection(masks, {"policy": f"[{self._how()}] {word} [{other._how()}]"}, agreed)
+        return Selection(masks, {"policy": f"[{self._notes_text()}] {word} [{other._notes_text()}]"}, agreed)
 
     def _require_same_model(self, other: Selection) -> None:
         require_same_parameters(self._shapes(), other._shapes(), "this selection", "the other")
@@ -194,7 +195,7 @@ class Selection(Mapping[str, Mask]):
         return {name: mask.shape for name, mask in self.items()}
 
     def to_bits(self) -> dict[str, Tensor]:
-        """Packed bitmasks, int32 [rows, ceil(cols / 32)], of all parameters flattened behind their first dimension."""
+        """Packed bitmasks, int32 [rows, ceil(cols / 32)], of all parameters flattened after their first dimension."""
         return {name: mask.to_bits() for name, mask in self.items()}
 
     def to_coo(self) -> dict[str, Tensor]:
@@ -202,7 +203,7 @@ class Selection(Mapping[str, Mask]):
         return {name: kinds.to_coo(mask) for name, mask in self.items()}
 
     def shira_mask_fn(self, model: nn.Module) -> shira.MaskFunction:
-        """The ``mask_fn`` with which PEFT's SHiRA trains the selected entries of its target modules.
+        """The ``mask_fn`` that makes PEFT's SHiRA train the selected entries of its target modules.
 
         ::
 
@@ -210,24 +211,24 @@ class Selection(Mapping[str, Mask]):
             config.mask_fn = selection.shira_mask_fn(model)
             peft_model = get_peft_model(model, config)
 
-        PEFT gives every target layer exactly ``r * (in + out)`` entries. Where a layer has another number selected, the
-        function raises a ValueError that says so.
+        PEFT gives every target layer exactly ``r * (in + out)`` entries. For a layer with another number of selected
+        entries, the function raises a ValueError.
 
         Args:
-            model: the model that PEFT will get, not a copy.
+            model: the model that is passed to PEFT, not a copy.
         """
         return shira.mask_function(self, model)
 
     def check(self, model: nn.Module, values: bool = True) -> None:
-        """Makes sure that the selection was made for this model.
+        """Checks that the selection was made for this model.
 
         Args:
-            model: not attached, not wrapped by PEFT.
-            values: look at weights too, at what :attr:`base` knows of them. Those that are trained whole, such as a
-                fresh head, and those of another dtype are not compared.
+            model: not attached, and not wrapped by PEFT.
+            values: also compare weights with their fingerprints in :attr:`base`, except those that are trained whole,
+                such as a new head, or have another dtype now.
 
         Raises:
-            ValueError: parameters are missing or unknown, have other shapes, or other values.
+            ValueError: parameters are missing or unknown, or have other shapes or values.
         """
         if any(selected_in(module) for module in model.modules()):
             raise ValueError("the model is attached to a selection; call gradsel.detach(model) before checking another")
@@ -245,11 +246,11 @@ class Selection(Mapping[str, Mask]):
         if other:
             raise ValueError(
                 f"{len(other)} of {len(compared)} ranked and frozen parameters differ from the weights this selection "
-                f"was made on, first {other[0]}: pass values=False if that is meant"
+                f"was made on, first {other[0]}: pass values=False if that is intended"
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes one safetensors file, atomically: each mask in its smallest form, the rest as JSON metadata."""
+        """Writes one safetensors file, atomically: each mask in its smallest encoding, the rest as JSON metadata."""
         selection_file.write(path, self, self.notes, self.base)
 
     @staticmethod
@@ -257,12 +258,12 @@ class Selection(Mapping[str, Mask]):
         """Reads what :meth:`save` wrote.
 
         Args:
-            path: the file; it need not be trusted.
-            model: what the selection is for; see :meth:`check`.
+            path: the file, which may be untrusted.
+            model: the model to check the selection against; see :meth:`check`.
 
         Raises:
-            ValueError: the file is not a selection, is damaged, or was written by a later version; or it is one for
-                another model.
+            ValueError: the file is not a selection, is damaged, or was written by a later version; or the selection is
+                for another model.
         """
         selection = Selection(*selection_file.read(path))
         if model is not None:
@@ -287,12 +288,12 @@ def _imported(
 
 
 def freeze(model: nn.Module, selection: Selection) -> None:
-    """Sets ``requires_grad`` as a selection says: True where anything is selected, False elsewhere.
+    """Sets ``requires_grad`` to True for parameters with selected entries and to False for all others.
 
-    For training with dense gradients; backward then skips the gradients of frozen parameters.
+    For training with dense gradients: backward then skips frozen parameters.
 
     Raises:
-        KeyError: a parameter the selection does not know; no flag has changed.
+        KeyError: the selection lacks a parameter of the model; no flag has changed.
     """
     parameters = dict(model.named_parameters())
     masks = {name: lookup(selection, name) for name in parameters}
@@ -306,6 +307,6 @@ def lookup(selection: Mapping[str, Mask], name: str) -> Mask:
         if candidate in selection:
             return selection[candidate]
     raise KeyError(
-        f"the selection has no parameter {name!r}; it was made for another model (it knows {len(selection)}, "
+        f"the selection has no parameter {name!r}; it was made for another model (it has {len(selection)}, "
         f"the first is {next(iter(selection), 'none')!r})"
     )

@@ -1,6 +1,6 @@
-"""Masks for and from SHiRA, the sparse adapters of PEFT (Bhardwaj et al. 2024).
+"""Masks to and from SHiRA, PEFT's sparse adapters (Bhardwaj et al. 2024).
 
-PEFT need not be installed for this file: it is met through its objects only.
+This file does not import PEFT; it works with PEFT's objects.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def mask_function(masks: Mapping[str, Mask], model: nn.Module) -> MaskFunction:
 
     def mask_fn(base_layer: nn.Module, r: int, **kwargs: Any) -> Tensor:
         if base_layer not in names:
-            raise ValueError(f"{base_layer} is no layer of the model that shira_mask_fn(model) was called with")
+            raise ValueError(f"{base_layer} is not a layer of the model that shira_mask_fn(model) was called with")
         name = names[base_layer]
         weight = base_layer.get_parameter("weight")
         if name not in masks:
@@ -49,8 +49,8 @@ def _check_count(name: str, mask: Mask, r: int) -> None:
         else f"no r fits it, as {mask.nnz} is not a positive multiple of {step}: leave it out of target_modules"
     )
     raise ValueError(
-        f"{name} has {mask.nnz} selected entries, but PEFT's SHiRA trains exactly r * (in + out) = {r * step} of a "
-        f"layer with r = {r}; {hint}"
+        f"{name} has {mask.nnz} selected entries, but PEFT's SHiRA trains exactly r * (in + out) = {r * step} entries "
+        f"of a layer with r = {r}; {hint}"
     )
 
 

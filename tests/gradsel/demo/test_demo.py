@@ -19,7 +19,7 @@ from tests.support.vit import small
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("peft")
-from gradsel.demo import ablation, demo
+from gradsel.demo import ablation, data, demo
 
 TINY = demo.Settings(dim=8, depth=1, heads=2, pretrain_epochs=1, shots=3, epochs=2)
 
@@ -82,7 +82,7 @@ def test_splits_share_no_image_and_cover_the_classes():
     tuning, reported = (demo.split(demo.NEW, 3, part) for part in (demo.TUNING, demo.REPORTED))
     parts = [tuning.images, tuning.test_images, reported.images, reported.test_images]
     count = sum(map(len, parts))
-    images, labels = demo.digits()
+    images, labels = data.digits()
     new = images[labels >= demo.NEW.start]
     assert count == len(new)
     assert len(torch.cat(parts).unique(dim=0)) == len(new.unique(dim=0))
@@ -238,9 +238,9 @@ def test_the_command_prints_a_table_and_writes_its_files(results, monkeypatch, t
 def test_a_missing_package_is_named_with_what_to_install(package, monkeypatch, capsys):
     for module in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, module)
-    for module in ("gradsel.demo.ablation", "gradsel.demo.demo", "gradsel.demo.plots"):
+    for module in [f"gradsel.demo.{name}" for name in ("ablation", "data", "demo", "methods", "plots")]:
         monkeypatch.delitem(sys.modules, module)
-    for name in ("ablation", "demo", "plots"):
+    for name in ("ablation", "data", "demo", "methods", "plots"):
         monkeypatch.delattr(gradsel.demo, name)
     monkeypatch.setitem(sys.modules, package, None)
     assert cli.main(["demo"]) == 2

@@ -286,8 +286,8 @@ def test_set_operations_keep_what_does_not_change():
     assert difference(some, nothing) is some
     for result in (intersection(some, nothing), intersection(nothing, some), difference(nothing, some)):
         assert result is nothing
-    assert union(nothing, Frozen((2, 3), "embedding")).how == "normalisation"
-    assert difference(some, Whole((2, 3))).how == "nothing selected"
+    assert union(nothing, Frozen((2, 3), "embedding")).label == "normalisation"
+    assert difference(some, Whole((2, 3))).label == "nothing selected"
     assert union(some, difference(Whole((2, 3)), some)).is_whole
     assert union(PerRow(int32([0, 1, 2], [0, 1, 2]), (2, 3)), nothing).is_whole
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradsel_kernels as gk
 from gradsel.masks import Flat, Mask, PerRow, WholeColumns, WholeRows
-from gradsel.masks.products import COPIED_SHARE, Taps
+from gradsel.masks.weight_grad import COPIED_SHARE, Taps
 from gradsel.nn import functional
 from gradsel.views import NeuronView
 

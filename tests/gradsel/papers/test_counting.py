@@ -117,9 +117,9 @@ def test_what_does_not_round_to_the_printed_figure_is_known(rows):
     pytest.importorskip("transformers")
     odd = {name: row.note for (table, name), row in rows.items() if table == "GPS, Tab. 7" and row.note}
     assert odd == {
-        "NABirds": "the scripts train 20 entries a neuron where Tab. 7 says 10",
-        "Stanford Cars": "the scripts train 15 entries a neuron where Tab. 7 says 10",
-        "Clevr/count": "Tab. 7 says 1 entry a neuron, but its number of parameters is that of 2",
+        "NABirds": "the scripts train 20 entries per neuron, Tab. 7 says 10",
+        "Stanford Cars": "the scripts train 15 entries per neuron, Tab. 7 says 10",
+        "Clevr/count": "Tab. 7 says 1 entry per neuron, but its number of parameters matches 2",
         "CIFAR-100 (VTAB)": "rounds to 0.28",
         "Patch Camelyon": "rounds to 0.29",
         "CIFAR-100 (Swin)": "rounds to 0.83",

@@ -11,7 +11,7 @@ import gradsel
 import gradsel_kernels as gk
 from gradsel.masks import Whole
 from gradsel.parameters.rules import ranked_sizes
-from gradsel.ranking.policies import covering_columns, largest
+from gradsel.ranking.policies import Scores, covering_columns, largest
 from gradsel.views import NeuronView
 from tests.support.toy import Toy, batches, cross_entropy
 
@@ -48,7 +48,7 @@ def test_global_takes_the_best_whatever_the_order_of_arrival(order, count, ties)
     expected = best_entries(scores, count)
     ranking = gradsel.Global(count=count).start(shapes)
     for name in [list(shapes)[i] for i in order]:
-        ranking.add(name, scores[name], shapes[name], NeuronView(), squared=False)
+        ranking.add(name, Scores(scores[name], shapes[name], NeuronView()))
     masks = ranking.finish()
     assert sum(mask.nnz for mask in masks.values()) == min(count, 88)
     for name in shapes:
@@ -79,13 +79,13 @@ def test_global_selects_over_the_whole_model():
     expected = best_entries({name: grads[name].flatten(1) for name in sizes if name in grads}, count)
     for name, mask in expected.items():
         assert torch.equal(selection[name].to_dense().flatten(1), mask), name
-    assert selection["unused.weight"].how == "no gradient"
+    assert selection["unused.weight"].label == "no gradient"
 
 
 def test_transposed_layouts_rank_ties_in_the_neuron_view():
     score = torch.zeros(3, 4)  # neurons, inputs
     score[1, 2] = score[2, 0] = score[0, 3] = -5.0
-    mask = gradsel.PerLayer(count=2).choose(score, (4, 3), NeuronView((1,)), squared=False)
+    mask = gradsel.PerLayer(count=2).choose(Scores(score, (4, 3), NeuronView((1,))))
     assert mask.to_dense().nonzero().tolist() == [[2, 1], [3, 0]]
 
 
@@ -209,14 +209,14 @@ def test_the_same_masks_on_any_backend_and_with_any_number_of_threads(policy):
     """Large enough for torch to split its sums over threads, and rounded so that ties are everywhere."""
     score = (torch.randn(700, 500) * 3).round()
     view = NeuronView()
-    expected = policy.choose(score, (700, 500), view, squared=False).to_dense()
+    expected = policy.choose(Scores(score, (700, 500), view)).to_dense()
     with gk.use_backend("reference"):
-        assert torch.equal(policy.choose(score, (700, 500), view, squared=False).to_dense(), expected)
+        assert torch.equal(policy.choose(Scores(score, (700, 500), view)).to_dense(), expected)
     threads = torch.get_num_threads()
     try:
         for count in (2, 3):
             torch.set_num_threads(count)
-            assert torch.equal(policy.choose(score, (700, 500), view, squared=False).to_dense(), expected)
+            assert torch.equal(policy.choose(Scores(score, (700, 500), view)).to_dense(), expected)
     finally:
         torch.set_num_threads(threads)
 

@@ -9,7 +9,7 @@ import pytest
 import gradsel
 from gradsel.demo import plots
 from gradsel.masks import Frozen, PerRow, Whole
-from gradsel.selection.distribution import split_names
+from gradsel.parameters.blocks import split_names
 from tests.gradsel.selection.cases import int32, random_selection, selection_of
 from tests.support.toy import Toy
 
@@ -66,10 +66,10 @@ def test_by_block_counts_every_entry_once():
     assert sum(part.total for part in blocks.values()) == sum(p.numel() for p in model.parameters())
     assert blocks["blocks.1", "fc1.weight"] == blocks["blocks.0", "fc1.weight"]
     part = blocks["blocks.1", "fc1.weight"]
-    assert (part.trained, part.total, part.ranked, part.how) == (48, 288, 48, "per-row")
+    assert (part.trained, part.total, part.ranked, part.label) == (48, 288, 48, "per-row")
     head = blocks["", "head.weight"]
-    assert (head.trained, head.ranked, head.how) == (48, 0, "whole")
-    assert blocks["blocks.0", "norm.weight"].how == "frozen: normalisation"
+    assert (head.trained, head.ranked, head.label) == (48, 0, "whole")
+    assert blocks["blocks.0", "norm.weight"].label == "frozen: normalisation"
     text = str(blocks)
     assert len(text.splitlines()) == len(blocks) + 1
     assert text.count("blocks.1") == 1
@@ -80,7 +80,7 @@ def test_experts_are_counted_together():
     masks = {f"layers.0.experts.{i}.up.weight": PerRow(int32([i], [1]), (2, 3)) for i in range(3)}
     masks["layers.0.experts.3.up.weight"] = Frozen((2, 3), "no gradient")
     (part,) = gradsel.Selection(masks).by_block().values()
-    assert (part.trained, part.total, part.how) == (6, 24, "per-row, frozen: no gradient")
+    assert (part.trained, part.total, part.label) == (6, 24, "per-row, frozen: no gradient")
 
 
 def test_shares_are_those_of_the_ranked_entries():

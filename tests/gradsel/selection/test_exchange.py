@@ -39,7 +39,7 @@ def test_bits_and_coordinates_round_trip():
 def test_what_an_import_lacks_is_frozen_and_what_is_too_much_refused():
     shapes = {"a": (2, 3), "b": (2,)}
     selection = gradsel.Selection.from_coo({"a": torch.tensor([[1], [2]])}, shapes)
-    assert (selection["a"].nnz, selection["b"].how) == (1, "nothing selected")
+    assert (selection["a"].nnz, selection["b"].label) == (1, "nothing selected")
     with pytest.raises(ValueError, match=r"shape .*1 parameter.* c"):
         gradsel.Selection.from_coo({"c": torch.tensor([[1], [2]])}, shapes)
     with pytest.raises(ValueError, match=r"a: .*dimension 0 .*0 to 1.*2"):
@@ -117,7 +117,7 @@ def test_shira_adapters_come_back_as_selections(tmp_path):
                 assert mask.kind == "per-row"
                 assert torch.equal(mask.to_dense(), selection[name].to_dense())
             else:
-                assert mask.how == ("whole" if name.startswith("head") else "not adapted")
+                assert mask.label == ("whole" if name.startswith("head") else "not adapted")
     gradsel.attach(original, found)
     with pytest.raises(ValueError, match=r"SHiRA .*'other'"):
         gradsel.Selection.from_shira(adapted, "other")

@@ -85,7 +85,7 @@ def test_set_operations_combine_every_parameter():
     assert (a | a).by_block() == a.by_block()
     assert {name: mask.kind for name, mask in (a & a).items()} == {name: mask.kind for name, mask in a.items()}
     assert not any(mask.nnz for mask in (a - a).values())
-    assert (a - a)["blocks.0.norm.weight"].how == "normalisation"
+    assert (a - a)["blocks.0.norm.weight"].label == "normalisation"
     assert ((a - a) | a).overlap(a, whole=True).jaccard == 1
 
 

@@ -1,7 +1,7 @@
 """How the selected entries of a weight gradient are computed, and what forward has to keep for it.
 
-A :class:`Product` is for layers that multiply by their weight (Linear, Conv), a :class:`Lookup` for embeddings. A mask
-makes either (:meth:`gradsel.masks.Mask.product`, :meth:`~gradsel.masks.Mask.lookup`); the autograd functions use them.
+A :class:`Product` serves layers that multiply by their weight (Linear, Conv), a :class:`Lookup` embeddings. Masks make
+them (:meth:`gradsel.masks.Mask.product`, :meth:`~gradsel.masks.Mask.lookup`) and the autograd functions use them.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from gradsel.dtypes import trained_dtype
 #: Stride, padding and dilation of a convolution, one number for each dimension of its kernel.
 Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
-#: Where more than this share of an input is used, forward keeps a reference to the input itself instead of a copy of
-#: the used part: sibling layers (query, key and value) may keep the same one, and then it costs nothing more.
+#: If more than this share of an input is used, forward keeps a reference to the input instead of copying the used part:
+#: sibling layers (query, key and value) may hold the same input, and then it costs nothing.
 COPIED_SHARE = 0.5
 
 
@@ -39,18 +39,19 @@ class _Movable:
 
 @dataclass(frozen=True, eq=False)
 class Product(_Movable):
-    """The selected entries of ``grad_output.T @ input``, for rows that read one matrix of inputs.
+    """The selected entries of ``grad_output.T @ input``.
 
     Attributes:
-        inputs: number of input columns; of a grouped convolution, those of all groups.
-        used: int32, ascending: the columns that any entry reads; forward copies them. None: it keeps the input.
+        inputs: number of input columns; for a grouped convolution, of all groups together.
+        used: int32, ascending: the columns that forward copies because some entry reads them. None: forward keeps the
+            whole input.
         cols: int32 [rows, k] or [nnz], the column of each entry, as a position in ``used``.
-        row_offsets: for ``cols`` [nnz], where each row begins: int64 [rows + 1].
-        rows: int64: the entries belong to these rows only. None: to all.
-        order: int64 [nnz]: entry i of the mask is entry ``order[i]`` of the product. None: they are in the same order.
-        rows_are_inputs: the roles of the two factors are exchanged, and with them rows and columns (whole rows: a
-            product with few rows is cheapest as one with few columns).
         shape: shape of the result.
+        row_offsets: for ``cols`` [nnz], where each row begins: int64 [rows + 1].
+        rows: int64, the only rows with selected entries. None: all rows have some.
+        order: int64 [nnz]: entry i of the mask is entry ``order[i]`` of the product. None: the order is the same.
+        rows_are_inputs: the two factors, and with them rows and columns, are swapped (for whole rows: a product with
+            few rows is cheapest when computed as one with few columns).
     """
 
     inputs: int
@@ -66,13 +67,13 @@ class Product(_Movable):
     def per_row(
         cols: Tensor, inputs: int, shape: tuple[int, ...], share: float = COPIED_SHARE, rows: Tensor | None = None
     ) -> Product:
-        """From the input column of every entry, [rows, k]. Above ``share`` of the inputs, ``used`` is None."""
+        """From the input column of every entry, [rows, k]. If more than ``share`` are used, ``used`` is None."""
         used, cols = _compacted(cols, inputs, share)
         return Product(inputs, used, cols, shape, rows=rows)
 
     @staticmethod
     def whole_rows(rows: Tensor, inputs: int) -> Product:
-        """All columns in some rows."""
+        """From the numbers of the rows that are selected whole."""
         positions = torch.arange(rows.numel(), dtype=torch.int32, device=rows.device)
         shape = (rows.numel(), inputs)
         cols = positions.repeat(inputs, 1)
@@ -92,11 +93,11 @@ class Product(_Movable):
         return Product(inputs, used, cols, (cols.numel(),), row_offsets=offsets, order=order)
 
     def keep(self, input: Tensor) -> Tensor:
-        """What backward needs of ``input`` [tokens, inputs]: a copy [used, tokens] of the used columns, or itself."""
+        """What backward needs of ``input`` [tokens, inputs]: a copy [used, tokens] of the used columns, or all."""
         return input if self.used is None else gk.take_columns(input, self.used)
 
     def factor(self, kept: Tensor) -> Tensor:
-        """The [tokens, used] factor of the product, from what :meth:`keep` returned."""
+        """The factor [tokens, used] of the product, from what :meth:`keep` returned."""
         return kept if self.used is None else kept.mT
 
     def kept_bytes(self, tokens: int, itemsize: int) -> int:
@@ -104,11 +105,11 @@ class Product(_Movable):
         return tokens * itemsize * (self.inputs if self.used is None else self.used.numel())
 
     def weight_grad(self, grad_output: Tensor, factor: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:
-        """The selected entries in mask order, and with ``bias`` the sum of ``grad_output`` over its tokens.
+        """The selected entries in mask order and, with ``bias``, the sum of ``grad_output`` over its tokens.
 
         Args:
             grad_output: [tokens, rows] or [batch, tokens, rows].
-            factor: [tokens, used] or [batch, tokens, used] of the same dtype.
+            factor: [tokens, used] or [batch, tokens, used], of the same dtype.
         """
         if self.rows is None:
             if bias:
@@ -132,7 +133,7 @@ class Product(_Movable):
 
 
 def _compacted(cols: Tensor, inputs: int, share: float) -> tuple[Tensor | None, Tensor]:
-    """The used columns, and each column as a position among them; None where they are all, or more than ``share``."""
+    """The used columns, or None if they are more than ``share`` of the inputs, and each column's position in them."""
     used = cols.unique()
     if used.numel() == inputs or used.numel() > share * inputs:
         return None, cols.to(torch.int32)
@@ -145,10 +146,11 @@ class Lookup(_Movable):
 
     Attributes:
         shape: shape of the result.
+        vocabulary: number of rows of the embedding.
         rows: int64, ascending: the rows (tokens) with selected entries. None: all of them.
         cols: int64 [rows, k], the selected columns of every row, or [k], the same ones in each. None: whole rows.
-        entries: int64 [2, nnz]: position in ``rows`` and column of every entry, where rows differ in their number. The
-            gradient of these rows is formed whole.
+        entries: int64 [2, nnz], position in ``rows`` and column of every entry, for rows with different numbers of
+            entries. The full gradient of these rows is computed first.
     """
 
     shape: tuple[int, ...]
@@ -184,14 +186,14 @@ class Lookup(_Movable):
 
 @dataclass(frozen=True, eq=False)
 class Taps(_Movable):
-    """The inputs of a convolution that its selected entries read. A tap is one channel at one place of the kernel.
+    """The inputs that a convolution's selected entries read. A tap is one channel at one position of the kernel.
 
     Attributes:
         kernel: size of the kernel in each dimension.
         all_channels: number of input channels.
-        channels: int64, ascending: those with a used tap.
+        channels: int64, ascending: the channels with a used tap.
         channel: int64 [taps], position of each tap's channel in ``channels``.
-        places: int64 [dimensions, taps], place of each tap in the kernel.
+        places: int64 [dimensions, taps], position of each tap in the kernel.
     """
 
     kernel: tuple[int, ...]
@@ -215,15 +217,15 @@ class Taps(_Movable):
     def count(self) -> int:
         return self.channel.numel()
 
-    def keep(self, input: Tensor, size: Sequence[int], how: Geometry) -> tuple[str, Tensor]:
-        """What backward needs of ``input`` [batch, channels, *size]: the smallest of its form.
+    def keep(self, input: Tensor, size: Sequence[int], geometry: Geometry) -> tuple[str, Tensor]:
+        """What backward needs of ``input`` [batch, channels, *size], in its smallest form.
 
         Args:
-            size: of the output.
-            how: stride, padding and dilation.
+            size: spatial size of the output.
+            geometry: stride, padding and dilation.
 
         Returns:
-            Which one it is, for :meth:`factor`, and "taps" [batch, taps, *size], "channels" or "input".
+            The name of the form (``"taps"`` [batch, taps, *size], ``"channels"`` or ``"input"``), and the tensor.
         """
         positions, outputs = input[0, 0].numel() if input.numel() else 0, math.prod(size)
         whole = self.all_channels * positions
@@ -231,20 +233,20 @@ class Taps(_Movable):
         if smallest > COPIED_SHARE * whole:
             return "input", input
         if self.count * outputs <= smallest:
-            return "taps", self._cut(input, self.channels[self.channel], size, how)
+            return "taps", self._cut(input, self.channels[self.channel], size, geometry)
         return "channels", input.index_select(1, self.channels)
 
-    def factor(self, kept: Tensor, kept_as: str, size: Sequence[int], how: Geometry) -> Tensor:
-        """The [batch, tokens, taps] factor of the product, from what :meth:`keep` returned."""
+    def factor(self, kept: Tensor, kept_as: str, size: Sequence[int], geometry: Geometry) -> Tensor:
+        """The factor [batch, tokens, taps] of the product, from what :meth:`keep` returned."""
         if kept_as == "channels":
-            kept = self._cut(kept, self.channel, size, how)
+            kept = self._cut(kept, self.channel, size, geometry)
         elif kept_as == "input":
-            kept = self._cut(kept, self.channels[self.channel], size, how)
+            kept = self._cut(kept, self.channels[self.channel], size, geometry)
         return kept.flatten(2).mT
 
-    def _cut(self, input: Tensor, channel: Tensor, size: Sequence[int], how: Geometry) -> Tensor:
+    def _cut(self, input: Tensor, channel: Tensor, size: Sequence[int], geometry: Geometry) -> Tensor:
         """[batch, taps, *size]: what each tap reads for every output."""
-        stride, padding, dilation = how
+        stride, padding, dilation = geometry
         padded = F.pad(input, [side for pad in reversed(padding) for side in (pad, pad)]) if any(padding) else input
         batch, channels, *steps = padded.stride()
         windows = padded.as_strided(
