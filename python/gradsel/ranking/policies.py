@@ -90,7 +90,7 @@ class _Counted(Policy):
 
 @dataclass(frozen=True, repr=False)
 class PerNeuron(_Counted):
-    """The ``k`` best entries of every neuron (row): GPS, equation 3.
+    """The ``k`` best entries of every neuron (row): GPS, section 3.2 and Eq. 5.
 
     Args:
         k: entries a neuron; a neuron with fewer inputs is kept whole.
