@@ -15,6 +15,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[1]
 #: Files at the root of the repository, and what the site calls them.
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}
+PLAIN = ("LICENSE", "CITATION.cff")
 RESULTS = "benchmarks/results"
 #: ``:func:`name``` in a docstring, as it looks in HTML.
 ROLE = re.compile(r":(?:func|class|mod|meth|data|attr):(?=<code>)")
@@ -23,7 +24,8 @@ ROLE = re.compile(r":(?:func|class|mod|meth|data|attr):(?=<code>)")
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     for source, target in PAGES.items():
         files.append(File.generated(config, target, content=_from_root((ROOT / source).read_text())))
-    files.append(File.generated(config, "LICENSE", content=(ROOT / "LICENSE").read_text()))
+    for name in PLAIN:
+        files.append(File.generated(config, name, content=(ROOT / name).read_text()))
     for path in sorted((ROOT / RESULTS).iterdir()):
         files.append(File.generated(config, f"{RESULTS}/{path.name}", abs_src_path=str(path)))
     return files
