@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}
 PLAIN = ("LICENSE", "CITATION.cff")
 RESULTS = "benchmarks/results"
-#: ``:func:`name``` in a docstring, as it looks in HTML.
-ROLE = re.compile(r":(?:func|class|mod|meth|data|attr):(?=<code>)")
+#: A role in a docstring as it looks in HTML, ``:func:<code>name</code>``; after ``~`` only the last part of a name is shown.
+ROLE = re.compile(r":(?:func|class|mod|meth|data|attr):<code>(?:~(?:\w+\.)*)?")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -40,7 +40,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    return ROLE.sub("", html)
+    return ROLE.sub("<code>", html)
 
 
 def _from_root(markdown: str) -> str:
