@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}
 PLAIN = ("LICENSE", "CITATION.cff")
 RESULTS = "benchmarks/results"
-#: A role in a docstring as it looks in HTML, ``:func:<code>name</code>``; after ``~`` only the last part of a name is shown.
+#: A role of a docstring in HTML, ``:func:<code>name</code>``; after ``~`` only the last part of the name is shown.
 ROLE = re.compile(r":(?:func|class|mod|meth|data|attr):<code>(?:~(?:\w+\.)*)?")
 
 
