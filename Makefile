@@ -1,21 +1,31 @@
-# Every target does its own set-up in .venv; the second call finds it done.
+# Every target sets up what it needs in .venv, once. The first call downloads torch, which takes minutes on a slow line.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CONSTRAINTS := constraints.txt
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test test-oldest lint docs bench gpu clean
 .DELETE_ON_ERROR:
 
-demo: $(VENV)/built
+demo: $(VENV)/demo
 	$(BIN)/gradsel demo
 
 test: lint
 	$(BIN)/python -m pytest
 
+# The suite on the oldest torch that pyproject.toml allows, in an environment of its own.
+test-oldest:
+	$(MAKE) VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt .venv-oldest/built
+	.venv-oldest/bin/python -m pytest
+
 lint: $(VENV)/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The documentation as a site, in site/.
+docs: $(VENV)/docs
+	$(BIN)/mkdocs build --strict
 
 bench: $(VENV)/built
 	$(BIN)/python -m pytest benchmarks
@@ -23,25 +33,34 @@ bench: $(VENV)/built
 	$(BIN)/python -m benchmarks.selection.select_memory
 	$(BIN)/python -m benchmarks.draw
 
-# On a machine with a GPU, with the Python that is there: builds, tests and measures as much as fits into ten minutes.
-# Rerun it to resume. make gpu PARTS="topk adam" does these parts only; PARTS takes options too.
+# On a machine with a GPU, with the Python that is there: builds, tests and measures as much as fits into ten minutes;
+# rerun it to resume. make gpu PARTS="topk adam" runs these parts only; PARTS takes options too.
 gpu:
 	PYTHONPATH=.:python $(PYTHON) -m benchmarks.gpu $(PARTS)
 
 clean:
-	rm -rf $(VENV) build *.egg-info gradsel_kernels/_C*.so gradsel_kernels/*.fatbin
+	rm -rf $(VENV) .venv-oldest build site *.egg-info gradsel_kernels/_C*.so gradsel_kernels/*.fatbin
 
-# The dependencies, then the package itself (editable) with its extension. Build tools come first, because the
-# package is built without isolation so that a change in csrc/ costs one compilation and no download. On Linux they
-# include nvcc, if there is none: CUDA kernels are compiled on every machine, also where nothing can run them.
-$(VENV)/dependencies: constraints.txt pyproject.toml
+# Build tools come first, because the package is built without isolation so that a change in csrc/ costs one
+# compilation and no download.
+$(VENV)/dependencies: $(CONSTRAINTS) pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools pybind11 torch
-	[ "$$(uname)" != Linux ] || command -v nvcc >/dev/null || \
-		$(BIN)/python -m pip install --quiet --constraint constraints.txt nvidia-cuda-nvcc
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) setuptools pybind11 torch
 	touch $@
 
+# On Linux, tests and benchmarks compile the CUDA kernels, also where nothing can run them.
+$(VENV)/nvcc: $(VENV)/dependencies
+	[ "$$(uname)" != Linux ] || command -v nvcc >/dev/null || \
+		$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) nvidia-cuda-nvcc
+	touch $@
+
+# The package itself, editable, with its extension and what one kind of work needs: each stamp is an extra, but for
+# "built", which is everything that tests, lint and benchmarks need.
+$(VENV)/demo: EXTRA := demo
+$(VENV)/docs: EXTRA := docs
+$(VENV)/built: EXTRA := dev
+$(VENV)/built: $(VENV)/nvcc
 $(VENV)/built: export GRADSEL_REQUIRE_CUDA := $(if $(filter Linux,$(shell uname)),1)
-$(VENV)/built: $(VENV)/dependencies setup.py $(wildcard csrc/* csrc/cuda/*)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+$(VENV)/demo $(VENV)/docs $(VENV)/built: $(VENV)/dependencies setup.py $(wildcard csrc/* csrc/cuda/*)
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[$(EXTRA)]'
 	touch $@

@@ -1,4 +1,4 @@
-"""Per-row top-K selection by magnitude: equation 3 of GPS (Zhang et al., CVPR 2024), for every neuron at once."""
+"""Per-row top-K selection by magnitude: the mask of GPS, Eq. 5 (Zhang et al., CVPR 2024), for every neuron at once."""
 
 from __future__ import annotations
 

@@ -41,7 +41,6 @@ from benchmarks.harness.results import load, merge
 from benchmarks.harness.timing import percentiles, shuffled, time_calls
 from benchmarks.training.cases import CASES, SMALL, Batch, Case, cross_entropy
 from benchmarks.training.pictures import summary
-from gradsel.demo.methods import delta_bytes
 
 FIELDS = [
     "benchmark", "size", "method", "k", "trained", "step_p20_ms", "step_p50_ms", "step_p80_ms", "rounds",
