@@ -1,4 +1,4 @@
-"""Runs the CPU benchmarks: ``pytest benchmarks`` measures, prints a table and writes ``benchmarks/results/cpu.csv``.
+"""Runs the CPU benchmarks: ``pytest benchmarks`` measures, prints tables and writes ``benchmarks/results/cpu.csv``.
 
 A test compares all providers of one kernel, size and dtype, for every K together. What does not depend on K, such as a
 baseline, is measured once, in the same rounds as every K; its row has k = 0. The order within a round is drawn anew
@@ -70,8 +70,12 @@ def bandwidth(clock) -> float:
 
 
 @pytest.fixture
-def contest(request, clock, bandwidth):
-    """Times the providers of one kernel, size and dtype against each other."""
+def contest(request, clock, bandwidth, benchmark):
+    """Times the providers of one kernel, size and dtype against each other.
+
+    Afterwards pytest-benchmark times the last one, ours at the largest K, by itself: its options save runs and compare
+    them (``--benchmark-autosave``, ``--benchmark-compare``).
+    """
     config = request.config
 
     def run(kernel: str, size: str, dtype: str, contenders: Mapping[int, Providers]) -> None:
@@ -105,5 +109,11 @@ def contest(request, clock, bandwidth):
                     **machine(),
                 }
             )
+
+        _, providers = list(contenders.items())[-1]
+        name, (function, moved) = list(providers.items())[-1]
+        benchmark.group = f"{kernel}, {size}, {dtype}"
+        benchmark.extra_info.update(provider=name, bytes=moved)
+        benchmark.pedantic(function, rounds=5 if seconds else 1, warmup_rounds=1)
 
     return run
