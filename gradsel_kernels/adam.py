@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradsel_kernels._checks import Layout, adam_seeds
+from gradsel_kernels._adam_checks import split_seeds
+from gradsel_kernels._checks import Layout
 from gradsel_kernels._ops import OPS
 
 
@@ -109,7 +110,7 @@ def masked_adam_(
     given = [t for t in (*exp_avgs, *grads, *weights, *(values or ())) if t is not None]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*weights, *(values or ()))):
         raise RuntimeError("masked_adam_ writes to tensors that require grad; call it under torch.no_grad()")
-    numbers, stochastic = adam_seeds(seeds or ())
+    numbers, stochastic = split_seeds(seeds or ())
     nothing = _nothing(given[0] if given else torch.empty(0))
     if indices is None:
         indices = [None] * len(weights)

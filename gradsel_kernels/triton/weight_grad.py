@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gradsel_kernels import panels
 from gradsel_kernels._checks import sum_dtype
-from gradsel_kernels.backends import panels
 from gradsel_kernels.triton.common import INTERPRETED, convert, on_device
 
 # Nothing here has been measured on a GPU: these are estimates from data sheets (H100) and counts of bytes and products.

@@ -26,7 +26,8 @@ from triton.compiler import ASTSource  # noqa: E402
 
 import gradsel_kernels.triton as device_code  # noqa: E402
 from gradsel_kernels._checks import Layout  # noqa: E402
-from gradsel_kernels.triton import adam, bitmask, rows, topk, weight_grad  # noqa: E402
+from gradsel_kernels.adam_call import records  # noqa: E402
+from gradsel_kernels.triton import adam, adam_device, bitmask, rows, topk, weight_grad  # noqa: E402
 
 AMPERE, HOPPER, BLACKWELL = 80, 90, 100
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -102,16 +103,16 @@ def adam_case(
     linear: bool = False,
     values: bool = False,
     amsgrad: bool = False,
-    decay: tl.constexpr = adam._NO_DECAY,
-    anchor: tl.constexpr = adam._NO_ANCHOR,
-    rounding: tl.constexpr = adam._TO_NEAREST,
+    decay: tl.constexpr = adam_device.NO_DECAY,
+    anchor: tl.constexpr = adam_device.NO_ANCHOR,
+    rounding: tl.constexpr = adam_device.TO_NEAREST,
     moment: str | None = None,
     scaler: bool = False,
     targets=(HOPPER,),
 ) -> Case:
     scalars = dict.fromkeys(("lerp_weight", "beta2", "square_weight", "eps", "decay", "pull"), "fp64")
     types = {"table": "*i64", "tiles": "*i32", "corrections": "*fp64", **scalars}
-    optional = {"keys": ("*i64", rounding is adam._STOCHASTIC)}
+    optional = {"keys": ("*i64", rounding is adam_device.STOCHASTIC)}
     optional |= dict.fromkeys(("grad_scale", "found_inf"), ("*fp32", scaler))
     types |= {name: pointer for name, (pointer, passed) in optional.items() if passed}
     constants = {
@@ -131,12 +132,12 @@ def adam_case(
     }
     divisible = tuple(name for name in types if types[name][0] == "*")
     if layout == Layout.BITS:
-        kernel = adam._step_bits
+        kernel = adam_device.step_bits
         types["starts"] = "*i64"
         divisible += ("starts",)
         constants |= {"WORDS": adam.TILE_WORDS, "BATCH": adam.BATCH}
     else:
-        kernel = adam._step
+        kernel = adam_device.step
         constants |= {"INDEX": tl.int32, "LAYOUT": int(layout), "LINEAR": linear, "HAS_WEIGHT": True}
         constants["ENTRIES"] = adam.ENTRIES
     name = f"{layout.name}-{weight}-{moment or state}"
@@ -148,7 +149,7 @@ def adam_case(
         types,
         constants,
         divisible,
-        adam._OPTIONS,
+        adam.COMPILER_OPTIONS,
         # The entries of a batch start anywhere, and four of 16 bits are 8 bytes.
         vectors=layout != Layout.BITS and not (moment == "bf16" and layout == Layout.ALL and weight != "fp32"),
         threads=512,
@@ -166,7 +167,7 @@ def advance_case(*, stochastic: bool, scaler: bool) -> Case:
         else:
             constants[name] = None
     return Case(
-        adam._advance,
+        adam_device.advance,
         "float32-steps" + "-stochastic" * stochastic + "-scaler" * scaler,
         types,
         constants,
@@ -273,15 +274,15 @@ CASES = [
     topk_case(3072, 1, "bf16", transposed=True),
     topk_case(3072, 8, "fp32", transposed=True, targets=EVERYWHERE),
     topk_case(3072, 64, "fp32", transposed=True),
-    adam_case(Layout.ALL, "fp32", compact=True, linear=True, decay=adam._DECOUPLED_DECAY, targets=EVERYWHERE),
-    adam_case(Layout.ALL, "bf16", compact=False, values=True, amsgrad=True, decay=adam._L2_DECAY),
+    adam_case(Layout.ALL, "fp32", compact=True, linear=True, decay=adam_device.DECOUPLED_DECAY, targets=EVERYWHERE),
+    adam_case(Layout.ALL, "bf16", compact=False, values=True, amsgrad=True, decay=adam_device.L2_DECAY),
     adam_case(Layout.COLS, "fp32", compact=True),
     adam_case(Layout.COLS, "bf16", compact=True, values=True, targets=EVERYWHERE),
     adam_case(Layout.FLAT, "fp64", "fp64", compact=False, linear=True, amsgrad=True),
     adam_case(Layout.BITS, "fp32", compact=False),
     adam_case(Layout.BITS, "bf16", compact=True, values=True, targets=EVERYWHERE),
-    adam_case(Layout.ALL, "fp32", compact=True, linear=True, anchor=adam._L2_ANCHOR),
-    adam_case(Layout.COLS, "bf16", compact=True, values=True, anchor=adam._L1_ANCHOR),
+    adam_case(Layout.ALL, "fp32", compact=True, linear=True, anchor=adam_device.L2_ANCHOR),
+    adam_case(Layout.COLS, "bf16", compact=True, values=True, anchor=adam_device.L1_ANCHOR),
     adam_case(
         Layout.FLAT,
         "fp64",
@@ -289,8 +290,8 @@ CASES = [
         compact=False,
         linear=True,
         amsgrad=True,
-        decay=adam._L2_DECAY,
-        anchor=adam._DECOUPLED_L1_ANCHOR,
+        decay=adam_device.L2_DECAY,
+        anchor=adam_device.DECOUPLED_L1_ANCHOR,
         targets=EVERYWHERE,
     ),
     adam_case(
@@ -299,28 +300,36 @@ CASES = [
         compact=True,
         values=True,
         amsgrad=True,
-        anchor=adam._DECOUPLED_L2_ANCHOR,
+        anchor=adam_device.DECOUPLED_L2_ANCHOR,
         targets=EVERYWHERE,
     ),
     adam_case(Layout.ALL, "fp32", compact=True, linear=True, scaler=True, moment="bf16"),
-    adam_case(Layout.COLS, "bf16", compact=True, rounding=adam._STOCHASTIC, scaler=True, targets=EVERYWHERE),
-    adam_case(Layout.ALL, "fp16", compact=True, linear=True, amsgrad=True, rounding=adam._STOCHASTIC, moment="bf16"),
+    adam_case(Layout.COLS, "bf16", compact=True, rounding=adam_device.STOCHASTIC, scaler=True, targets=EVERYWHERE),
     adam_case(
-        Layout.FLAT, "fp16", compact=False, linear=True, rounding=adam._COMPENSATED, anchor=adam._L2_ANCHOR, scaler=True
+        Layout.ALL, "fp16", compact=True, linear=True, amsgrad=True, rounding=adam_device.STOCHASTIC, moment="bf16"
+    ),
+    adam_case(
+        Layout.FLAT,
+        "fp16",
+        compact=False,
+        linear=True,
+        rounding=adam_device.COMPENSATED,
+        anchor=adam_device.L2_ANCHOR,
+        scaler=True,
     ),
     adam_case(
         Layout.BITS,
         "fp16",
         compact=False,
         amsgrad=True,
-        decay=adam._L2_DECAY,
-        anchor=adam._DECOUPLED_L1_ANCHOR,
-        rounding=adam._STOCHASTIC,
+        decay=adam_device.L2_DECAY,
+        anchor=adam_device.DECOUPLED_L1_ANCHOR,
+        rounding=adam_device.STOCHASTIC,
         moment="bf16",
         scaler=True,
         targets=EVERYWHERE,
     ),
-    adam_case(Layout.BITS, "bf16", compact=True, amsgrad=True, rounding=adam._COMPENSATED, moment="bf16"),
+    adam_case(Layout.BITS, "bf16", compact=True, amsgrad=True, rounding=adam_device.COMPENSATED, moment="bf16"),
     *(sums_case(weight_grad._gather, dtype, k) for dtype in ("fp32", "bf16", "fp16") for k in (1, 3)),
     sums_case(weight_grad._gather, "bf16", 1, bias=True, targets=EVERYWHERE),
     sums_case(weight_grad._gather, "fp32", 8, bias=True, offsets=True),
@@ -337,7 +346,7 @@ CASES = [
     advance_case(stochastic=False, scaler=False),
     advance_case(stochastic=True, scaler=True),
     Case(
-        adam._count_bits,
+        adam_device.count_bits,
         "words",
         {"table": "*i64", "tiles": "*i32", "counts": "*i32"},
         {"ALIGNED": True, "WORDS": adam.TILE_WORDS},
@@ -487,7 +496,7 @@ def test_a_new_step_compiles_nothing(compilations):
         def zeros() -> list[torch.Tensor]:
             return [torch.zeros(rows, 8) for _ in range(count)]
 
-        adam.masked_adam_(
+        adam.masked_adam_(*records(
             [torch.zeros(rows, 48).half() for _ in range(count)], [], zeros(), zeros(), zeros(), [], zeros(),
             [torch.zeros(()) for _ in range(count)],
             [torch.zeros(rows, 8, dtype=torch.int32) for _ in range(count)],
@@ -496,13 +505,13 @@ def test_a_new_step_compiles_nothing(compilations):
             anchor=lr + 1, anchor_l1=False, anchor_decoupled=False,
             grad_scale=torch.full((), lr), found_inf=torch.full((), lr),
             seeds=[int(2.0**40 * lr)] * count, stochastic=[True] * count,
-        )  # fmt: skip
+        ))  # fmt: skip
 
     step(1e-3, 3, 32)
-    assert compilations == ["_advance", "_step"]
+    assert compilations == ["advance", "step"]
     for lr, count, rows_ in ((1.0, 1, 32), (0.0, 16, 64), (16.0, 17, 1000)):
         step(lr, count, rows_)
-    assert compilations == ["_advance", "_step"]
+    assert compilations == ["advance", "step"]
 
 
 @pytest.mark.parametrize(("strategy", "kernel"), [("gather", "_gather"), ("tile", "_tile")])
