@@ -379,7 +379,7 @@ CASES = [
         {"num_warps": 4},
     ),
     Case(
-        rows._gather,
+        rows._gather_rows,
         "k4-bf16",
         {"weight": "*bf16", "cols": "*i32", "out": "*bf16", **SIZES},
         {"ROWS": rows.ENTRIES // 4, "K": 4, "BITS": 16, "NAN": 0x7FC0},
@@ -387,7 +387,7 @@ CASES = [
         {"num_warps": 4},
     ),
     Case(
-        rows._scatter,
+        rows._scatter_rows,
         "k4-fp32-to-bf16",
         {"weight": "*bf16", "cols": "*i32", "values": "*fp32", **SIZES, **dict.fromkeys(VALUES_STRIDES, "i32")},
         {"ROWS": rows.ENTRIES // 4, "K": 4},
