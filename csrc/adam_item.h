@@ -7,7 +7,7 @@ namespace gradsel {
 
 enum Layout : int64_t { kAll = 0, kCols = 1, kBits = 2, kFlat = 3 };  // those of _checks.py
 
-// One tensor of a masked Adam step: a row of the int64 table that adam_table.py builds, field by field.
+// One tensor of a masked Adam step. gradsel_kernels/adam_item.py has the same fields; native.py compares the two.
 struct AdamItem {
   int64_t layout, nnz, rows, cols;
   int64_t weight, weight_dtype, weight_row_stride, weight_col_stride;  // weight 0: there is none
@@ -22,6 +22,21 @@ struct AdamItem {
   int64_t stochastic, seed;                 // stochastic 0: the weight is rounded to nearest
   int64_t compensation;                     // 0: what rounding the weight loses is lost
 };
+
+// Every field above, in order, as X(name).
+#define GRADSEL_ADAM_ITEM_FIELDS(X)                                                                               \
+  X(layout) X(nnz) X(rows) X(cols)                                                                                \
+  X(weight) X(weight_dtype) X(weight_row_stride) X(weight_col_stride)                                             \
+  X(values)                                                                                                       \
+  X(grad) X(grad_dtype) X(grad_is_dense) X(grad_row_stride) X(grad_col_stride)                                    \
+  X(exp_avg) X(exp_avg_sq)                                                                                        \
+  X(max_exp_avg_sq)                                                                                               \
+  X(original)                                                                                                     \
+  X(state_dtype)                                                                                                  \
+  X(step) X(step_dtype)                                                                                           \
+  X(index) X(index_is_64) X(index_width)                                                                          \
+  X(stochastic) X(seed)                                                                                           \
+  X(compensation)
 
 struct AdamHyperparameters {
   double lr, beta1, beta2, eps, weight_decay;

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cstddef>
 #include <stdexcept>
 #include <string>
 
@@ -15,7 +16,7 @@ namespace py = pybind11;
 namespace {
 
 // Raised whenever a signature or the Adam table changes; native.py refuses a module with another number.
-constexpr int kAbi = 5;
+constexpr int kAbi = 6;
 
 template <class T>
 T* pointer(int64_t address) {
@@ -114,6 +115,19 @@ void selected_weight_grad(int64_t dtype, int64_t grad_output, const Three& shape
       threads);
 }
 
+// Size and field offsets of AdamItem, in bytes: (size, {name: offset}).
+py::tuple adam_item_layout() {
+#define GRADSEL_COUNT(name) +1
+  static_assert(sizeof(gradsel::AdamItem) == sizeof(int64_t) * (0 GRADSEL_ADAM_ITEM_FIELDS(GRADSEL_COUNT)),
+                "GRADSEL_ADAM_ITEM_FIELDS lists every field of AdamItem, and each has 64 bits");
+#undef GRADSEL_COUNT
+  py::dict offsets;
+#define GRADSEL_OFFSET(name) offsets[#name] = offsetof(gradsel::AdamItem, name);
+  GRADSEL_ADAM_ITEM_FIELDS(GRADSEL_OFFSET)
+#undef GRADSEL_OFFSET
+  return py::make_tuple(sizeof(gradsel::AdamItem), offsets);
+}
+
 // None, or (kind, item, low, high, end, count) of what is wrong with the indices; then nothing has changed.
 py::object masked_adam(int64_t table, int64_t count, double lr, double beta1, double beta2, double eps,
                        double weight_decay, bool decoupled_weight_decay, bool maximize, double anchor, bool anchor_l1,
@@ -166,7 +180,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("OPENMP") = false;
 #endif
   m.attr("COMPILER") = compiler();
-  m.attr("ADAM_FIELDS") = sizeof(gradsel::AdamItem) / sizeof(int64_t);
+  m.attr("ADAM_ITEM") = adam_item_layout();
   m.def("simd", &simd);
   m.def("limit_simd", &limit_simd, "Uses at most this level from now on: portable, avx2 or avx512. For tests.");
   m.def("topk_rows", &topk_rows);

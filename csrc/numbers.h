@@ -20,7 +20,7 @@
 
 namespace gradsel {
 
-// The dtype codes of adam_table.py.
+// The dtype codes of adam_item.py.
 enum Dtype : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 
 template <class To, class From>

@@ -1,8 +1,9 @@
 """Kernels for gradient-based sparse fine-tuning: per-row top-K selection, bitmask packing, selected
 weight gradients, masked Adam.
 
-Every operation takes 2-D neuron views (one row per output neuron) and runs on three backends: ``reference`` (plain
-torch, the specification), ``native`` (C++ on the CPU) and ``triton`` (CUDA). :func:`use_backend` overrides the choice.
+Every operation takes 2-D neuron views (one row per output neuron) and runs on four backends: ``reference`` (plain
+torch, the specification), ``native`` (C++, for CPU tensors), ``triton`` and ``cuda`` (CUDA C++, both for CUDA tensors).
+The device decides; :func:`use_backend` overrides the choice.
 """
 
 from gradsel_kernels._checks import Layout

@@ -1,8 +1,8 @@
-"""Every operator of the library: its schema and its fake implementation, and nothing else.
+"""The schema and the fake implementation of every operator, and nothing else.
 
 The operators live under ``torch.ops.gradsel_kernels``. The public functions of this package are thin, documented
-wrappers around them; the backends in :mod:`gradsel_kernels.backends` supply what runs. A fake is the operator's
-check (:mod:`gradsel_kernels._checks`) followed by the allocation of its outputs.
+wrappers around them; the backends in :mod:`gradsel_kernels.backends` do the work. A fake runs the operator's checks
+and allocates its outputs.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gradsel_kernels import _checks
+from gradsel_kernels import _adam_checks, _checks
+from gradsel_kernels.adam_call import records
 
 NAMESPACE = "gradsel_kernels"
 library = torch.library.Library(NAMESPACE, "DEF")
@@ -114,11 +115,5 @@ def selected_weight_grad_bias(
 
 
 @_fake
-def masked_adam_(
-    weights, values, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, originals, steps, indices, layouts,
-    **options,
-) -> None:  # fmt: skip
-    _checks.masked_adam_(
-        weights, values, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, originals, steps, indices, layouts,
-        **options,
-    )  # fmt: skip
+def masked_adam_(*args, **kwargs) -> None:
+    _adam_checks.masked_adam_(records(*args, **kwargs)[0])

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradsel_kernels._checks import Layout, adam_seeds
+from gradsel_kernels._adam_checks import split_seeds
+from gradsel_kernels._checks import Layout
 from gradsel_kernels._ops import OPS
 
 
@@ -50,46 +51,46 @@ def masked_adam_(
         exp_avgs, exp_avg_sqs: first and second moments of the selected entries, in mask order, contiguous, float32
             (float64 for float64 weights): [rows, k] for ``COLS``, [nnz] for ``BITS`` and ``FLAT``, any for ``ALL``.
             bfloat16 instead of float32 halves them: the step is computed in float32, and they are stored rounded to
-            nearest even, which keeps second moments from falling where 1 - beta2 is below 2^-9. The moments of one
+            nearest even, which keeps second moments from falling if 1 - beta2 is below 2^-9. The moments of one
             tensor have one dtype.
-        steps: one float each, the number of steps done so far; counted up here, so no tensor may stand here twice.
+        steps: one float each, the number of steps done so far; incremented here, so no tensor may appear twice.
         lr, beta1, beta2, eps, weight_decay: as in :class:`torch.optim.Adam`.
-        decoupled_weight_decay: weight decay as in AdamW instead of an L2 term in the gradient. Either moves selected
-            entries only.
+        decoupled_weight_decay: weight decay as in AdamW instead of an L2 term in the gradient. Both move only the
+            selected entries.
         maximize: ascend instead of descend.
         indices: which entries are selected, in the form that ``layouts`` says; distinct. None: all of them.
         layouts: a :class:`Layout` for each tensor: ``ALL``, ``COLS`` (int32 [rows, k]), ``BITS`` (int32
             [rows, ceil(n / 32)]) or ``FLAT`` (int32 or int64 [nnz], row * n + column). None: all ``ALL``.
         values: the selected entries as trained, float32 (float64), in mask order: master copies for weights in
-            bfloat16 or float16, or a compact parameter of its own. They are updated, and the weight, if there is one,
-            receives them rounded to its dtype. None: the weight is read, updated in float32 and rounded back to nearest
-            even, unless ``seeds`` or ``compensations`` say otherwise.
+            bfloat16 or float16, or a compact parameter in its own right. They are updated, and the weight, if there is
+            one, receives them rounded to its dtype. None: the weight is read, updated in float32 and rounded back to
+            nearest even, unless ``seeds`` or ``compensations`` say otherwise.
         max_exp_avg_sqs: running maxima of the second moments; given, the step is AMSGrad's.
         originals: the values that the anchor pulls the selected entries towards, like ``exp_avgs`` in mask order and
-            shape, float32 (float64); only read. None: no anchor.
+            shape, float32 (float64); not written. None: no anchor.
         anchor: strength of the pull towards ``originals``, of the regularised loss of GRFT ("Gradient-based and
             Regularized Fine-Tuning", under review 2026, Alg. 1 line 8): ``anchor * ||w - original||_2^2`` over the
             selected entries is added to the loss, so ``2 * anchor * (w - original)`` to the gradient, also with
             ``maximize``. 0: no anchor.
         anchor_l1: ``anchor * ||w - original||_1`` instead, of gradient ``anchor * sign(w - original)``.
-        anchor_decoupled: the pull moves the entries themselves, ahead of Adam and past its moments, as decoupled
+        anchor_decoupled: the pull moves the entries themselves before Adam does and bypasses its moments, as decoupled
             weight decay does: ``w -= 2 * lr * anchor * (w - original)``, or for L1 a step of ``lr * anchor`` that ends
             at the original (soft thresholding). Weight decay of either kind comes first: the anchor sees what
             decoupled weight decay has left.
-        grad_scale: one float32, of ``torch.amp.GradScaler``: gradients are divided by it first of all, as torch's fused
+        grad_scale: one float32, from ``torch.amp.GradScaler``: gradients are first divided by it, as torch's fused
             optimizers do: in float32 (float64 for float64 states), rounded once to nearest even. Unlike torch's, the
             gradients in memory stay scaled. Read on the device, without synchronisation. None: no division.
-        found_inf: one float32, of the same scaler: where it is not 0, nothing changes, no step either. Also read on the
-            device. None: the step is always done.
+        found_inf: one float32, from the same scaler: if it is not 0, nothing changes, not even the step count. Also
+            read on the device. None: the step is always done.
         seeds: for weights in bfloat16 or float16 without ``values``, one int64 for each tensor, or None for those that
             are rounded to nearest. Given, the new float32 value x is rounded stochastically: to one of its two
             neighbours in the weight's dtype, to the upper one with probability (x - lower) / (upper - lower), so that
-            steps much smaller than a unit in the last place are not lost but made at times (Gupta et al. 2015, "Deep
-            Learning with Limited Numerical Precision", sec. 3). The random numbers are a hash of seed, step number and
-            the entry's number in mask order: the same on every backend and thread count, and after a restart. Values
-            that the dtype holds, infinities and NaN stay. Above the largest finite number the next neighbour is
-            infinity, where the next number would be (65536 in float16); what is beyond that becomes infinity.
-        compensations: for the same weights, what rounding left behind, like ``exp_avgs`` in mask order and shape, in
+            steps much smaller than a unit in the last place take effect sometimes instead of never (Gupta et al. 2015,
+            "Deep Learning with Limited Numerical Precision", sec. 3). The random numbers are a hash of the seed, the
+            step number and the entry's number in mask order: the same on every backend and thread count, and after a
+            restart. Values that the dtype holds, infinities and NaN stay. Above the largest finite number the next
+            neighbour is infinity, in place of the next number (65536 in float16); anything beyond it becomes infinity.
+        compensations: for the same weights, what rounding has lost, like ``exp_avgs`` in mask order and shape, in
             the weight's dtype, zero at first: one tensor each, or None. Given, weight + compensation, summed in
             float32, is the parameter p of the step; then the weight is p rounded to nearest even and the compensation
             p - weight, rounded too (compensated summation, Kahan 1965; for weights in Zamirai et al. 2020, "Revisiting
@@ -109,7 +110,7 @@ def masked_adam_(
     given = [t for t in (*exp_avgs, *grads, *weights, *(values or ())) if t is not None]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*weights, *(values or ()))):
         raise RuntimeError("masked_adam_ writes to tensors that require grad; call it under torch.no_grad()")
-    numbers, stochastic = adam_seeds(seeds or ())
+    numbers, stochastic = split_seeds(seeds or ())
     nothing = _nothing(given[0] if given else torch.empty(0))
     if indices is None:
         indices = [None] * len(weights)
@@ -148,7 +149,7 @@ _empty: dict[torch.device, Tensor] = {}
 
 
 def _nothing(like: Tensor) -> Tensor:
-    """An empty tensor on the same device: the same one in every call, by which backends know a repetition."""
+    """An empty tensor on the same device; the same one in every call, so that backends recognise a repeated call."""
     if torch.compiler.is_compiling() or type(like) is not Tensor:
         return like.new_empty(0)  # a traced graph must not hold on to a real tensor
     if like.device not in _empty:

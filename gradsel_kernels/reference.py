@@ -1,18 +1,18 @@
 """The specification: every operation in plain torch, on any device.
 
 Nothing here is fast. Each function is written to be read, and the other backends are tested against it. Arguments
-have passed :mod:`gradsel_kernels._checks`; what those cannot see (values of indices) is checked here.
+have passed the checks; the values of indices, which those never look at, are checked here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from gradsel_kernels._checks import WORD, Layout, grad_is_dense, sum_dtype, words
+from gradsel_kernels._checks import WORD, Layout, sum_dtype, words
+from gradsel_kernels.adam_call import AdamCall, AdamOptions, entry, grad_is_dense, neuron_view
 
 
 def topk_rows(grad: Tensor, k: int) -> Tensor:
@@ -113,119 +113,56 @@ def _flat_tokens(activations: Tensor) -> Tensor:
     return activations.reshape(activations.shape[:-1].numel(), activations.shape[-1]).to(sum_dtype(activations.dtype))
 
 
-def masked_adam_(
-    weights: list[Tensor],
-    values: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    max_exp_avg_sqs: list[Tensor],
-    originals: list[Tensor],
-    steps: list[Tensor],
-    indices: list[Tensor],
-    layouts: list[int],
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decoupled_weight_decay: bool,
-    maximize: bool,
-    anchor: float,
-    anchor_l1: bool,
-    anchor_decoupled: bool,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    seeds: Sequence[int] = (),
-    stochastic: Sequence[bool] = (),
-    compensations: Sequence[Tensor] | None = None,
-) -> None:
-    """One step of Adam on the selected entries of every tensor; everything else is left as it is, to the bit."""
-    if found_inf is not None and found_inf.item() != 0:
+def masked_adam_(call: AdamCall, options: AdamOptions) -> None:
+    """One step of Adam on the selected entries of every tensor; not one bit of anything else changes."""
+    if call.found_inf is not None and call.found_inf.item() != 0:
         return
-    views = [
-        _as_rows(weight, index, layout) if weight.numel() else None
-        for weight, index, layout in zip(weights, indices, layouts, strict=True)
-    ]
-    entries = [  # all of them first: an index out of range is found before anything has changed
-        None if view is None else _selected(view, indices[i], layouts[i], exp_avgs[i].numel(), f"tensor {i}: indices")
-        for i, view in enumerate(views)
-    ]
-    for i, (view, entry) in enumerate(zip(views, entries, strict=True)):
-        state = [exp_avgs[i], exp_avg_sqs[i], *max_exp_avg_sqs[i : i + 1]]
-        shape, dtype = state[0].shape, sum_dtype(state[0].dtype)
-        compensation = compensations[i] if compensations and compensations[i].numel() else None
-        grad = grads[i]
-        if entry is not None and grad_is_dense(grad, weights[i]):
-            grad = _as_rows(grad, indices[i], layouts[i])[entry]
-        grad = grad.to(dtype).reshape(shape)
-        if grad_scale is not None:
-            grad = grad / grad_scale.reshape(())
-        if values and values[i].numel():
-            param = values[i]
-        elif view is not None:
-            param = view[entry].to(dtype).reshape(shape)
-            if compensation is not None:
-                param += compensation
-        else:
-            param = torch.empty_like(state[0], dtype=dtype)  # nothing selected: only the step counts
-        moments = [moment.to(dtype) for moment in state]
-        adam_math(
-            param,
-            grad,
-            moments[0],
-            moments[1],
-            moments[2] if max_exp_avg_sqs else None,
-            originals[i] if originals else None,
-            steps[i],
-            lr=lr,
-            beta1=beta1,
-            beta2=beta2,
-            eps=eps,
-            weight_decay=weight_decay,
-            decoupled_weight_decay=decoupled_weight_decay,
-            maximize=maximize,
-            anchor=anchor,
-            anchor_l1=anchor_l1,
-            anchor_decoupled=anchor_decoupled,
-        )
-        for stored, moment in zip(state, moments, strict=True):
-            if stored is not moment:
-                stored.copy_(moment)
-        if view is None:
-            continue
-        param = param.reshape(-1)
-        if stochastic and stochastic[i]:
-            number = torch.arange(param.numel(), device=param.device)
-            words = random_words(seeds[i], int(steps[i].item()), number)
-            param = round_stochastically(param, view.dtype, words)
-        rounded = param.to(view.dtype)
-        view[entry] = rounded
+    # All indices are looked at before anything is written: one out of range then leaves everything as it was.
+    for i, selected in enumerate([_selected(call, i) for i in range(len(call.weights))]):
+        _adam_step(call, options, i, selected)
+
+
+def _adam_step(call: AdamCall, options: AdamOptions, i: int, selected: tuple[Tensor, Tensor] | None) -> None:
+    """The step of tensor i, whose selected entries lie at these rows and columns."""
+    weight, grad, index, layout = call.weights[i], call.grads[i], call.indices[i], call.layouts[i]
+    stored = [call.exp_avgs[i], call.exp_avg_sqs[i], *call.max_exp_avg_sqs[i : i + 1]]
+    shape, dtype = stored[0].shape, sum_dtype(stored[0].dtype)
+    view = None if selected is None else neuron_view(weight, index, layout)
+    value, compensation = entry(call.values, i), entry(call.compensations, i)
+    if selected is not None and grad_is_dense(grad, weight):
+        grad = neuron_view(grad, index, layout)[selected]
+    grad = grad.to(dtype).reshape(shape)
+    if call.grad_scale is not None:
+        grad = grad / call.grad_scale.reshape(())
+    if value is not None:
+        param = value
+    elif view is not None:
+        param = view[selected].to(dtype).reshape(shape)
         if compensation is not None:
-            lost = param - rounded.to(dtype)
-            compensation.view(-1).copy_(torch.where(lost.isfinite(), lost, 0.0))
+            param += compensation
+    else:
+        param = torch.empty_like(stored[0], dtype=dtype)  # nothing is selected: only the step counts
+    moments = [moment.to(dtype) for moment in stored]
+    original = call.originals[i] if call.originals else None
+    adam_math(param, grad, moments, original, call.steps[i], options)
+    for to, moment in zip(stored, moments, strict=True):
+        if to is not moment:
+            to.copy_(moment)
+    if view is None:
+        return
+    param = param.reshape(-1)
+    if call.stochastic and call.stochastic[i]:
+        number = torch.arange(param.numel(), device=param.device)
+        param = round_stochastically(param, view.dtype, random_words(call.seeds[i], int(call.steps[i].item()), number))
+    rounded = param.to(view.dtype)
+    view[selected] = rounded
+    if compensation is not None:
+        lost = param - rounded.to(dtype)
+        compensation.view(-1).copy_(torch.where(lost.isfinite(), lost, 0.0))
 
 
 def adam_math(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    max_exp_avg_sq: Tensor | None,
-    original: Tensor | None,
-    step: Tensor,
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decoupled_weight_decay: bool,
-    maximize: bool,
-    anchor: float,
-    anchor_l1: bool,
-    anchor_decoupled: bool,
+    param: Tensor, grad: Tensor, moments: list[Tensor], original: Tensor | None, step: Tensor, options: AdamOptions
 ) -> None:
     """Adam (Kingma and Ba 2015, Alg. 1) and AdamW (Loshchilov and Hutter 2019, Alg. 2), in place on compact tensors.
 
@@ -233,30 +170,35 @@ def adam_math(
     to it in float32 and float64. Bias corrections are computed in double precision. Weight decay comes first, then the
     anchor (GRFT, Alg. 1 line 8), which sees the parameter as decoupled weight decay has left it.
     """
+    exp_avg, exp_avg_sq = moments[:2]
+    lr, beta1, beta2 = options.lr, options.beta1, options.beta2
     step += 1
     t = step.item()
-    if maximize:
+    if options.maximize:
         grad = -grad
-    if weight_decay != 0:
-        if decoupled_weight_decay:
-            param.mul_(1 - lr * weight_decay)
+    if options.weight_decay != 0:
+        if options.decoupled_weight_decay:
+            param.mul_(1 - lr * options.weight_decay)
         else:
-            grad = grad.add(param, alpha=weight_decay)
-    if original is not None and anchor != 0:
-        if anchor_decoupled:
-            pull_(param, original, lr * anchor, anchor_l1)
+            grad = grad.add(param, alpha=options.weight_decay)
+    if original is not None and options.anchor != 0:
+        if options.anchor_decoupled:
+            pull_(param, original, lr * options.anchor, options.anchor_l1)
         else:
             gap = param - original
-            grad = grad.add(gap.sign(), alpha=anchor) if anchor_l1 else grad.add(gap, alpha=2 * anchor)
+            grad = (
+                grad.add(gap.sign(), alpha=options.anchor)
+                if options.anchor_l1
+                else grad.add(gap, alpha=2 * options.anchor)
+            )
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     step_size = lr / (1 - beta1**t)
     root_of_correction = math.sqrt(1 - beta2**t)
-    if max_exp_avg_sq is None:
-        second_moment = exp_avg_sq
-    else:
-        second_moment = torch.maximum(max_exp_avg_sq, exp_avg_sq, out=max_exp_avg_sq)
-    denominator = (second_moment.sqrt() / root_of_correction).add_(eps)
+    second_moment = exp_avg_sq
+    if len(moments) > 2:
+        second_moment = torch.maximum(moments[2], exp_avg_sq, out=moments[2])
+    denominator = (second_moment.sqrt() / root_of_correction).add_(options.eps)
     param.addcdiv_(exp_avg, denominator, value=-step_size)
 
 
@@ -321,15 +263,12 @@ def round_stochastically(x: Tensor, dtype: torch.dtype, words: Tensor) -> Tensor
     return torch.where(x.isfinite(), rounded, x)
 
 
-def _as_rows(tensor: Tensor, index: Tensor, layout: int) -> Tensor:
-    """The neuron view [rows, cols] of a dense tensor: itself if 2-D, else its memory cut into the mask's rows."""
-    if layout in (Layout.COLS, Layout.BITS) and tensor.ndim != 2:
-        return tensor.view(index.shape[0], -1)
-    return tensor if tensor.ndim == 2 else tensor.view(1, -1)
-
-
-def _selected(view: Tensor, index: Tensor, layout: int, nnz: int, name: str) -> tuple[Tensor, Tensor]:
-    """Rows and columns of the selected entries of a neuron view, in mask order, each int64 [nnz]."""
+def _selected(call: AdamCall, i: int) -> tuple[Tensor, Tensor] | None:
+    """Rows and columns of tensor i's selected entries in mask order, each int64 [nnz]; None without a weight."""
+    if not call.weights[i].numel():
+        return None
+    index, layout, nnz, name = call.indices[i], call.layouts[i], call.exp_avgs[i].numel(), f"tensor {i}: indices"
+    view = neuron_view(call.weights[i], index, layout)
     rows, cols = view.shape
     if layout == Layout.ALL:
         flat = torch.arange(nnz, device=view.device)

@@ -1,9 +1,12 @@
-"""The backends and how an operator finds one.
+"""The backends, and how an operator finds one.
 
-Each backend is a module with one function per operator, of the operator's name and signature, and two more:
-``why_off(device)`` says in plain words why it cannot run there, ``about()`` what it uses. The torch dispatcher calls
-the kernel that :func:`_entry` makes on every device; it runs the operator's checks, then the backend that
-:func:`use_backend` forced, or else the one in :data:`PREFERRED` for the device, or else the reference.
+A backend is a module with one function for each operator, of the same name and signature, and two more:
+``why_off(device)`` says in plain words why the backend cannot run there, and ``about()`` what it uses. Only
+``masked_adam_`` differs: it takes the records of :mod:`gradsel_kernels.adam_call`, and runs the operator's checks
+itself, because a call that repeats an earlier one need not be checked again.
+
+For every device the torch dispatcher calls the kernels that this file registers. They run the checks, and then the
+backend that :func:`use_backend` has forced, or the first in :data:`PREFERRED` that can run there, or the reference.
 """
 
 from __future__ import annotations
@@ -23,9 +26,11 @@ from torch import Tensor
 from gradsel_kernels import _checks
 from gradsel_kernels._ops import NAMESPACE, SCHEMAS, library
 from gradsel_kernels._version import __version__
+from gradsel_kernels._warnings import user_stacklevel
+from gradsel_kernels.adam_call import records
 
-#: Fast backends, and the device type that each one serves unasked; of several the first that can run, and the reference
-#: where none can. CUDA C++ comes after Triton until a measurement on a GPU says otherwise.
+#: The fast backends in order of preference, and the device type for which each is chosen. CUDA C++ comes after Triton
+#: until a measurement on a GPU says otherwise.
 PREFERRED = {"native": "cpu", "triton": "cuda", "cuda": "cuda"}
 NAMES = (*PREFERRED, "reference")
 
@@ -74,14 +79,14 @@ def _tell_once(name: str, reason: str) -> None:
         _told.add(name)
     warnings.warn(
         f"gradsel_kernels runs without its {name} backend: {reason} Plain torch takes its place: the same "
-        "selections and, within rounding, the same updates, but much slower. gradsel_kernels.show_config() has more.",
+        "selections and, up to rounding, the same updates, but much slower. gradsel_kernels.show_config() says more.",
         RuntimeWarning,
-        stacklevel=7,  # the caller of the public function
+        stacklevel=user_stacklevel(),
     )
 
 
 class _Forced:
-    """What :func:`use_backend` returns: leaving it as a context manager restores the backend of before."""
+    """What :func:`use_backend` returns: a context manager that restores the previous choice on exit."""
 
     def __init__(self, previous: str | None) -> None:
         self._previous = previous
@@ -102,8 +107,8 @@ def use_backend(name: str | None) -> _Forced:
         name: ``"reference"``, ``"native"``, ``"triton"`` or ``"cuda"``; None (or ``"auto"``) gives the choice back to
             the device.
 
-    The setting holds at once and for the whole process, threads of the autograd engine included. Used as a context
-    manager, it ends with the block. A backend that cannot run says why when an operation is called.
+    The setting takes effect at once and in the whole process, including the threads of the autograd engine. As a
+    context manager, it ends with the block. A backend that cannot run says why when an operation is called.
     """
     if name == "auto":
         name = None
@@ -123,29 +128,28 @@ def _force(name: str | None) -> None:
 _SAME_CHECK = {"topk_rows_bits": "topk_rows", "selected_weight_grad_bias": "selected_weight_grad"}
 
 
-def _entry(op: str) -> Callable[..., Any]:
-    """The kernel registered with the torch dispatcher for one operator."""
+def _checked(op: str) -> Callable[..., Any]:
+    """The kernel of an operator that writes to none of its arguments."""
     check = getattr(_checks, _SAME_CHECK.get(op, op))
 
-    def kernel(*args, **kwargs):
-        check(*args, **kwargs)
-        return getattr(_resolve(args[0].device), op)(*args, **kwargs)
+    def kernel(*args):
+        check(*args)
+        return getattr(_resolve(args[0].device), op)(*args)
 
-    def scatter_rows_(weight: Tensor, cols: Tensor, values: Tensor) -> None:
-        kernel(weight, cols, values)
-        _bump_versions([weight])
+    return kernel
 
-    def masked_adam_(weights: list[Tensor], values: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor],
-                     *args, **kwargs) -> None:  # fmt: skip
-        if weights:
-            module = _resolve(exp_avgs[0].device if exp_avgs else weights[0].device)
-            if not getattr(module, "CHECKS_ADAM", False):
-                check(weights, values, grads, exp_avgs, *args, **kwargs)
-            module.masked_adam_(weights, values, grads, exp_avgs, *args, **kwargs)
-            _bump_versions([*weights, *values])
 
-    entries: dict[str, Callable[..., Any]] = {"scatter_rows_": scatter_rows_, "masked_adam_": masked_adam_}
-    return entries.get(op, kernel)
+def _scatter_rows_(weight: Tensor, cols: Tensor, values: Tensor) -> None:
+    _checks.scatter_rows_(weight, cols, values)
+    _resolve(weight.device).scatter_rows_(weight, cols, values)
+    _bump_versions([weight])
+
+
+def _masked_adam_(*args, **kwargs) -> None:
+    call, options = records(*args, **kwargs)
+    if call.weights:
+        _resolve((call.exp_avgs or call.weights)[0].device).masked_adam_(call, options)
+        _bump_versions([*call.weights, *call.values])
 
 
 def _bump_versions(written: list[Tensor]) -> None:
@@ -153,8 +157,11 @@ def _bump_versions(written: list[Tensor]) -> None:
     torch.autograd.graph.increment_version([tensor for tensor in written if not tensor.is_inference()])
 
 
-for _op in SCHEMAS:  # for every device and layout at once: what cannot run is refused by the checks, in our words
-    library.impl(_op, _entry(_op), "CompositeExplicitAutograd")
+_IN_PLACE = {"scatter_rows_": _scatter_rows_, "masked_adam_": _masked_adam_}
+
+# For every device and layout at once, so that what cannot run is refused by the checks, in our own words.
+for _op in SCHEMAS:
+    library.impl(_op, _IN_PLACE[_op] if _op in _IN_PLACE else _checked(_op), "CompositeExplicitAutograd")
 
 
 def config() -> str:
@@ -176,5 +183,5 @@ def config() -> str:
 
 
 def show_config() -> None:
-    """Prints versions, the backends, what each one uses, and why one is off."""
+    """Prints the versions, and for each backend what it uses or why it is off."""
     print(config())

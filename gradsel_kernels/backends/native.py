@@ -1,28 +1,45 @@
 """C++ kernels for CPU tensors: allocates outputs and hands addresses, sizes and strides to ``gradsel_kernels._C``.
 
-The extension is built from ``csrc/`` and includes no torch header. When it cannot be loaded, :func:`why_off` says what
-is missing and how to get it.
+The extension is built from ``csrc/`` and includes no torch header. If it cannot be loaded, :func:`why_off` says what is
+missing and how to get it.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from gradsel_kernels import panels
 from gradsel_kernels._checks import sum_dtype, words
-from gradsel_kernels.backends import panels
-from gradsel_kernels.backends.adam_table import CODES, WIDTH, table_of
+from gradsel_kernels.adam_call import AdamCall, AdamOptions
+from gradsel_kernels.adam_item import CODES, ITEM_LAYOUT
+from gradsel_kernels.adam_table import table_of
 
 #: Must equal the number compiled into the extension (csrc/bindings.cpp).
-ABI = 5
+ABI = 6
 
 _REBUILD = (
     "Install a C++17 compiler and the Python headers, then install again from the checkout: "
     "pip install --force-reinstall --no-deps ."
 )
+
+
+def _mismatch(module: ModuleType) -> str | None:
+    """Why a loaded extension does not fit this Python code; None if it does."""
+    found = getattr(module, "ABI", "none")
+    if found != ABI:
+        return f"the C++ extension gradsel_kernels._C is from another version (ABI {found}, not {ABI}). {_REBUILD}"
+    if module.ADAM_ITEM != ITEM_LAYOUT:
+        return (
+            "the C++ extension gradsel_kernels._C has another AdamItem than gradsel_kernels/adam_item.py (size and "
+            f"field offsets {module.ADAM_ITEM}, not {ITEM_LAYOUT}). {_REBUILD}"
+        )
+    return None
+
+
 #: Why the extension cannot be used; None if it can.
 broken: str | None = None
 try:
@@ -32,12 +49,7 @@ except ModuleNotFoundError:
 except (ImportError, OSError) as error:
     broken = f"the C++ extension gradsel_kernels._C cannot be loaded ({error}). {_REBUILD}"
 else:
-    if getattr(_C, "ABI", None) != ABI or _C.ADAM_FIELDS != WIDTH:
-        found = getattr(_C, "ABI", "none")
-        broken = f"the C++ extension gradsel_kernels._C is from another version (ABI {found}, not {ABI}). {_REBUILD}"
-
-#: masked_adam_ runs the operator's checks itself, and only where a call is not a repetition of an earlier one.
-CHECKS_ADAM = True
+    broken = _mismatch(_C)
 
 #: "auto" takes "gather" for up to GATHER_SHARE * n + GATHER_COLUMNS entries a row, and "tile" above. Measured with
 #: 512 to 6304 tokens, 768 to 8192 rows and n from 48 to 8192 in float32, on two cores of a Zen 4 with AVX-512.
@@ -236,54 +248,12 @@ def _check_columns(name: str, columns: Tensor, end: int) -> None:
         raise _range_error(name, found, end)
 
 
-def masked_adam_(
-    weights: list[Tensor],
-    values: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    max_exp_avg_sqs: list[Tensor],
-    originals: list[Tensor],
-    steps: list[Tensor],
-    indices: list[Tensor],
-    layouts: list[int],
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decoupled_weight_decay: bool,
-    maximize: bool,
-    anchor: float,
-    anchor_l1: bool,
-    anchor_decoupled: bool,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    seeds: Sequence[int] = (),
-    stochastic: Sequence[bool] = (),
-    compensations: Sequence[Tensor] | None = None,
-) -> None:
-    args = (weights, values, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, originals, steps, indices, layouts)
-    table = table_of(args, seeds, stochastic, compensations, grad_scale, found_inf)
-    if found_inf is not None and found_inf.item() != 0:
+def masked_adam_(call: AdamCall, options: AdamOptions) -> None:
+    table = table_of(call)
+    if call.found_inf is not None and call.found_inf.item() != 0:
         return
-    fault = _C.masked_adam(
-        table.items.buffer_info()[0],
-        table.count,
-        lr,
-        beta1,
-        beta2,
-        eps,
-        weight_decay,
-        decoupled_weight_decay,
-        maximize,
-        anchor,
-        anchor_l1,
-        anchor_decoupled,
-        1.0 if grad_scale is None else grad_scale.item(),
-        torch.get_num_threads(),
-    )
+    scale = 1.0 if call.grad_scale is None else call.grad_scale.item()
+    fault = _C.masked_adam(table.address, len(call.weights), *options, scale, torch.get_num_threads())
     if fault is None:
         return
     kind, item, low, high, end, count = fault
@@ -292,4 +262,4 @@ def masked_adam_(
         raise _range_error(name, (low, high), end)
     if kind == _BITS_PAST_END:
         raise IndexError(f"{name} has bits set past the last of {end} columns")
-    raise ValueError(f"{name} has {count} bits set, but exp_avg has {exp_avgs[item].numel()} entries")
+    raise ValueError(f"{name} has {count} bits set, but exp_avg has {call.exp_avgs[item].numel()} entries")

@@ -1,13 +1,14 @@
-"""The specification as a backend: serves every device that has nothing faster."""
+"""The specification as a backend, for every device that has nothing faster."""
 
 from __future__ import annotations
 
 import torch
 
+from gradsel_kernels import _adam_checks, reference
+from gradsel_kernels.adam_call import AdamCall, AdamOptions
 from gradsel_kernels.reference import (
     bits_to_cols,
     gather_rows,
-    masked_adam_,
     pack_bits,
     scatter_rows_,
     selected_weight_grad,
@@ -41,3 +42,8 @@ def why_off(device: torch.device) -> str | None:
 
 def about() -> str:
     return "plain torch, the specification"
+
+
+def masked_adam_(call: AdamCall, options: AdamOptions) -> None:
+    _adam_checks.masked_adam_(call)
+    reference.masked_adam_(call, options)

@@ -1,4 +1,4 @@
-"""The kernels in Triton: for CUDA tensors, and for CPU tensors in a process where Triton's interpreter is on."""
+"""The Triton kernels: for CUDA tensors, and in a process that uses Triton's interpreter for CPU tensors."""
 
 from __future__ import annotations
 
@@ -19,11 +19,7 @@ try:
 except ImportError as error:
     _missing = str(error)
 
-#: masked_adam_ runs the operator's checks itself, and only where a call is not a repetition of an earlier one.
-CHECKS_ADAM = True
-
 __all__ = [
-    "CHECKS_ADAM",
     "about",
     "bits_to_cols",
     "gather_rows",
@@ -42,15 +38,15 @@ __all__ = [
 
 def why_off(device: torch.device) -> str | None:
     """Why this backend cannot run on a device, in words for the user; None if it can."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "torch finds no CUDA device; without one Triton is not used."
     if _missing is not None:
         return f"Triton cannot be imported ({_missing}); install it with: pip install 'triton>=3.6'."
-    if device.type == "cuda" and not torch.cuda.is_available():
-        return "torch finds no CUDA device."
     if device.type not in ("cuda", "cpu"):
         return f"Triton kernels run on CUDA tensors, not on {device.type} tensors."
     if device.type == "cuda" and INTERPRETED:
         return (
-            "TRITON_INTERPRET=1 is set, and Triton's interpreter runs on CPU tensors only here. "
+            "TRITON_INTERPRET=1 is set, and Triton's interpreter is used for CPU tensors only. "
             "Unset it before Python starts."
         )
     if device.type == "cpu" and not INTERPRETED:

@@ -1,4 +1,4 @@
-"""What several kernels share: number formats, packed words, the launch guard."""
+"""What several kernels share: number formats, packed words, rounded arithmetic, and the launch guard."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-#: Are kernels run by Triton's interpreter in this process? Decided by TRITON_INTERPRET when triton is imported.
+#: Whether Triton's interpreter runs the kernels in this process. TRITON_INTERPRET decides when triton is imported.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 TRITON_DTYPES = {
@@ -26,9 +26,9 @@ def on_device(tensor: torch.Tensor) -> torch.cuda.device_of:
 
 @triton.jit
 def magnitude_key(x):
-    """|x| as an integer of the same order: int32, or int64 for float64. -0.0 equals 0.0, every NaN is just above inf.
+    """|x| as an integer in the same order: int32, or int64 for float64. -0.0 equals 0.0; every NaN is just above inf.
 
-    The format is left at once because the interpreter computes wrongly in bfloat16, and integer comparison is exact.
+    Integers compare exactly, and the interpreter computes wrongly in bfloat16.
     """
     if x.dtype == tl.float64:
         key = tl.minimum(x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF, 0x7FF0000000000001)
@@ -43,7 +43,7 @@ def magnitude_key(x):
 
 @triton.jit
 def pack_words(flags, WORDS: tl.constexpr):
-    """int32 [WORDS] from int32 flags [32 * WORDS] that are 0 or 1; a sum is an OR because every bit is its own."""
+    """int32 [WORDS] from int32 flags [32 * WORDS] that are 0 or 1; the sum is an OR because every bit occurs once."""
     return tl.sum(tl.reshape(flags, [WORDS, 32]) << tl.arange(0, 32)[None, :], axis=1)
 
 
@@ -61,9 +61,9 @@ def popcount(x):
 
 @triton.jit
 def convert(x, DTYPE: tl.constexpr):
-    """x in another float format as torch converts: to nearest even, from float64 to 16 bits by way of float32.
+    """x in another float format, converted as torch does: to nearest even, and from float64 to 16 bits via float32.
 
-    bfloat16 is taken apart and put together in integers, where the interpreter would truncate.
+    bfloat16 is converted with integers, because the interpreter would truncate.
     """
     y = x
     if x.dtype != DTYPE:
@@ -83,10 +83,10 @@ def convert(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def fma(x, y, z):
-    """x * y + z rounded once. The interpreter rounds twice, which cancellation turns into many ULP: imitated there."""
+    """x * y + z rounded once. The interpreter would round twice, an error that cancellation magnifies."""
     if INTERPRETED:
         if z.dtype == tl.float64:
-            # Dekker's exact product, then Knuth's exact sum; 134217729 = 2**27 + 1 splits a significand in halves.
+            # Dekker's exact product, then Knuth's exact sum; 134217729 = 2**27 + 1 splits a significand in two.
             xs = x * 134217729.0
             ys = y * 134217729.0
             xh = xs - (xs - x)
@@ -108,7 +108,7 @@ def fma(x, y, z):
 
 @triton.jit
 def div_rn(x, y):
-    """x / y rounded to nearest: Triton's own float32 division is approximate, its float64 division is not."""
+    """x / y rounded to nearest: Triton's float32 division is approximate, its float64 division is not."""
     return x / y if x.dtype == tl.float64 else tl.div_rn(x, y)
 
 

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from gradsel_kernels.triton.common import convert, on_device
 
-#: Entries of one program: scattered reads are bound by latency, so many small programs.
+#: Entries of one program: latency bounds scattered reads, so many small programs are best.
 ENTRIES = 512
 
 
 @triton.jit(do_not_specialize=["rows", "n", "k", "chunks"])
-def _gather(
+def _gather_rows(
     weight, cols, out, stride_row, stride_col, cols_stride_row, cols_stride_col, rows, n, k, chunks,
     ROWS: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, NAN: tl.constexpr,
 ):  # fmt: skip
@@ -23,7 +23,7 @@ def _gather(
     valid = (row < rows) & (j < k)
     col = tl.load(cols + row * cols_stride_row + j.to(tl.int64) * cols_stride_col, mask=valid, other=0)
     inside = valid & (col >= 0) & (col < n)
-    # Bits are copied as they are, so the kernel is the same for every format of a size.
+    # Bits are copied unchanged, so one kernel serves all formats of a size.
     INTEGER: tl.constexpr = tl.int16 if BITS == 16 else tl.int32 if BITS == 32 else tl.int64
     source = weight.to(tl.pointer_type(INTEGER), bitcast=True)
     target = out.to(tl.pointer_type(INTEGER), bitcast=True)
@@ -32,7 +32,7 @@ def _gather(
 
 
 @triton.jit(do_not_specialize=["rows", "n", "k", "chunks"])
-def _scatter(
+def _scatter_rows(
     weight, cols, values, stride_row, stride_col, cols_stride_row, cols_stride_col,
     values_stride_row, values_stride_col, rows, n, k, chunks,
     ROWS: tl.constexpr, K: tl.constexpr,
@@ -55,8 +55,8 @@ _NAN_BITS = {
 }
 
 
-def _tile(rows: int, k: int) -> tuple[int, int, int, int]:
-    """Programs, programs a row, rows and entries a row of one tile: a tile spares each entry a division by k."""
+def _tiling(rows: int, k: int) -> tuple[int, int, int, int]:
+    """(programs, programs a row of tiles, rows of a tile, entries a row of a tile); tiles avoid dividing by k."""
     tile_k = min(ENTRIES, triton.next_power_of_2(k))
     tile_rows = ENTRIES // tile_k
     chunks = triton.cdiv(k, tile_k)
@@ -68,9 +68,9 @@ def gather_rows(weight: Tensor, cols: Tensor) -> Tensor:
     rows, k = cols.shape
     out = torch.empty((rows, k), dtype=weight.dtype, device=weight.device)
     if out.numel():
-        programs, chunks, tile_rows, tile_k = _tile(rows, k)
+        programs, chunks, tile_rows, tile_k = _tiling(rows, k)
         with on_device(weight):
-            _gather[(programs,)](
+            _gather_rows[(programs,)](
                 weight, cols, out, *weight.stride(), *cols.stride(), rows, weight.shape[1], k, chunks,
                 ROWS=tile_rows, K=tile_k, BITS=8 * weight.element_size(), NAN=_NAN_BITS[weight.dtype],
             )  # fmt: skip
@@ -81,9 +81,9 @@ def scatter_rows_(weight: Tensor, cols: Tensor, values: Tensor) -> None:
     """``weight[r, cols[r, j]] = values[r, j]`` in the weight's dtype; a column out of range is skipped."""
     rows, k = cols.shape
     if cols.numel():
-        programs, chunks, tile_rows, tile_k = _tile(rows, k)
+        programs, chunks, tile_rows, tile_k = _tiling(rows, k)
         with on_device(weight):
-            _scatter[(programs,)](
+            _scatter_rows[(programs,)](
                 weight, cols, values, *weight.stride(), *cols.stride(), *values.stride(),
                 rows, weight.shape[1], k, chunks, ROWS=tile_rows, K=tile_k,
             )  # fmt: skip

@@ -1,8 +1,8 @@
 """Row-wise top-K of |grad|: columns of the K largest magnitudes in every row, and the packed mask of them.
 
-Four kernels, for two questions. Does the row fit in registers? Then the gradient is read once; else it is streamed
-in chunks, again for every pick. Is K small? Then K rounds of "largest, lowest column" find it; else the K-th key is
-bisected bit by bit and the entries are ranked by a prefix sum. All of them compare integer keys of the magnitude.
+Two questions choose among four kernels. Does a row fit in registers? Then the gradient is read once; otherwise it is
+streamed in chunks, once for every pick or bit. Is K small? Then K rounds each find the largest key and its lowest
+column; otherwise the K-th key is bisected bit by bit, and a prefix sum ranks the entries. All compare integer keys.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from torch import Tensor
 from gradsel_kernels._checks import WORD, words
 from gradsel_kernels.triton.common import magnitude_key, on_device, pack_words
 
-#: Rounds cost one or two reductions for each of the K; bisection costs one for each bit of the key, whatever K is.
+#: Rounds cost one or two reductions for each of the K picks; bisection costs one for each bit of the key.
 SMALL_K = 8
-#: Keys of the longest row held in registers: 32 registers a thread at 16 warps (and 16-bit counts hold its length).
+#: Bytes of the longest row of keys held in registers: 32 registers a thread at 16 warps; counts fit 16 bits.
 BYTES_IN_REGISTERS = 65536
-#: Columns that bisection ranks in one piece: ranks come on top of the keys, so longer rows are read again, from cache.
+#: Columns that bisection ranks at once: ranks need registers of their own, so longer rows are read again, from cache.
 RANKED_AT_ONCE = 4096
 #: Bytes of neighbouring rows that one program reads from each column of a row-contiguous (transposed) view: with less,
-#: parts of the memory transactions are wasted; with more, a usual weight has too few programs to fill the device.
+#: memory transactions are partly wasted; with more, a typical weight has too few programs to fill the device.
 TRANSPOSED_BYTES = 64
 
 
 @triton.jit
 def _load_keys(grad, row, col, stride_row, stride_col, valid, UNIT_STRIDE: tl.constexpr):
-    """Keys [rows, cols] of one tile; -1, below every key, where nothing is."""
+    """Keys [rows, cols] of one tile; -1, which is below every key, outside the tensor."""
     pointers = grad + row[:, None] * stride_row
     pointers = pointers + (col[None, :] if UNIT_STRIDE else col.to(tl.int64)[None, :] * stride_col)
     return tl.where(valid, magnitude_key(tl.load(pointers, mask=valid)), -1)
@@ -45,7 +45,7 @@ def _store_words(bits, chosen, row, rows, first_word, n_words, ROWS: tl.constexp
 
 @triton.jit
 def _store_picks(out, picks, row, rows, k, KP: tl.constexpr):
-    """Stores the picks [ROWS, KP] in ascending order: each one's place is the number of smaller picks."""
+    """Stores the picks [ROWS, KP] in ascending order: the position of each is the number of smaller picks."""
     position = tl.sum((picks[:, None, :] < picks[:, :, None]).to(tl.int32), axis=2)
     stored = (row < rows)[:, None] & (tl.arange(0, KP) < k)[None, :]
     tl.store(out + row[:, None] * k + position, picks, mask=stored)
@@ -58,11 +58,11 @@ def _store_best(
 ):  # fmt: skip
     """Stores the columns, from ``first`` on, of keys [ROWS, COLS] above the K-th, and the first ``wanted`` equal to it.
 
-    Returns how many of both kinds each row has had, given how many it had before.
+    Returns how many of both kinds each row has had so far, given the counts before this tile.
     """
     above = key > kth[:, None]
     equal = key == kth[:, None]
-    # Both are counted by one prefix sum, in the halves of a word: COLS is below 2**16.
+    # One prefix sum counts both, in the two halves of a word: COLS is below 2**16.
     seen = tl.cumsum(tl.where(above, 0x10000, equal.to(tl.int32)), axis=1)
     seen_above = above_before[:, None] + (seen >> 16)
     seen_equal = equal_before[:, None] + (seen & 0xFFFF)

@@ -1,10 +1,10 @@
 """Selected entries of a weight gradient, and the copy of the activation columns that they need.
 
-Two kernels take the sums. One multiplies and adds the products of every entry on the ordinary cores: few bytes, few
-operations, right for a few entries a row. The other multiplies dense tiles on the matrix units and keeps their selected
-entries: each product costs next to nothing there, and an activation read once serves all rows of the tile. Both walk
-along the tokens, keep their sums in registers and write each entry once; the dense gradient is never in memory. Where
-the tiles are too few to fill the device, they share the tokens out and their sums are added up in a fixed order:
+Two kernels take the sums. One adds up the products of every entry on the ordinary cores: few bytes and few operations,
+right for a few entries a row. The other multiplies dense tiles on the matrix units and keeps their selected entries:
+each product costs next to nothing there, and an activation read once serves all rows of the tile. Both walk along the
+tokens, keep their sums in registers and write each entry once; the dense gradient is never in memory. If there are too
+few tiles to fill the device, several programs divide the tokens of a tile, and their sums are added in a fixed order:
 nothing is added atomically, so every run gives the same bits.
 """
 
@@ -17,20 +17,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gradsel_kernels import panels
 from gradsel_kernels._checks import sum_dtype
-from gradsel_kernels.backends import panels
 from gradsel_kernels.triton.common import INTERPRETED, convert, on_device
 
 # Nothing here has been measured on a GPU: these are estimates from data sheets (H100) and counts of bytes and products.
 
-#: Bytes a second that scattered reads get from the second-level cache.
+#: Bytes a second that scattered reads get from the L2 cache.
 CACHE_RATE = 5e12
-#: Bytes that one such read moves if the tokens of a column do not adjoin: a sector of the cache.
+#: Bytes that one such read moves if the tokens of a column are not adjacent: a sector of the cache.
 SECTOR = 32
-#: Operations a second of dense tiles, by the size of a number. Float32 does without the matrix units, which would cut
-#: it to tf32.
+#: Operations a second of dense tiles, by the size of a number. Float32 does not use the matrix units, which would
+#: round it to tf32.
 DENSE_RATE = {2: 600e12, 4: 30e12, 8: 30e12}
-#: Programs that keep every multiprocessor (132) busy, several to each because they wait for memory, or one or two.
+#: Programs that keep all 132 multiprocessors busy: several on each where they wait for memory, otherwise one or two.
 GATHER_PROGRAMS = 1024
 TILE_PROGRAMS = 264
 #: Steps along the tokens below which it is not worth starting another program.
@@ -69,7 +69,7 @@ def _gather(
     tokens, rows, n, k, nnz, chunks, steps, steps_a_split, parts,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """A tile of rows, and every ``parts``-th K of their entries: each has its own sums [TOKENS] till the end."""
+    """A tile of rows, and every ``parts``-th K of their entries: each keeps its own sums [TOKENS] until the end."""
     part = tl.program_id(0) % parts
     row = (tl.program_id(0) // parts).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     split = tl.program_id(1).to(tl.int64)
@@ -137,7 +137,7 @@ def _tile(
 ):  # fmt: skip
     """A tile of rows times one of ``parts`` chunks of columns, unless no entry of the rows is in the chunk.
 
-    The bias has a part of its own, the last: it reads grad_output at the time when the other parts do.
+    The bias has a part of its own, the last, which reads grad_output at the same time as the others.
     """
     pid = tl.program_id(0)
     tile, chunk = tl.swizzle2d(pid // parts, pid % parts, tl.cdiv(rows, ROWS), parts, SWIZZLE)
@@ -233,7 +233,7 @@ def gather_config(k: int, itemsize: int) -> Config:
 
 
 def tile_config(rows: int, n: int, itemsize: int) -> Config:
-    """Tiles as large as registers and two programs on a multiprocessor allow, in 16 bits no wider than the problem.
+    """Tiles as large as registers allow with two programs on a multiprocessor; in 16 bits no wider than the problem.
 
     128 x 128 sums of 16-bit products take 64 registers of 256 threads, and three stages of 64 tokens 96 KiB of shared
     memory. The ordinary cores need registers for their operands too: 64 x 64 in float32, and for GPUs without matrix

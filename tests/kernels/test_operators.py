@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -173,3 +175,26 @@ def test_show_config(capsys):
     printed = capsys.readouterr().out
     for word in (gk.__version__, torch.__version__, "native", "triton", "reference", "threads"):
         assert word in printed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_device_no_package_is_advised_for_it(capsys):
+    gk.show_config()
+    lines = capsys.readouterr().out.splitlines()
+    for name in ("triton", "cuda"):
+        (line,) = (line for line in lines if line.split()[0] == name)
+        assert "off: torch finds no CUDA device" in line
+        assert "install" not in line
+
+
+def test_a_native_module_with_another_table_is_refused():
+    from gradsel_kernels.adam_item import ITEM_LAYOUT
+    from gradsel_kernels.backends import native
+
+    size, offsets = ITEM_LAYOUT
+    assert native._mismatch(SimpleNamespace(ABI=native.ABI, ADAM_ITEM=ITEM_LAYOUT)) is None
+    swapped = {**offsets, "step": offsets["seed"], "seed": offsets["step"]}
+    reason = native._mismatch(SimpleNamespace(ABI=native.ABI, ADAM_ITEM=(size, swapped)))
+    assert "another AdamItem" in reason
+    assert "install again" in reason
+    assert f"not {native.ABI}" in native._mismatch(SimpleNamespace())

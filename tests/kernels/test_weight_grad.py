@@ -332,7 +332,7 @@ def popular(rows: int, n: int, k: int) -> Tensor:
 
 
 def test_union_of_groups():
-    from gradsel_kernels.backends import panels
+    from gradsel_kernels import panels
 
     rows, n, k = 700, 400, 5
     grad_output, input = inputs(40, rows, n)
@@ -350,7 +350,7 @@ def test_union_of_groups():
 
 @pytest.mark.parametrize("rows", [30, 700])
 def test_union_notices_changed_columns(rows):
-    from gradsel_kernels.backends import panels
+    from gradsel_kernels import panels
 
     grad_output, input = inputs(40, rows, 400)
     cols = popular(rows, 400, 5)
@@ -370,7 +370,7 @@ def test_union_notices_changed_columns(rows):
 
 @pytest.mark.parametrize("strategy", ["union", "tile"])
 def test_no_panel_is_as_large_as_the_weight(monkeypatch, strategy):
-    from gradsel_kernels.backends import panels
+    from gradsel_kernels import panels
 
     sizes = []
     product = panels._product

@@ -16,7 +16,7 @@ import triton.language as tl
 
 import gradsel_kernels.triton as device_code
 from gradsel_kernels._checks import Layout
-from gradsel_kernels.triton import adam, bitmask, rows, topk, weight_grad
+from gradsel_kernels.triton import adam, adam_device, bitmask, rows, topk, weight_grad
 
 AMPERE, HOPPER, BLACKWELL = 80, 90, 100
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -92,16 +92,16 @@ def adam_case(
     linear: bool = False,
     values: bool = False,
     amsgrad: bool = False,
-    decay: tl.constexpr = adam._NO_DECAY,
-    anchor: tl.constexpr = adam._NO_ANCHOR,
-    rounding: tl.constexpr = adam._TO_NEAREST,
+    decay: tl.constexpr = adam_device.NO_DECAY,
+    anchor: tl.constexpr = adam_device.NO_ANCHOR,
+    rounding: tl.constexpr = adam_device.TO_NEAREST,
     moment: str | None = None,
     scaler: bool = False,
     targets=(HOPPER,),
 ) -> Case:
     scalars = dict.fromkeys(("lerp_weight", "beta2", "square_weight", "eps", "decay", "pull"), "fp64")
     types = {"table": "*i64", "tiles": "*i32", "corrections": "*fp64", **scalars}
-    optional = {"keys": ("*i64", rounding is adam._STOCHASTIC)}
+    optional = {"keys": ("*i64", rounding is adam_device.STOCHASTIC)}
     optional |= dict.fromkeys(("grad_scale", "found_inf"), ("*fp32", scaler))
     types |= {name: pointer for name, (pointer, passed) in optional.items() if passed}
     constants = {
@@ -121,12 +121,12 @@ def adam_case(
     }
     divisible = tuple(name for name in types if types[name][0] == "*")
     if layout == Layout.BITS:
-        kernel = adam._step_bits
+        kernel = adam_device.step_bits
         types["starts"] = "*i64"
         divisible += ("starts",)
         constants |= {"WORDS": adam.TILE_WORDS, "BATCH": adam.BATCH}
     else:
-        kernel = adam._step
+        kernel = adam_device.step
         constants |= {"INDEX": tl.int32, "LAYOUT": int(layout), "LINEAR": linear, "HAS_WEIGHT": True}
         constants["ENTRIES"] = adam.ENTRIES
     name = f"{layout.name}-{weight}-{moment or state}"
@@ -138,7 +138,7 @@ def adam_case(
         types,
         constants,
         divisible,
-        adam._OPTIONS,
+        adam.COMPILER_OPTIONS,
         # The entries of a batch start anywhere, and four of 16 bits are 8 bytes.
         vectors=layout != Layout.BITS and not (moment == "bf16" and layout == Layout.ALL and weight != "fp32"),
         threads=512,
@@ -156,7 +156,7 @@ def advance_case(*, stochastic: bool, scaler: bool) -> Case:
         else:
             constants[name] = None
     return Case(
-        adam._advance,
+        adam_device.advance,
         "float32-steps" + "-stochastic" * stochastic + "-scaler" * scaler,
         types,
         constants,
@@ -263,15 +263,15 @@ CASES = [
     topk_case(3072, 1, "bf16", transposed=True),
     topk_case(3072, 8, "fp32", transposed=True, targets=EVERYWHERE),
     topk_case(3072, 64, "fp32", transposed=True),
-    adam_case(Layout.ALL, "fp32", compact=True, linear=True, decay=adam._DECOUPLED_DECAY, targets=EVERYWHERE),
-    adam_case(Layout.ALL, "bf16", compact=False, values=True, amsgrad=True, decay=adam._L2_DECAY),
+    adam_case(Layout.ALL, "fp32", compact=True, linear=True, decay=adam_device.DECOUPLED_DECAY, targets=EVERYWHERE),
+    adam_case(Layout.ALL, "bf16", compact=False, values=True, amsgrad=True, decay=adam_device.L2_DECAY),
     adam_case(Layout.COLS, "fp32", compact=True),
     adam_case(Layout.COLS, "bf16", compact=True, values=True, targets=EVERYWHERE),
     adam_case(Layout.FLAT, "fp64", "fp64", compact=False, linear=True, amsgrad=True),
     adam_case(Layout.BITS, "fp32", compact=False),
     adam_case(Layout.BITS, "bf16", compact=True, values=True, targets=EVERYWHERE),
-    adam_case(Layout.ALL, "fp32", compact=True, linear=True, anchor=adam._L2_ANCHOR),
-    adam_case(Layout.COLS, "bf16", compact=True, values=True, anchor=adam._L1_ANCHOR),
+    adam_case(Layout.ALL, "fp32", compact=True, linear=True, anchor=adam_device.L2_ANCHOR),
+    adam_case(Layout.COLS, "bf16", compact=True, values=True, anchor=adam_device.L1_ANCHOR),
     adam_case(
         Layout.FLAT,
         "fp64",
@@ -279,8 +279,8 @@ CASES = [
         compact=False,
         linear=True,
         amsgrad=True,
-        decay=adam._L2_DECAY,
-        anchor=adam._DECOUPLED_L1_ANCHOR,
+        decay=adam_device.L2_DECAY,
+        anchor=adam_device.DECOUPLED_L1_ANCHOR,
         targets=EVERYWHERE,
     ),
     adam_case(
@@ -289,28 +289,36 @@ CASES = [
         compact=True,
         values=True,
         amsgrad=True,
-        anchor=adam._DECOUPLED_L2_ANCHOR,
+        anchor=adam_device.DECOUPLED_L2_ANCHOR,
         targets=EVERYWHERE,
     ),
     adam_case(Layout.ALL, "fp32", compact=True, linear=True, scaler=True, moment="bf16"),
-    adam_case(Layout.COLS, "bf16", compact=True, rounding=adam._STOCHASTIC, scaler=True, targets=EVERYWHERE),
-    adam_case(Layout.ALL, "fp16", compact=True, linear=True, amsgrad=True, rounding=adam._STOCHASTIC, moment="bf16"),
+    adam_case(Layout.COLS, "bf16", compact=True, rounding=adam_device.STOCHASTIC, scaler=True, targets=EVERYWHERE),
     adam_case(
-        Layout.FLAT, "fp16", compact=False, linear=True, rounding=adam._COMPENSATED, anchor=adam._L2_ANCHOR, scaler=True
+        Layout.ALL, "fp16", compact=True, linear=True, amsgrad=True, rounding=adam_device.STOCHASTIC, moment="bf16"
+    ),
+    adam_case(
+        Layout.FLAT,
+        "fp16",
+        compact=False,
+        linear=True,
+        rounding=adam_device.COMPENSATED,
+        anchor=adam_device.L2_ANCHOR,
+        scaler=True,
     ),
     adam_case(
         Layout.BITS,
         "fp16",
         compact=False,
         amsgrad=True,
-        decay=adam._L2_DECAY,
-        anchor=adam._DECOUPLED_L1_ANCHOR,
-        rounding=adam._STOCHASTIC,
+        decay=adam_device.L2_DECAY,
+        anchor=adam_device.DECOUPLED_L1_ANCHOR,
+        rounding=adam_device.STOCHASTIC,
         moment="bf16",
         scaler=True,
         targets=EVERYWHERE,
     ),
-    adam_case(Layout.BITS, "bf16", compact=True, amsgrad=True, rounding=adam._COMPENSATED, moment="bf16"),
+    adam_case(Layout.BITS, "bf16", compact=True, amsgrad=True, rounding=adam_device.COMPENSATED, moment="bf16"),
     *(sums_case(weight_grad._gather, dtype, k) for dtype in ("fp32", "bf16", "fp16") for k in (1, 3)),
     sums_case(weight_grad._gather, "bf16", 1, bias=True, targets=EVERYWHERE),
     sums_case(weight_grad._gather, "fp32", 8, bias=True, offsets=True),
@@ -327,7 +335,7 @@ CASES = [
     advance_case(stochastic=False, scaler=False),
     advance_case(stochastic=True, scaler=True),
     Case(
-        adam._count_bits,
+        adam_device.count_bits,
         "words",
         {"table": "*i64", "tiles": "*i32", "counts": "*i32"},
         {"ALIGNED": True, "WORDS": adam.TILE_WORDS},
@@ -360,7 +368,7 @@ CASES = [
         {"num_warps": 4},
     ),
     Case(
-        rows._gather,
+        rows._gather_rows,
         "k4-bf16",
         {"weight": "*bf16", "cols": "*i32", "out": "*bf16", **SIZES},
         {"ROWS": rows.ENTRIES // 4, "K": 4, "BITS": 16, "NAN": 0x7FC0},
@@ -368,7 +376,7 @@ CASES = [
         {"num_warps": 4},
     ),
     Case(
-        rows._scatter,
+        rows._scatter_rows,
         "k4-fp32-to-bf16",
         {"weight": "*bf16", "cols": "*i32", "values": "*fp32", **SIZES, **dict.fromkeys(VALUES_STRIDES, "i32")},
         {"ROWS": rows.ENTRIES // 4, "K": 4},

@@ -8,6 +8,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from gradsel_kernels._checks import Layout
+from gradsel_kernels.adam_call import records
 from gradsel_kernels.triton import adam, weight_grad
 from tests.triton_compile.cases import HOPPER, jit_functions
 
@@ -56,7 +57,7 @@ def test_a_new_step_compiles_nothing(compilations):
         def zeros() -> list[torch.Tensor]:
             return [torch.zeros(rows, 8) for _ in range(count)]
 
-        adam.masked_adam_(
+        adam.masked_adam_(*records(
             [torch.zeros(rows, 48).half() for _ in range(count)], [], zeros(), zeros(), zeros(), [], zeros(),
             [torch.zeros(()) for _ in range(count)],
             [torch.zeros(rows, 8, dtype=torch.int32) for _ in range(count)],
@@ -65,13 +66,13 @@ def test_a_new_step_compiles_nothing(compilations):
             anchor=lr + 1, anchor_l1=False, anchor_decoupled=False,
             grad_scale=torch.full((), lr), found_inf=torch.full((), lr),
             seeds=[int(2.0**40 * lr)] * count, stochastic=[True] * count,
-        )  # fmt: skip
+        ))  # fmt: skip
 
     step(1e-3, 3, 32)
-    assert compilations == ["_advance", "_step"]
+    assert compilations == ["advance", "step"]
     for lr, count, rows_ in ((1.0, 1, 32), (0.0, 16, 64), (16.0, 17, 1000)):
         step(lr, count, rows_)
-    assert compilations == ["_advance", "_step"]
+    assert compilations == ["advance", "step"]
 
 
 @pytest.mark.parametrize(("strategy", "kernel"), [("gather", "_gather"), ("tile", "_tile")])

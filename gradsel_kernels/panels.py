@@ -1,8 +1,8 @@
-"""Selected weight gradients by dense products, a panel of rows at a time: plain torch, for any device.
+"""Selected weight gradients by dense products, one panel of rows at a time: plain torch, for any device.
 
-A dense product multiplies rows x columns x tokens numbers where the selection needs nnz x tokens, but takes a fraction
-of the time for each. Panels are dropped as soon as their selected entries are taken, so that nothing as large as the
-gradient of the whole weight ever exists. Indices are trusted here.
+A dense product takes rows x columns x tokens multiplications where the selection needs nnz x tokens, but each takes a
+fraction of the time. A panel is dropped once its selected entries are taken, so nothing as large as the gradient of the
+whole weight ever exists. Indices are trusted here.
 """
 
 from __future__ import annotations
@@ -16,31 +16,33 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from gradsel_kernels._checks import sum_dtype
 
-#: Most elements of a panel, and fewest panels: large products are fast, small ones take little memory.
+#: The most elements in a panel, and the fewest panels: large products are fast, small ones take little memory.
 PANEL_SIZE, PANELS = 2**20, 4
 #: Groups of rows that :func:`union` tries.
 GROUPS = 8
-#: Multiplications that take as long as copying one element; groups must save more than this for each element that they
-#: copy. Measured in float32 on a Zen 4 with AVX-512: 50, at 0.02 ns for a multiplication and 1 ns for a copy.
+#: Multiplications that take as long as copying one element: groups must save more than this for each element they copy.
+#: Measured in float32 on a Zen 4 with AVX-512: 50, from 0.02 ns for a multiplication and 1 ns for a copy.
 COPY = 64
-#: Tokens converted to float32 at once on the CPU, where products of half precision are rounded to it.
+#: Tokens converted to float32 at a time on the CPU, where products of 16-bit tensors are rounded to 16 bits.
 TOKENS = 4096
 
 
 class _Panel(NamedTuple):
-    """One dense product. Rows and entries are counted in the order of the plan."""
+    """One dense product. Rows and entries are numbered in the order of the plan."""
 
     rows: slice
     entries: slice
-    columns: Tensor | None  #: those of the product; None: all
-    picks: Tensor  #: int32, where in the product its entries are
+    columns: Tensor | None  #: of the product; None: all
+    picks: Tensor  #: int32, the places of its entries in the product
 
 
-class _Plan(NamedTuple):
+class _PanelPlan(NamedTuple):
+    """What :func:`union` multiplies, and in which order."""
+
     panels: list[_Panel]
-    rows: Tensor | None  #: their order; None: as they are
-    entries: Tensor | None  #: likewise
-    made_for: tuple[int, Tensor | None, int]  #: version of cols, row_offsets, and version of these
+    rows: Tensor | None  #: the order of the rows; None: as they are
+    entries: Tensor | None  #: the order of the entries, likewise
+    made_for: tuple[int, Tensor | None, int]  #: the version of cols, row_offsets, and the version of row_offsets
 
 
 _plans = WeakIdKeyDictionary()
@@ -49,7 +51,7 @@ _plans = WeakIdKeyDictionary()
 def union(grad_output: Tensor, input: Tensor, cols: Tensor, row_offsets: Tensor | None) -> Tensor:
     """Multiplies the columns that any row uses or, where that saves enough, those that any row of a group uses.
 
-    What to multiply depends on ``cols`` and ``row_offsets`` alone; it is kept for as long as ``cols`` lives unchanged.
+    What to multiply depends on ``cols`` and ``row_offsets`` alone, so it is kept while ``cols`` lives unchanged.
     """
     plan = _plan(cols, row_offsets)
     grad = _run(grad_output, input, plan.panels, cols.numel(), plan.rows)
@@ -125,9 +127,11 @@ def _cut(first: Tensor, begin: int, end: int, columns: Tensor | None, width: int
         yield _Panel(rows, entries, columns, picks.add_(slots[entries]))
 
 
-def _plan(cols: Tensor, row_offsets: Tensor | None) -> _Plan:
+def _plan(cols: Tensor, row_offsets: Tensor | None) -> _PanelPlan:
     if cols.is_inference() or (row_offsets is not None and row_offsets.is_inference()):
-        return _new_plan(cols, row_offsets, (0, None, 0))  # not kept: such tensors do not tell that they have changed
+        return _new_plan(
+            cols, row_offsets, (0, None, 0)
+        )  # not kept: such tensors have no version that tells of changes
     made_for = (cols._version, row_offsets, 0 if row_offsets is None else row_offsets._version)
     plan = _plans.get(cols)
     if plan is None or plan.made_for[::2] != made_for[::2] or plan.made_for[1] is not row_offsets:
@@ -135,14 +139,14 @@ def _plan(cols: Tensor, row_offsets: Tensor | None) -> _Plan:
     return plan
 
 
-def _new_plan(cols: Tensor, row_offsets: Tensor | None, made_for: tuple[int, Tensor | None, int]) -> _Plan:
+def _new_plan(cols: Tensor, row_offsets: Tensor | None, made_for: tuple[int, Tensor | None, int]) -> _PanelPlan:
     first = _first_entries(cols, row_offsets)
     used, slots, popularity = cols.reshape(-1).unique(return_inverse=True, return_counts=True)
     row = _rows_of_entries(first)
     order = _order(row, slots, popularity, first.shape[0] - 1)
     if order is None:
         panels = list(_cut(first, 0, first.shape[0] - 1, used, used.shape[0], slots))
-        return _Plan(panels, None, None, made_for)
+        return _PanelPlan(panels, None, None, made_for)
     entries = order.argsort()[row].argsort(stable=True)
     slots = slots[entries]
     first = torch.cat([first[:1], first.diff()[order].cumsum(0)])
@@ -153,11 +157,11 @@ def _new_plan(cols: Tensor, row_offsets: Tensor | None, made_for: tuple[int, Ten
         group_slots, slots[inside] = slots[inside].unique(return_inverse=True)
         panels += _cut(first, begin, end, used[group_slots], group_slots.shape[0], slots)
         begin = end
-    return _Plan(panels, order, entries, made_for)
+    return _PanelPlan(panels, order, entries, made_for)
 
 
 def _order(row: Tensor, slots: Tensor, popularity: Tensor, rows: int) -> Tensor | None:
-    """Rows by the least popular column that they use, for :data:`GROUPS` groups; None where these save too little.
+    """Rows by the least popular column that they use, for :data:`GROUPS` groups; None if groups save too little.
 
     All groups but the first then do without the columns that few rows use.
     """

@@ -1,0 +1,407 @@
+"""Device code of masked Adam: the arithmetic of a step, and the kernels that apply it to the tiles of a table.
+
+The table has one line for each tensor: its AdamItem, and the number of its first tile. A list names the tensor of
+every tile.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from gradsel_kernels._checks import Layout
+from gradsel_kernels.adam_item import ITEM_WORDS, WORD_OF
+from gradsel_kernels.triton.common import convert, div_rn, fma, popcount, sqrt_rn
+
+_ALL = tl.constexpr(int(Layout.ALL))
+_COLS = tl.constexpr(int(Layout.COLS))
+
+# Columns of the table, all int64. Strides are in elements.
+_WEIGHT = tl.constexpr(WORD_OF["weight"])
+_VALUES = tl.constexpr(WORD_OF["values"])
+_GRAD = tl.constexpr(WORD_OF["grad"])
+_EXP_AVG = tl.constexpr(WORD_OF["exp_avg"])
+_EXP_AVG_SQ = tl.constexpr(WORD_OF["exp_avg_sq"])
+_MAX_EXP_AVG_SQ = tl.constexpr(WORD_OF["max_exp_avg_sq"])
+_ORIGINAL = tl.constexpr(WORD_OF["original"])
+_INDEX = tl.constexpr(WORD_OF["index"])
+_COMPENSATION = tl.constexpr(WORD_OF["compensation"])
+_STEP = tl.constexpr(WORD_OF["step"])
+_SEED = tl.constexpr(WORD_OF["seed"])
+_NNZ = tl.constexpr(WORD_OF["nnz"])
+_ROWS = tl.constexpr(WORD_OF["rows"])
+_COLUMNS = tl.constexpr(WORD_OF["cols"])
+_INDEX_WIDTH = tl.constexpr(WORD_OF["index_width"])
+_WEIGHT_ROW = tl.constexpr(WORD_OF["weight_row_stride"])
+_WEIGHT_COL = tl.constexpr(WORD_OF["weight_col_stride"])
+_GRAD_ROW = tl.constexpr(WORD_OF["grad_row_stride"])
+_GRAD_COL = tl.constexpr(WORD_OF["grad_col_stride"])
+_FIRST_TILE = tl.constexpr(ITEM_WORDS)
+_FIELDS = tl.constexpr(ITEM_WORDS + 1)
+
+NO_DECAY = tl.constexpr(0)
+L2_DECAY = tl.constexpr(1)
+DECOUPLED_DECAY = tl.constexpr(2)
+
+NO_ANCHOR = tl.constexpr(0)
+L2_ANCHOR = tl.constexpr(1)
+L1_ANCHOR = tl.constexpr(2)
+DECOUPLED_L2_ANCHOR = tl.constexpr(3)
+DECOUPLED_L1_ANCHOR = tl.constexpr(4)
+
+# How the weight receives its new value.
+TO_NEAREST = tl.constexpr(0)
+STOCHASTIC = tl.constexpr(1)
+COMPENSATED = tl.constexpr(2)
+
+
+@triton.jit
+def pull_math(p, g, original, pull, ANCHOR: tl.constexpr):
+    """The anchor's contribution to the gradient or the parameter, as in the specification.
+
+    ``pull`` multiplies the gap or its sign (L1), in the gradient (coupled) or in the step (decoupled).
+    """
+    gap = p - original
+    sign = (gap > 0).to(gap.dtype) - (gap < 0).to(gap.dtype)  # 0 for NaN, as torch.sign
+    if ANCHOR == L2_ANCHOR:
+        g = fma(gap, pull, g)
+    if ANCHOR == L1_ANCHOR:
+        g = fma(sign, pull, g)
+    if ANCHOR == DECOUPLED_L2_ANCHOR:
+        p = fma(gap, -pull, p)
+    if ANCHOR == DECOUPLED_L1_ANCHOR:
+        p = tl.where(tl.abs(gap) <= pull, original, fma(sign, -pull, p))
+    return p, g
+
+
+@triton.jit
+def adam_math(
+    p, g, m, v, v_max, original, step_size, root_of_correction, lerp_weight, beta2, square_weight, eps, decay, pull,
+    AMSGRAD: tl.constexpr, DECAY: tl.constexpr, MAXIMIZE: tl.constexpr, ANCHOR: tl.constexpr,
+):  # fmt: skip
+    """One step in the order of torch's single-tensor Adam: each fma is one of torch's, and all else is rounded.
+
+    ``decay`` is the weight decay (L2), or the factor that it leaves, 1 - lr * weight_decay (decoupled). ``pull`` is
+    that of :func:`pull_math`.
+    """
+    if MAXIMIZE:
+        g = -g
+    if DECAY == L2_DECAY:
+        g = fma(decay, p, g)
+    if DECAY == DECOUPLED_DECAY:
+        p = p * decay
+    if ANCHOR != NO_ANCHOR:
+        p, g = pull_math(p, g, original, pull, ANCHOR)
+    gap = g - m
+    m = tl.where(tl.abs(lerp_weight) < 0.5, fma(lerp_weight, gap, m), fma(lerp_weight - 1.0, gap, g))
+    v = fma(square_weight * g, g, beta2 * v)
+    second_moment = v
+    if AMSGRAD:
+        v_max = tl.where((v > v_max) | (v != v), v, v_max)  # NaN on either side stays
+        second_moment = v_max
+    denominator = div_rn(sqrt_rn(second_moment), root_of_correction) + eps
+    p = p + div_rn(-step_size * m, denominator)
+    return p, m, v, v_max
+
+
+@triton.jit
+def mix(x):
+    """The specification's bijection of uint32."""
+    x = (x ^ (x >> 16)) * 0x21F0AAAD
+    x = (x ^ (x >> 15)) * 0x735A2D97
+    return x ^ (x >> 15)
+
+
+@triton.jit
+def _random_keys(seed, t):
+    """The specification's keys of seeds and steps, both int64: the first in the low 32 bits, the second in the high."""
+    low = mix(seed.to(tl.uint32))
+    high = mix((seed >> 32).to(tl.uint32) ^ low)
+    first = mix(t.to(tl.uint32) ^ low)
+    second = mix((-1 - t).to(tl.uint32) ^ high)
+    return first.to(tl.int64) | (second.to(tl.int64) << 32)
+
+
+@triton.jit
+def round_stochastically(x, entry, keys, DTYPE: tl.constexpr):
+    """float32 moved to one of its neighbours in bfloat16 or float16, bit for bit as in the specification."""
+    word = mix(mix(entry.to(tl.uint32) ^ keys.to(tl.uint32)) ^ (entry >> 32).to(tl.uint32) ^ (keys >> 32).to(tl.uint32))
+    bits = x.to(tl.uint32, bitcast=True)
+    DROPPED: tl.constexpr = 16 if DTYPE == tl.bfloat16 else 13  # noqa: SIM300
+    rounded = ((bits >> DROPPED) + (word < (bits << (32 - DROPPED))).to(tl.uint32)) << DROPPED
+    if DTYPE == tl.float16:  # noqa: SIM300
+        # Below 2**-14 the numbers are the multiples of 2**-24; all products and differences here are exact.
+        small = tl.abs(x) < 6.103515625e-05
+        multiple = tl.where(small, tl.abs(x), 0.0) * 16777216.0
+        whole = multiple.to(tl.int32)
+        fraction = ((multiple - whole.to(tl.float32)) * 4294967296.0).to(tl.uint32)
+        tiny = (whole + (word < fraction).to(tl.int32)).to(tl.float32) * 5.9604644775390625e-08
+        rounded = tl.where(small, tiny.to(tl.uint32, bitcast=True) | (bits & 0x80000000), rounded)
+    return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)  # a NaN would carry into the sign
+
+
+@triton.jit
+def _product(a, a_low, b, b_low):
+    """Product of two unevaluated sums of two doubles, as another such sum."""
+    high = a * b
+    low = fma(a, b, -high) + (a * b_low + a_low * b)
+    total = high + low
+    return total, low - (total - high)
+
+
+@triton.jit
+def _power(base, exponent):
+    """base ** exponent for int64 exponents, correctly rounded in all but the rarest cases.
+
+    In the first steps 1 - beta**t cancels: an error of one unit in the last place of the power would become thousands
+    in the update, so exp(t * log(beta)) in double precision is not enough for float64 states.
+    """
+    result = base * 0.0 + 1.0
+    result_low = base * 0.0
+    square = base
+    square_low = base * 0.0
+    while tl.max(exponent, axis=0) > 0:
+        odd = (exponent & 1) == 1
+        high, low = _product(result, result_low, square, square_low)
+        result = tl.where(odd, high, result)
+        result_low = tl.where(odd, low, result_low)
+        square, square_low = _product(square, square_low, square, square_low)
+        exponent = exponent >> 1
+    return result
+
+
+@triton.jit
+def _allowed(valid, found_inf):
+    """Nothing is valid if gradients overflowed: the host would have to wait for that to skip the launch."""
+    if found_inf is not None:
+        valid = tl.where(tl.load(found_inf) == 0, valid, False)  # the interpreter cannot & with a scalar
+    return valid
+
+
+@triton.jit(do_not_specialize=["count"])
+def advance(
+    table, corrections, keys, found_inf, count, lr: tl.float64, beta1: tl.float64, beta2: tl.float64,
+    STEP: tl.constexpr, TENSORS: tl.constexpr,
+):  # fmt: skip
+    """Counts the steps and writes each tensor's (step size, root of the second correction) in float64.
+
+    If there are ``keys``, it writes the random keys of the step, too.
+    """
+    i = tl.program_id(0) * TENSORS + tl.arange(0, TENSORS)
+    valid = _allowed(i < count, found_inf)
+    address = tl.load(table + i * _FIELDS + _STEP, mask=valid, other=0).to(tl.pointer_type(STEP))
+    step = tl.load(address, mask=valid, other=0.0) + 1.0
+    tl.store(address, step, mask=valid)
+    t = step.to(tl.int64)
+    zero = tl.zeros([TENSORS], tl.float64)
+    step_size = (zero + tl.full((), lr, tl.float64)) / (1.0 - _power(zero + tl.full((), beta1, tl.float64), t))
+    root = tl.sqrt(1.0 - _power(zero + tl.full((), beta2, tl.float64), t))
+    tl.store(corrections + 2 * i, step_size, mask=valid)
+    tl.store(corrections + 2 * i + 1, root, mask=valid)
+    if keys is not None:
+        seed = tl.load(table + i * _FIELDS + _SEED, mask=valid, other=0)
+        tl.store(keys + i, _random_keys(seed, t), mask=valid)
+
+
+@triton.jit
+def _vector(table, FIELD: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """A field of a tensor's line as a pointer to a contiguous vector."""
+    pointer = tl.load(table + FIELD).to(tl.pointer_type(DTYPE))
+    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
+
+
+@triton.jit
+def _update(
+    item, tensor, corrections, keys, grad_scale, entry, weight_offset, grad_offset, valid, inside,
+    lerp_weight, beta2, square_weight, eps, decay, pull,
+    WEIGHT: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, MOMENT: tl.constexpr, COMPACT: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_VALUES: tl.constexpr, ROUNDING: tl.constexpr,
+    ALIGNED: tl.constexpr, AMSGRAD: tl.constexpr, DECAY: tl.constexpr, MAXIMIZE: tl.constexpr, ANCHOR: tl.constexpr,
+):  # fmt: skip
+    """Loads, updates and stores the entries of one tile, given their numbers in mask order and their offsets.
+
+    Computes in STATE; moments are stored as MOMENT.
+
+    ``valid`` entries exist, and those ``inside`` lie in the weight. State is read and written for all that exist, and
+    keeps its value where an offset is outside: a mask that differs from lane to lane would forbid vector accesses.
+    """
+    exp_avg = _vector(item, _EXP_AVG, MOMENT, ALIGNED) + entry
+    exp_avg_sq = _vector(item, _EXP_AVG_SQ, MOMENT, ALIGNED) + entry
+    m = convert(tl.load(exp_avg, mask=valid, other=0.0), STATE)
+    v = convert(tl.load(exp_avg_sq, mask=valid, other=0.0), STATE)
+    v_max = v
+    if AMSGRAD:
+        max_exp_avg_sq = _vector(item, _MAX_EXP_AVG_SQ, MOMENT, ALIGNED) + entry
+        v_max = convert(tl.load(max_exp_avg_sq, mask=valid, other=0.0), STATE)
+    g = convert(tl.load(_vector(item, _GRAD, GRAD, ALIGNED) + grad_offset, mask=valid if COMPACT else inside), STATE)
+    if grad_scale is not None:
+        g = div_rn(g, tl.load(grad_scale).to(STATE))
+    if HAS_WEIGHT:
+        weight = _vector(item, _WEIGHT, WEIGHT, ALIGNED) + weight_offset
+    if HAS_VALUES:
+        values = _vector(item, _VALUES, STATE, ALIGNED) + entry
+        p = tl.load(values, mask=valid, other=0.0)
+    else:
+        p = convert(tl.load(weight, mask=inside), STATE)
+    if ROUNDING == COMPENSATED:
+        compensation = _vector(item, _COMPENSATION, WEIGHT, ALIGNED) + entry
+        kept = tl.load(compensation, mask=valid, other=0.0)
+        p += convert(kept, STATE)
+    original = p
+    if ANCHOR != NO_ANCHOR:
+        original = tl.load(_vector(item, _ORIGINAL, STATE, ALIGNED) + entry, mask=valid, other=0.0)
+
+    new_p, new_m, new_v, new_v_max = adam_math(
+        p, g, m, v, v_max, original,
+        tl.load(corrections + 2 * tensor).to(STATE), tl.load(corrections + 2 * tensor + 1).to(STATE),
+        tl.full((), lerp_weight, STATE), tl.full((), beta2, STATE), tl.full((), square_weight, STATE),
+        tl.full((), eps, STATE), tl.full((), decay, STATE), tl.full((), pull, STATE), AMSGRAD, DECAY, MAXIMIZE, ANCHOR,
+    )  # fmt: skip
+
+    tl.store(exp_avg, convert(tl.where(inside, new_m, m), MOMENT), mask=valid)
+    tl.store(exp_avg_sq, convert(tl.where(inside, new_v, v), MOMENT), mask=valid)
+    if AMSGRAD:
+        tl.store(max_exp_avg_sq, convert(tl.where(inside, new_v_max, v_max), MOMENT), mask=valid)
+    if HAS_VALUES:
+        tl.store(values, tl.where(inside, new_p, p), mask=valid)
+    if ROUNDING == STOCHASTIC:
+        new_p = round_stochastically(new_p, entry, tl.load(keys + tensor), WEIGHT)
+    if HAS_WEIGHT:
+        rounded = convert(new_p, WEIGHT)
+        tl.store(weight, rounded, mask=inside)
+    if ROUNDING == COMPENSATED:
+        lost = new_p - convert(rounded, STATE)
+        lost = convert(tl.where(tl.abs(lost) < float("inf"), lost, 0.0), WEIGHT)
+        tl.store(compensation, tl.where(inside, lost, kept), mask=valid)
+
+
+@triton.jit
+def step(
+    table, tiles, corrections, keys, grad_scale, found_inf, lerp_weight: tl.float64, beta2: tl.float64,
+    square_weight: tl.float64, eps: tl.float64, decay: tl.float64, pull: tl.float64,
+    WEIGHT: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, MOMENT: tl.constexpr, INDEX: tl.constexpr,
+    LAYOUT: tl.constexpr, COMPACT: tl.constexpr, LINEAR: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    HAS_VALUES: tl.constexpr, ROUNDING: tl.constexpr,
+    ALIGNED: tl.constexpr, AMSGRAD: tl.constexpr, DECAY: tl.constexpr, MAXIMIZE: tl.constexpr, ANCHOR: tl.constexpr,
+    ENTRIES: tl.constexpr,
+):  # fmt: skip
+    """One tile of a tensor in the layout ALL, COLS or FLAT.
+
+    COMPACT: the gradient is in mask order. LINEAR: what is not compact is at its flat index, row * cols + col.
+    """
+    tile = tl.program_id(0)
+    tensor = tl.load(tiles + tile)
+    item = table + tensor * _FIELDS
+    first = (tile - tl.load(item + _FIRST_TILE)) * ENTRIES
+    lane = tl.arange(0, ENTRIES)
+    entry = first + lane
+    nnz = tl.load(item + _NNZ)
+    if ALIGNED:
+        nnz = nnz // 16 * 16  # unchanged; the compiler learns that no vector straddles the end (a load takes no hint)
+    valid = _allowed(entry < nnz, found_inf)
+    inside = valid
+    weight_offset = entry
+    grad_offset = entry
+    if LAYOUT == _COLS:
+        # One division in 64 bits finds the row of the first entry; those of the lanes take 32.
+        k = tl.load(item + _INDEX_WIDTH)
+        lane_in_row = (first % k).to(tl.uint32) + lane.to(tl.uint32)
+        row = first // k + (lane_in_row // k.to(tl.uint32)).to(tl.int64)
+        col = tl.load(_vector(item, _INDEX, INDEX, ALIGNED) + entry, mask=valid, other=-1).to(tl.int64)
+        inside = (col >= 0) & (col < tl.load(item + _COLUMNS))
+    elif not (LAYOUT == _ALL and LINEAR):
+        columns = tl.load(item + _COLUMNS)
+        flat = entry
+        if LAYOUT != _ALL:
+            flat = tl.load(_vector(item, _INDEX, INDEX, ALIGNED) + entry, mask=valid, other=-1).to(tl.int64)
+            inside = (flat >= 0) & (flat < tl.load(item + _ROWS) * columns)
+        if LINEAR:
+            weight_offset = flat
+            if not COMPACT:
+                grad_offset = flat
+        else:
+            row = flat // columns
+            col = flat % columns
+    if LAYOUT == _COLS or not LINEAR:
+        weight_offset = row * tl.load(item + _WEIGHT_ROW) + col * tl.load(item + _WEIGHT_COL)
+        if not COMPACT:
+            grad_offset = row * tl.load(item + _GRAD_ROW) + col * tl.load(item + _GRAD_COL)
+    _update(
+        item, tensor, corrections, keys, grad_scale, entry, weight_offset, grad_offset, valid, inside,
+        lerp_weight, beta2, square_weight, eps, decay, pull,
+        WEIGHT, GRAD, STATE, MOMENT, COMPACT, HAS_WEIGHT, HAS_VALUES, ROUNDING, ALIGNED, AMSGRAD, DECAY, MAXIMIZE,
+        ANCHOR,
+    )  # fmt: skip
+
+
+@triton.jit
+def _tile_of_words(table, tiles, ALIGNED: tl.constexpr, WORDS: tl.constexpr):
+    """The line of this program's tensor, the number of its first word (rows one after the other), and its words."""
+    tile = tl.program_id(0)
+    item = table + tl.load(tiles + tile) * _FIELDS
+    first = (tile - tl.load(item + _FIRST_TILE)) * WORDS
+    word = first + tl.arange(0, WORDS)
+    valid = word < tl.load(item + _ROWS) * tl.load(item + _INDEX_WIDTH)
+    return item, first, tl.load(_vector(item, _INDEX, tl.int32, ALIGNED) + word, mask=valid, other=0)
+
+
+@triton.jit
+def count_bits(table, tiles, counts, ALIGNED: tl.constexpr, WORDS: tl.constexpr):
+    _, _, word = _tile_of_words(table, tiles, ALIGNED, WORDS)
+    tl.store(counts + tl.program_id(0), tl.sum(popcount(word), axis=0))
+
+
+@triton.jit
+def step_bits(
+    table, tiles, corrections, keys, grad_scale, found_inf, starts, lerp_weight: tl.float64, beta2: tl.float64,
+    square_weight: tl.float64, eps: tl.float64, decay: tl.float64, pull: tl.float64,
+    WEIGHT: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, MOMENT: tl.constexpr, COMPACT: tl.constexpr,
+    HAS_VALUES: tl.constexpr, ROUNDING: tl.constexpr,
+    ALIGNED: tl.constexpr, AMSGRAD: tl.constexpr, DECAY: tl.constexpr, MAXIMIZE: tl.constexpr, ANCHOR: tl.constexpr,
+    WORDS: tl.constexpr, BATCH: tl.constexpr,
+):  # fmt: skip
+    """One tile of a packed mask: lane i of a batch looks up the i-th set bit, so no lane idles on a zero.
+
+    ``starts`` counts the set bits in all tiles before each one.
+    """
+    item, first, word = _tile_of_words(table, tiles, ALIGNED, WORDS)
+    tensor = tl.load(tiles + tl.program_id(0))
+    count = popcount(word)
+    end = tl.cumsum(count, axis=0)
+    before = tl.load(starts + tl.program_id(0)) - tl.load(starts + tl.load(item + _FIRST_TILE))
+    row_length = tl.load(item + _INDEX_WIDTH)
+    total = tl.sum(count, axis=0)
+    for start in range(0, total, BATCH):
+        rank = start + tl.arange(0, BATCH)
+        # Binary search for the word: the words that end at or before the rank are those that come before it.
+        position = tl.zeros([BATCH], tl.int32)
+        half = WORDS // 2
+        while half > 0:
+            passed = tl.gather(end, position + half - 1, axis=0) <= rank
+            position += tl.where(passed, half, 0)
+            half = half // 2
+        within = rank - (tl.gather(end, position, axis=0) - tl.gather(count, position, axis=0))
+        # And for the bit in it, in halves of 16, 8, 4, 2 and 1.
+        bits = tl.gather(word, position, axis=0).to(tl.uint32, bitcast=True)
+        bit = tl.zeros([BATCH], tl.int32)
+        for shift in tl.static_range(5):
+            width = 16 >> shift
+            low = popcount(((bits >> bit) & ((1 << width) - 1)).to(tl.int32, bitcast=True))
+            above = low <= within
+            within -= tl.where(above, low, 0)
+            bit += tl.where(above, width, 0)
+        flat_word = first + position
+        row = flat_word // row_length
+        col = (flat_word % row_length) * 32 + bit
+        entry = before + rank
+        valid = _allowed((rank < total) & (entry < tl.load(item + _NNZ)), found_inf)
+        inside = valid & (col < tl.load(item + _COLUMNS))
+        weight_offset = row * tl.load(item + _WEIGHT_ROW) + col * tl.load(item + _WEIGHT_COL)
+        grad_offset = entry
+        if not COMPACT:
+            grad_offset = row * tl.load(item + _GRAD_ROW) + col * tl.load(item + _GRAD_COL)
+        _update(
+            item, tensor, corrections, keys, grad_scale, entry, weight_offset, grad_offset, valid, inside,
+            lerp_weight, beta2, square_weight, eps, decay, pull,
+            WEIGHT, GRAD, STATE, MOMENT, COMPACT, True, HAS_VALUES, ROUNDING, ALIGNED, AMSGRAD, DECAY, MAXIMIZE, ANCHOR,
+        )  # fmt: skip
