@@ -33,16 +33,17 @@ clean:
 	rm -rf $(VENV) build *.egg-info gradsel_kernels/_C*.so gradsel_kernels/*.fatbin
 
 # The dependencies, then the package itself (editable) with its extension. Build tools come first, because the
-# package is built without isolation so that a change in csrc/ costs one compilation and no download. On Linux they
-# include nvcc, if there is none: CUDA kernels are compiled on every machine, also where nothing can run them.
+# package is built without isolation: after a change in csrc/ nothing is downloaded, and ninja compiles what includes
+# the changed file. On Linux the tools include nvcc where there is none: CUDA kernels are compiled on every machine,
+# even one that cannot run them.
 $(VENV)/dependencies: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools pybind11 torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools pybind11 ninja torch
 	[ "$$(uname)" != Linux ] || command -v nvcc >/dev/null || \
 		$(BIN)/python -m pip install --quiet --constraint constraints.txt nvidia-cuda-nvcc
 	touch $@
 
 $(VENV)/built: export GRADSEL_REQUIRE_CUDA := $(if $(filter Linux,$(shell uname)),1)
-$(VENV)/built: $(VENV)/dependencies setup.py $(wildcard csrc/* csrc/cuda/*)
+$(VENV)/built: $(VENV)/dependencies setup.py $(shell find csrc -type f)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	touch $@

@@ -3,7 +3,7 @@
 The parts, in order: build (both extensions), tests (tests/gpu and tests/kernels), topk, adam, weight_grad (the
 operators), cost, llama (training steps of whole models), plots, sanitizer (memory errors and races in every kernel;
 last, because it takes long). Nothing is downloaded or installed: the Python that runs this needs torch, triton, pytest
-and setuptools with pybind11.
+and setuptools with pybind11 and ninja.
 
 A run takes at most ``--minutes``. What it has measured is in the results file at once, so the same command again goes
 on where the last one stopped; lines about other sources, another device or another torch are measured anew. No speed is

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 #: Whatever a measured time depends on, and whatever decides about the tests besides.
 MEASURED = ("setup.py", "csrc", "gradsel_kernels", "python")
 TESTED = (*MEASURED, "tests/conftest.py", "tests/gpu", "tests/kernels", "tests/gradsel", "tests/cuda/build.py")
-SOURCES = {".py", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h"}
+SOURCES = {".py", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".inc"}
 #: Columns that :func:`environment` fills.
 ENVIRONMENT = ("device", "driver", "cuda", "torch", "triton", "gradsel_kernels", "source", "date", "command")
 

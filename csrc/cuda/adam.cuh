@@ -8,10 +8,10 @@
 // when nobody reads them any more. Indices are trusted but for memory: an entry outside its tensor is skipped.
 #pragma once
 
-#include "../adam_math.h"
-#include "adam.h"
-#include "device.cuh"
-#include "entries.cuh"
+#include "common/adam_math.h"
+#include "cuda/adam.h"
+#include "cuda/device.cuh"
+#include "cuda/entries.cuh"
 
 namespace gradsel {
 
@@ -71,7 +71,7 @@ __device__ __forceinline__ Kind kind_of(const AdamItem& item) {
 
 // What all threads of a block know about the tensor that they work on.
 template <class T>
-struct Current {
+struct CurrentItem {
   AdamItem item;
   AdamScalars<T> scalars;
   RandomKeys keys;
@@ -84,9 +84,9 @@ using Registers = T[kPerThread];
 
 // The arithmetic of a step, from the gradients as they are.
 template <class T>
-__device__ __forceinline__ void step_entries(const Current<T>& now, Registers<T>& p, Registers<T>& g, Registers<T>& m,
-                                             Registers<T>& v, Registers<T>& v_max, bool amsgrad, const Numbers& number,
-                                             const Flags& valid) {
+__device__ __forceinline__ void step_entries(const CurrentItem<T>& now, Registers<T>& p, Registers<T>& g,
+                                             Registers<T>& m, Registers<T>& v, Registers<T>& v_max, bool amsgrad,
+                                             const Numbers& number, const Flags& valid) {
   const AdamItem& item = now.item;
   AdamScalars<T> scalars = now.scalars;
   if (scalars.grad_scale != 1) unscale_loop(g, g, kPerThread, scalars.grad_scale);
@@ -105,7 +105,7 @@ __device__ __forceinline__ void step_entries(const Current<T>& now, Registers<T>
 
 // A tile of a usual tensor.
 template <bool kInARow, class Weight, class Grad, bool kHasValues, class T>
-__device__ __forceinline__ void update_usual(const Current<T>& now, int64_t first) {
+__device__ __forceinline__ void update_usual(const CurrentItem<T>& now, int64_t first) {
   const AdamItem& item = now.item;
   Entries<kInARow> entries(first, item.nnz);
   Offsets place(entries);
@@ -149,7 +149,7 @@ __device__ __forceinline__ void update_usual(const Current<T>& now, int64_t firs
 }
 
 template <bool kInARow, class T>
-__device__ __forceinline__ void update_kind(const Current<T>& now, int64_t first) {
+__device__ __forceinline__ void update_kind(const CurrentItem<T>& now, int64_t first) {
   if (now.kind == kAlone) return update_usual<kInARow, T, T, false>(now, first);
   if (now.kind == kValues) return update_usual<kInARow, T, T, true>(now, first);
   if constexpr (sizeof(T) == 4) {
@@ -167,7 +167,7 @@ __device__ __forceinline__ void add_compensation(const AdamItem& item, float& p,
 }
 __device__ __forceinline__ void add_compensation(const AdamItem&, double&, int64_t) {}
 
-__device__ __forceinline__ void round_param(const Current<float>& now, float& p, int64_t entry) {
+__device__ __forceinline__ void round_param(const CurrentItem<float>& now, float& p, int64_t entry) {
   const AdamItem& item = now.item;
   const bool brain = item.weight_dtype == kBFloat16;
   if (item.stochastic && brain) stochastic_loop<stochastic_bfloat16>(&p, entry, 1, now.keys);
@@ -175,11 +175,12 @@ __device__ __forceinline__ void round_param(const Current<float>& now, float& p,
   if (item.compensation && brain) compensated_loop<BFloat16>(&p, at<BFloat16>(item.compensation) + entry, 1);
   if (item.compensation && !brain) compensated_loop<Float16>(&p, at<Float16>(item.compensation) + entry, 1);
 }
-__device__ __forceinline__ void round_param(const Current<double>&, double&, int64_t) {}
+__device__ __forceinline__ void round_param(const CurrentItem<double>&, double&, int64_t) {}
 
 // Four entries of any tensor.
 template <class T>
-__device__ __forceinline__ void update_any(const Current<T>& now, const Entries<false>& entries, const Offsets& place) {
+__device__ __forceinline__ void update_any(const CurrentItem<T>& now, const Entries<false>& entries,
+                                           const Offsets& place) {
   const AdamItem& item = now.item;
   const Numbers& number = entries.number;
   const Flags& valid = entries.valid;
@@ -209,7 +210,7 @@ __device__ __forceinline__ void update_any(const Current<T>& now, const Entries<
 
 // A tile of a tensor; `rank` points to the entry of its first set bit if the mask is packed.
 template <class T>
-__device__ __forceinline__ void update_tile(const Current<T>& now, int64_t tile, const int64_t* rank,
+__device__ __forceinline__ void update_tile(const CurrentItem<T>& now, int64_t tile, const int64_t* rank,
                                             unsigned* shared) {
   const AdamItem& item = now.item;
   int64_t first = tile * kTile, end = first + kTile;
@@ -250,7 +251,8 @@ __device__ __forceinline__ int64_t item_of(const AdamTable& table, int64_t tile)
 
 // Fills in what the block knows; `corrections` has room for two doubles.
 template <class T>
-__device__ __forceinline__ void begin_item(const AdamStep& step, int64_t number, Current<T>* now, double* corrections) {
+__device__ __forceinline__ void begin_item(const AdamStep& step, int64_t number, CurrentItem<T>* now,
+                                           double* corrections) {
   const AdamItem& item = step.table.items()[number];
   if (threadIdx.x % kWarp == 0 && threadIdx.x < 2 * kWarp) {
     const bool first = threadIdx.x == 0;
@@ -272,9 +274,10 @@ __device__ __forceinline__ void begin_item(const AdamStep& step, int64_t number,
 template <class T>
 __device__ __forceinline__ void adam_step(const AdamStep& step) {
   const AdamTable& table = step.table;
-  static_assert(sizeof(Current<T>) + 2 * sizeof(double) + sizeof(unsigned) * (2 * kAdamThreads + kWarp) <= kAdamShared,
-                "what a block shares has to fit");
-  Current<T>* now = reinterpret_cast<Current<T>*>(shared_memory());
+  constexpr size_t kWords = 2 * kAdamThreads + kWarp;
+  constexpr size_t kShared = sizeof(CurrentItem<T>) + 2 * sizeof(double) + kWords * sizeof(unsigned);
+  static_assert(kShared <= kAdamShared, "what a block shares has to fit");
+  CurrentItem<T>* now = reinterpret_cast<CurrentItem<T>*>(shared_memory());
   double* corrections = reinterpret_cast<double*>(now + 1);
   unsigned* rest = reinterpret_cast<unsigned*>(corrections + 2);
   const int64_t* first_tiles = table.first_tiles();

@@ -1,7 +1,7 @@
 // What the masked Adam kernels for GPUs are told.
 #pragma once
 
-#include "../adam_item.h"
+#include "common/adam_item.h"
 
 namespace gradsel {
 

@@ -1,13 +1,17 @@
 // What Python calls to run a kernel of kernels.cu: works out launches, and fills in what the kernels are told.
-#include "bindings.h"
+#include "cuda/bindings.h"
 
 #include <algorithm>
+#include <cstring>
+#include <iterator>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "adam.h"
-#include "launch.h"
-#include "topk.h"
+#include "common/pointer.h"
+#include "cuda/adam.h"
+#include "cuda/launch.h"
+#include "cuda/topk.h"
 
 namespace py = pybind11;
 
@@ -15,11 +19,6 @@ namespace gradsel {
 namespace {
 
 constexpr int64_t kMostBlocks = 2147483647;
-
-template <class T>
-T* pointer(int64_t address) {
-  return reinterpret_cast<T*>(static_cast<intptr_t>(address));
-}
 
 template <class... Params>
 void launch(const std::string& kernel, int64_t grid, unsigned block, unsigned shared_bytes, int device, int64_t stream,

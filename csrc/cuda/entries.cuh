@@ -4,9 +4,9 @@
 
 #include <type_traits>
 
-#include "../adam_item.h"
-#include "adam.h"
-#include "device.cuh"
+#include "common/adam_item.h"
+#include "cuda/adam.h"
+#include "cuda/device.cuh"
 
 namespace gradsel {
 

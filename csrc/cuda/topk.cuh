@@ -11,9 +11,9 @@
 // no bound is above the key of NaN. Columns past the end of a row have the key 0, and lose ties by their number.
 #pragma once
 
-#include "device.cuh"
-#include "topk.h"
-#include "topk_many.cuh"
+#include "cuda/device.cuh"
+#include "cuda/topk.h"
+#include "cuda/topk_many.cuh"
 
 namespace gradsel {
 
@@ -200,7 +200,10 @@ struct Candidates {
       valid[i] = slot < count;
       key[i] = valid[i] ? keys[slot] : 0;
       col[i] = valid[i] ? cols[slot] : ~0u;
-      if (valid[i]) low = smaller(low, key[i]), high = larger(high, key[i]);
+      if (valid[i]) {
+        low = smaller(low, key[i]);
+        high = larger(high, key[i]);
+      }
     }
     low = warp_min(low);
     high = warp_max(high);

@@ -2,8 +2,8 @@
 // if that holds it. And what all top-K kernels share: keys.
 #pragma once
 
-#include "device.cuh"
-#include "topk.h"
+#include "cuda/device.cuh"
+#include "cuda/topk.h"
 
 namespace gradsel {
 

@@ -19,18 +19,18 @@ from torch.utils.weak import WeakIdKeyDictionary
 from gradsel_kernels import _checks as checks
 from gradsel_kernels._checks import Layout, grad_is_dense
 
-# The dtype codes of csrc/numbers.h.
+# The dtype codes of csrc/common/numbers.h.
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 # Plain integers: comparing enum members is slow enough to show.
 _COLS, _BITS = int(Layout.COLS), int(Layout.BITS)
 _DTYPE, _SHAPE, _DEVICE = attrgetter("dtype"), attrgetter("shape"), attrgetter("device")
 #: Most preparations that a table keeps.
 PREPARED = 4
-GRAD, WIDTH = 9, 27  # of AdamItem in csrc/adam_item.h: the place of the gradient's address, and fields in all
+GRAD, WIDTH = 9, 27  # of AdamItem in csrc/common/adam_item.h: the place of the gradient's address, and fields in all
 
 
 class AdamTable:
-    """One AdamItem of csrc/adam_item.h for each tensor of a call; arguments as in the operator's schema."""
+    """One AdamItem of csrc/common/adam_item.h for each tensor of a call; arguments as in the operator's schema."""
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
 // The kernels of csrc/cuda on a GPU: finds the driver at run time, so that one build serves machines with and without
 // one, loads the fatbin that setup.py has made, and launches.
-#include "cuda_driver.h"
+#include "cuda/driver.h"
 
 #include <array>
 #include <cstring>
@@ -119,21 +119,21 @@ Handle library = nullptr;
 std::vector<Loaded> devices;
 
 // Makes a context current for as long as it lives; leaves the one that is alone.
-class Current {
+class CurrentContext {
  public:
-  explicit Current(Handle context) {
+  explicit CurrentContext(Handle context) {
     Handle now = nullptr;
     check(driver().cuCtxGetCurrent(&now), "finding the CUDA context");
     if (now == context) return;
     check(driver().cuCtxPushCurrent_v2(context), "entering the CUDA context");
     pushed_ = true;
   }
-  ~Current() {
+  ~CurrentContext() {
     Handle popped;
     if (pushed_) driver().cuCtxPopCurrent_v2(&popped);
   }
-  Current(const Current&) = delete;
-  Current& operator=(const Current&) = delete;
+  CurrentContext(const CurrentContext&) = delete;
+  CurrentContext& operator=(const CurrentContext&) = delete;
 
  private:
   bool pushed_ = false;
@@ -169,7 +169,7 @@ const Loaded& loaded(int device) {
   check(driver().cuDeviceGet(&handle, device), "finding CUDA device " + std::to_string(device));
   check(driver().cuDeviceGetAttribute(&found.multiprocessors, kMultiprocessors, handle), "reading the device");
   if (!found.context) check(driver().cuDevicePrimaryCtxRetain(&found.context, handle), "entering the device");
-  const Current current(found.context);
+  const CurrentContext current(found.context);
   if (!library)
     check(driver().cuLibraryLoadData(&library, image.data(), nullptr, nullptr, 0, nullptr, nullptr, 0),
           "loading the CUDA kernels");
@@ -219,7 +219,7 @@ int cuda_multiprocessors(int device) { return loaded(device).multiprocessors; }
 
 void cuda_launch(const Launch& launch, void** params) {
   const Loaded& device = loaded(launch.device);
-  const Current current(device.context);
+  const CurrentContext current(device.context);
   check(driver().cuLaunchKernel(function_of(device, launch.kernel), launch.grid, 1, 1, launch.block, 1, 1,
                                 launch.shared_bytes, reinterpret_cast<Handle>(static_cast<intptr_t>(launch.stream)),
                                 params, nullptr),

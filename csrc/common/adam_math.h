@@ -9,7 +9,7 @@
 #include <cmath>
 #include <limits>
 
-#include "adam_item.h"
+#include "common/adam_item.h"
 
 namespace gradsel {
 
