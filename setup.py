@@ -131,7 +131,7 @@ class BuildExtension(build_ext):
         copies.pop(None, None)
 
         environment = {**os.environ, "PATH": getattr(self.compiler, "_paths", os.environ.get("PATH", ""))}  # MSVC's
-        all_built = graph.build(copies, environment)
+        all_built = bool(copies) and graph.build(copies, environment)
         for output, part in ((module, optional_extension), (fatbin, optional_fatbin)):
             if output is None:
                 continue

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,6 @@ pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=f"building needs {', '.join(MISSING)}, which is not installed"),
     pytest.mark.skipif(os.name == "nt", reason="the stand-ins for compilers are shell scripts"),
 ]
-needs_compiler = pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
 
 #: Preprocesses instead of compiling; links by making an empty file.
 PREPROCESS = """#!/bin/sh
@@ -109,9 +109,15 @@ def tree(tmp_path):
     return Tree(tmp_path)
 
 
-@needs_compiler
-def test_a_changed_header_rebuilds_what_includes_it(tree):
-    cxx = tree.program("c++", PREPROCESS.format(compiler=" ".join(compiler())))
+@pytest.fixture
+def cxx(tree):
+    command = compiler()
+    if command is None:
+        pytest.skip("there is no C++ compiler")
+    return tree.program("c++", PREPROCESS.format(compiler=shlex.join(command)))
+
+
+def test_a_changed_header_rebuilds_what_includes_it(tree, cxx):
     sources = {str(path.relative_to(tree.root)) for path in tree.root.glob("csrc/**/*.cpp")}
     assert compiled(tree.build(cxx)) == sources
     assert compiled(tree.build(cxx)) == set()
@@ -128,9 +134,7 @@ def test_a_changed_header_rebuilds_what_includes_it(tree):
     assert compiled(tree.build(cxx)) == {"csrc/cuda/driver.cpp"}
 
 
-@needs_compiler
-def test_the_fatbin_is_built_for_other_sources_only(tree):
-    cxx = tree.program("c++", PREPROCESS.format(compiler=" ".join(compiler())))
+def test_the_fatbin_is_built_for_other_sources_only(tree, cxx):
     nvcc = tree.program("nvcc", NVCC)
     assert "csrc/cuda/kernels.cu" in compiled(tree.build(cxx, nvcc))
     assert tree.built() == {"_C", "kernels"}
@@ -152,9 +156,7 @@ def test_without_a_compiler_one_warning_is_printed(tree):
     assert "the C++ kernels were not built" not in tree.build("/bin/false", fails=True, GRADSEL_REQUIRE_NATIVE="1")
 
 
-@needs_compiler
-def test_each_compiler_may_fail_without_the_other(tree):
-    cxx = tree.program("c++", PREPROCESS.format(compiler=" ".join(compiler())))
+def test_each_compiler_may_fail_without_the_other(tree, cxx):
     nvcc, broken = tree.program("nvcc", NVCC), tree.program("broken", "#!/bin/sh\nexit 1\n")
     printed = tree.build("/bin/false", nvcc)
     assert "the C++ kernels were not built" in printed

@@ -1,11 +1,11 @@
-// Masked Adam over many tensors in one launch. The arithmetic is adam_math.h's, the same as on the CPU.
+// Masked Adam over many tensors in one launch. The arithmetic is that of adam_math.h, the same as on the CPU.
 //
-// Tensors are cut into tiles, of which every block takes a run, so that it works out a tensor's bias corrections once.
-// Threads of a warp hold neighbouring entries: what they scatter into one sector of the weight goes there in one
-// access, and the moments need no wider loads than that. Where nothing is scattered a thread holds four entries in a
-// row and moves 16 bytes at a time. The usual dtypes and options have code of their own, which has all loads of a tile
-// on their way at once, but for those whose place the index says. Steps are counted up by the block that finishes last,
-// when nobody reads them any more. Indices are trusted but for memory: an entry outside its tensor is skipped.
+// Tensors are cut into tiles. Every block takes a run of them, so that it computes a tensor's bias corrections once.
+// The threads of a warp hold neighbouring entries: what they scatter into one sector of the weight is one access, and
+// the moments need no wider loads than that. Where nothing is scattered, a thread holds four entries in a row and moves
+// 16 bytes at a time. Common dtypes and options have specialised code that issues all loads of a tile at once, except
+// for those whose address depends on the index. The block that finishes last increments the step counts, when no other
+// block still reads them. Indices are not checked, but an entry outside its tensor is skipped, so memory is safe.
 #pragma once
 
 #include "common/adam_math.h"
@@ -15,8 +15,9 @@
 
 namespace gradsel {
 
-// base^exponent, correctly rounded but for the rarest cases: near 1, where 1 - beta^t cancels, an error in its last
-// place would be thousands in the first updates of float64 states. Numbers are unevaluated sums of two doubles.
+// base^exponent, correctly rounded in all but the rarest cases: near 1, where 1 - beta^t cancels, an error in its last
+// place would become one of thousands in the first updates of float64 states. Numbers are unevaluated sums of two
+// doubles.
 struct TwoDoubles {
   double high, low;
 };
@@ -37,21 +38,22 @@ __device__ __forceinline__ double power(double base, int64_t exponent) {
   return result.high;
 }
 
-// The number of the step that is being done.
+// The number of the current step.
 __device__ __forceinline__ int64_t step_number(const AdamItem& item) {
   return static_cast<int64_t>(item.step_dtype == kFloat64 ? *at<const double>(item.step) + 1
                                                           : *at<const float>(item.step) + 1);
 }
 
-// Which code a tensor takes: by where its parameters are, and in which dtypes weight and gradient; the rest is usual.
+// Which code a tensor takes. It depends on where the parameters are and on the dtypes of weight and gradient; all but
+// kAny assume common values for everything else.
 enum Kind : int {
-  kAny,          // any dtypes and options, in any layout
-  kAlone,        // the weight is the parameter, both in the dtype of the arithmetic
-  kValues,       // values and, if there is one, a weight in that dtype
-  kBrain,        // values of a bfloat16 weight, their gradient in float32
-  kBrainMaster,  // and in bfloat16
-  kHalf,         // likewise in float16
-  kHalfMaster,
+  kAny,                    // any dtypes and options, in any layout
+  kWeightOnly,             // the weight is the parameter, in the dtype of the arithmetic
+  kValues,                 // values, and possibly a weight, in the dtype of the arithmetic
+  kBFloat16Weight,         // values and a bfloat16 weight; the gradient is in float32
+  kBFloat16WeightAndGrad,  // likewise, but the gradient is in bfloat16
+  kFloat16Weight,          // the same two in float16
+  kFloat16WeightAndGrad,
 };
 
 template <class T>
@@ -60,12 +62,12 @@ __device__ __forceinline__ Kind kind_of(const AdamItem& item) {
   if (item.max_exp_avg_sq || item.compensation || item.stochastic || item.state_dtype != own) return kAny;
   if (reads_bits(item)) return kAny;
   if (!item.weight || item.weight_dtype == own)
-    return item.grad_dtype != own ? kAny : item.values ? kValues : item.weight ? kAlone : kAny;
+    return item.grad_dtype != own ? kAny : item.values ? kValues : item.weight ? kWeightOnly : kAny;
   if (sizeof(T) == 8 || !item.values) return kAny;
-  if (item.weight_dtype == kBFloat16 && item.grad_dtype == kFloat32) return kBrain;
-  if (item.weight_dtype == kBFloat16 && item.grad_dtype == kBFloat16) return kBrainMaster;
-  if (item.weight_dtype == kFloat16 && item.grad_dtype == kFloat32) return kHalf;
-  if (item.weight_dtype == kFloat16 && item.grad_dtype == kFloat16) return kHalfMaster;
+  if (item.weight_dtype == kBFloat16 && item.grad_dtype == kFloat32) return kBFloat16Weight;
+  if (item.weight_dtype == kBFloat16 && item.grad_dtype == kBFloat16) return kBFloat16WeightAndGrad;
+  if (item.weight_dtype == kFloat16 && item.grad_dtype == kFloat32) return kFloat16Weight;
+  if (item.weight_dtype == kFloat16 && item.grad_dtype == kFloat16) return kFloat16WeightAndGrad;
   return kAny;
 }
 
@@ -82,7 +84,7 @@ struct CurrentItem {
 template <class T>
 using Registers = T[kPerThread];
 
-// The arithmetic of a step, from the gradients as they are.
+// The arithmetic of a step, beginning with the gradients as stored.
 template <class T>
 __device__ __forceinline__ void step_entries(const CurrentItem<T>& now, Registers<T>& p, Registers<T>& g,
                                              Registers<T>& m, Registers<T>& v, Registers<T>& v_max, bool amsgrad,
@@ -103,7 +105,7 @@ __device__ __forceinline__ void step_entries(const CurrentItem<T>& now, Register
     adam_entry(p[e], g[e], m[e], v[e], v_max[e], scalars, scalars.decay != 0, amsgrad);
 }
 
-// A tile of a usual tensor.
+// A tile of a tensor of any kind but kAny.
 template <bool kInARow, class Weight, class Grad, bool kHasValues, class T>
 __device__ __forceinline__ void update_usual(const CurrentItem<T>& now, int64_t first) {
   const AdamItem& item = now.item;
@@ -150,17 +152,17 @@ __device__ __forceinline__ void update_usual(const CurrentItem<T>& now, int64_t 
 
 template <bool kInARow, class T>
 __device__ __forceinline__ void update_kind(const CurrentItem<T>& now, int64_t first) {
-  if (now.kind == kAlone) return update_usual<kInARow, T, T, false>(now, first);
+  if (now.kind == kWeightOnly) return update_usual<kInARow, T, T, false>(now, first);
   if (now.kind == kValues) return update_usual<kInARow, T, T, true>(now, first);
   if constexpr (sizeof(T) == 4) {
-    if (now.kind == kBrain) return update_usual<kInARow, BFloat16, float, true>(now, first);
-    if (now.kind == kBrainMaster) return update_usual<kInARow, BFloat16, BFloat16, true>(now, first);
-    if (now.kind == kHalf) return update_usual<kInARow, Float16, float, true>(now, first);
-    if (now.kind == kHalfMaster) return update_usual<kInARow, Float16, Float16, true>(now, first);
+    if (now.kind == kBFloat16Weight) return update_usual<kInARow, BFloat16, float, true>(now, first);
+    if (now.kind == kBFloat16WeightAndGrad) return update_usual<kInARow, BFloat16, BFloat16, true>(now, first);
+    if (now.kind == kFloat16Weight) return update_usual<kInARow, Float16, float, true>(now, first);
+    if (now.kind == kFloat16WeightAndGrad) return update_usual<kInARow, Float16, Float16, true>(now, first);
   }
 }
 
-// The checks allow these for float32 only.
+// The argument checks allow these for float32 only.
 __device__ __forceinline__ void add_compensation(const AdamItem& item, float& p, int64_t entry) {
   p += item.weight_dtype == kBFloat16 ? to_float(at<const BFloat16>(item.compensation)[entry])
                                       : to_float(at<const Float16>(item.compensation)[entry]);
@@ -227,7 +229,7 @@ __device__ __forceinline__ void update_tile(const CurrentItem<T>& now, int64_t t
     first = *rank;
     end = first + TileOfWords(item, first_word, shared).total();
   }
-  for (int64_t begin = first; begin < end; begin += kTile) {  // but for packed masks, once
+  for (int64_t begin = first; begin < end; begin += kTile) {  // only a packed mask takes several turns
     Entries<false> entries(begin, smaller(item.nnz, end));
     Offsets place(entries);
     if (bits)
@@ -238,7 +240,7 @@ __device__ __forceinline__ void update_tile(const CurrentItem<T>& now, int64_t t
   }
 }
 
-// The item of a tile: the last one whose first tile it is or comes after. All threads of the block call it.
+// The item that a tile belongs to: the last one whose first tile is not after it. All threads of the block call this.
 __device__ __forceinline__ int64_t item_of(const AdamTable& table, int64_t tile) {
   const int64_t* first_tiles = table.first_tiles();
   int64_t item = -1;
@@ -249,7 +251,7 @@ __device__ __forceinline__ int64_t item_of(const AdamTable& table, int64_t tile)
   return item;
 }
 
-// Fills in what the block knows; `corrections` has room for two doubles.
+// Fills in `now`; `corrections` has room for two doubles.
 template <class T>
 __device__ __forceinline__ void begin_item(const AdamStep& step, int64_t number, CurrentItem<T>* now,
                                            double* corrections) {
@@ -258,7 +260,7 @@ __device__ __forceinline__ void begin_item(const AdamStep& step, int64_t number,
     const bool first = threadIdx.x == 0;
     corrections[first ? 0 : 1] = 1 - power(first ? step.hyper.beta1 : step.hyper.beta2, step_number(item));
   }
-  __syncthreads();  // nobody is busy with the item of before any more, either
+  __syncthreads();  // and no thread still uses the previous item
   if (threadIdx.x == 0) {
     AdamHyperparameters hyper = step.hyper;
     hyper.grad_scale = step.grad_scale ? *step.grad_scale : 1.0;
@@ -281,7 +283,8 @@ __device__ __forceinline__ void adam_step(const AdamStep& step) {
   double* corrections = reinterpret_cast<double*>(now + 1);
   unsigned* rest = reinterpret_cast<unsigned*>(corrections + 2);
   const int64_t* first_tiles = table.first_tiles();
-  const bool skipped = step.found_inf && *step.found_inf != 0;  // there is no way not to launch without waiting for it
+  // Decided here, because the host would have to wait for the flag before it could leave out the launch.
+  const bool skipped = step.found_inf && *step.found_inf != 0;
   const int64_t tiles = first_tiles[table.count];
   const int64_t begin = tiles * blockIdx.x / gridDim.x;
   const int64_t end = skipped ? begin : tiles * (blockIdx.x + 1) / gridDim.x;
@@ -295,7 +298,7 @@ __device__ __forceinline__ void adam_step(const AdamStep& step) {
       update_tile(*now, tile - item_first, step.ranks ? step.ranks + tile : nullptr, rest);
   }
 
-  // The last block to come here counts the steps up: all others have read them.
+  // The last block to get here increments the step counts: all others have read them.
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) rest[0] = atomicAdd(table.ticket(), 1u) == gridDim.x - 1;
@@ -337,7 +340,7 @@ __global__ void gradsel_adam_count_bits(const gradsel::AdamTable table, int64_t*
   counts[tile] = count;
 }
 
-// Turns them into the set bits ahead of each tile; a warp to a tensor.
+// Turns these counts into the set bits ahead of each tile. One warp for each tensor.
 __global__ void gradsel_adam_rank_bits(const gradsel::AdamTable table, int64_t* counts) {
   using namespace gradsel;
   const int64_t number = blockIdx.x;

@@ -1,4 +1,4 @@
-// What device code shares. It is compiled by nvcc, and by g++ for the tests, which emulate it on the CPU.
+// What all device code shares. nvcc compiles it, and g++ for the tests, which emulate a GPU on the CPU.
 #pragma once
 
 #include "common/numbers.h"

@@ -1,5 +1,5 @@
-// The kernels of csrc/cuda on a GPU: finds the driver at run time, so that one build serves machines with and without
-// one, loads the fatbin that setup.py has made, and launches.
+// The CUDA kernels on a GPU: finds the driver at run time, so that one build serves machines with and without one,
+// loads the fatbin, and launches.
 #include "cuda/driver.h"
 
 #include <array>
@@ -31,7 +31,7 @@ using Handle = void*;  // contexts, libraries, kernels, functions and streams
 constexpr int kMultiprocessors = 16, kMajor = 75;  // attributes of a device
 constexpr int kOldestDriver = 12010;               // the first that takes 32 kB of parameters
 constexpr int kOldestArchitecture = 8;
-constexpr int kRelaxed = 2;                        // how much a thread may do while a stream is captured: anything
+constexpr int kRelaxed = 2;                        // a capture mode: the thread may do anything meanwhile
 
 #define GRADSEL_DRIVER(X)                                                                                             \
   X(cuInit, (unsigned))                                                                                               \
@@ -102,7 +102,7 @@ constexpr const char* kNames[] = {
 };
 constexpr size_t kKernels = sizeof(kNames) / sizeof(kNames[0]);
 
-// Only in kernels of these very sources, so that others are not mistaken for them.
+// A kernel that only a fatbin built from these sources has.
 constexpr const char* kMark = "gradsel_source_" GRADSEL_SOURCE;
 
 // What is loaded. The primary context of a device is the one that torch uses.
@@ -118,7 +118,7 @@ std::string image;  // the fatbin
 Handle library = nullptr;
 std::vector<Loaded> devices;
 
-// Makes a context current for as long as it lives; leaves the one that is alone.
+// Makes a context current during its lifetime, unless it already is.
 class CurrentContext {
  public:
   explicit CurrentContext(Handle context) {
@@ -139,7 +139,8 @@ class CurrentContext {
   bool pushed_ = false;
 };
 
-// Lets this thread do what would otherwise be refused while a stream is captured: loading is no part of the graph.
+// Lets this thread load kernels while a stream is captured, which the driver would otherwise refuse: loading does not
+// become part of the graph.
 class Relaxed {
  public:
   Relaxed() { driver().cuThreadExchangeStreamCaptureMode(&mode_); }
@@ -208,7 +209,7 @@ std::string cuda_why_off(int device) {
   if (major < kOldestArchitecture)
     return "the device has compute capability " + std::to_string(major) + ".x; these kernels need 8.0 or later.";
   try {
-    loaded(device);  // what this driver makes of what this compiler has made
+    loaded(device);  // an old driver may not load what a newer compiler has made
   } catch (const std::runtime_error& error) {
     return std::string(error.what()) + ".";
   }
