@@ -41,11 +41,11 @@ gpu:
 clean:
 	rm -rf $(VENV) .venv-oldest build site *.egg-info gradsel_kernels/_C*.so gradsel_kernels/*.fatbin
 
-# Build tools come first, because the package is built without isolation so that a change in csrc/ costs one
-# compilation and no download.
+# Build tools come first, because the package is built without isolation so that a change in csrc/ downloads
+# nothing, and ninja compiles only what includes the changed file.
 $(VENV)/dependencies: $(CONSTRAINTS) pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) setuptools pybind11 torch
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) setuptools pybind11 ninja torch
 	touch $@
 
 # On Linux, tests and benchmarks compile the CUDA kernels, also where nothing can run them.
@@ -61,6 +61,6 @@ $(VENV)/docs: EXTRA := docs
 $(VENV)/built: EXTRA := dev
 $(VENV)/built: $(VENV)/nvcc
 $(VENV)/built: export GRADSEL_REQUIRE_CUDA := $(if $(filter Linux,$(shell uname)),1)
-$(VENV)/demo $(VENV)/docs $(VENV)/built: $(VENV)/dependencies setup.py $(wildcard csrc/* csrc/cuda/*)
+$(VENV)/demo $(VENV)/docs $(VENV)/built: $(VENV)/dependencies setup.py $(shell find csrc -type f)
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[$(EXTRA)]'
 	touch $@

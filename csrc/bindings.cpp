@@ -7,21 +7,25 @@
 #include <stdexcept>
 #include <string>
 
+#include "common/pointer.h"
+#include "cpu/adam/adam.h"
+#include "cpu/bitmask/bitmask.h"
+#include "cpu/indices.h"
+#include "cpu/rows/rows.h"
+#include "cpu/simd.h"
+#include "cpu/topk/topk.h"
+#include "cpu/weight_grad/weight_grad.h"
 #include "cuda/bindings.h"
-#include "cuda_driver.h"
-#include "kernels.h"
+#include "cuda/driver.h"
 
 namespace py = pybind11;
 
 namespace {
 
+using gradsel::pointer;
+
 // Raised whenever a signature or the Adam table changes; native.py refuses a module with another number.
 constexpr int kAbi = 6;
-
-template <class T>
-T* pointer(int64_t address) {
-  return reinterpret_cast<T*>(static_cast<intptr_t>(address));
-}
 
 gradsel::Dtype dtype_of(int64_t code) { return static_cast<gradsel::Dtype>(code); }
 

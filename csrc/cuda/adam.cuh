@@ -1,22 +1,23 @@
-// Masked Adam over many tensors in one launch. The arithmetic is adam_math.h's, the same as on the CPU.
+// Masked Adam over many tensors in one launch. The arithmetic is that of adam_math.h, the same as on the CPU.
 //
-// Tensors are cut into tiles, of which every block takes a run, so that it works out a tensor's bias corrections once.
-// Threads of a warp hold neighbouring entries: what they scatter into one sector of the weight goes there in one
-// access, and the moments need no wider loads than that. Where nothing is scattered a thread holds four entries in a
-// row and moves 16 bytes at a time. The usual dtypes and options have code of their own, which has all loads of a tile
-// on their way at once, but for those whose place the index says. Steps are counted up by the block that finishes last,
-// when nobody reads them any more. Indices are trusted but for memory: an entry outside its tensor is skipped.
+// Tensors are cut into tiles. Every block takes a run of them, so that it computes a tensor's bias corrections once.
+// The threads of a warp hold neighbouring entries: what they scatter into one sector of the weight is one access, and
+// the moments need no wider loads than that. Where nothing is scattered, a thread holds four entries in a row and moves
+// 16 bytes at a time. Common dtypes and options have specialised code that issues all loads of a tile at once, except
+// for those whose address depends on the index. The block that finishes last increments the step counts, when no other
+// block still reads them. Indices are not checked, but an entry outside its tensor is skipped, so memory is safe.
 #pragma once
 
-#include "../adam_math.h"
-#include "adam.h"
-#include "device.cuh"
-#include "entries.cuh"
+#include "common/adam_math.h"
+#include "cuda/adam.h"
+#include "cuda/device.cuh"
+#include "cuda/entries.cuh"
 
 namespace gradsel {
 
-// base^exponent, correctly rounded but for the rarest cases: near 1, where 1 - beta^t cancels, an error in its last
-// place would be thousands in the first updates of float64 states. Numbers are unevaluated sums of two doubles.
+// base^exponent, correctly rounded in all but the rarest cases: near 1, where 1 - beta^t cancels, an error in its last
+// place would become one of thousands in the first updates of float64 states. Numbers are unevaluated sums of two
+// doubles.
 struct TwoDoubles {
   double high, low;
 };
@@ -37,21 +38,22 @@ __device__ __forceinline__ double power(double base, int64_t exponent) {
   return result.high;
 }
 
-// The number of the step that is being done.
+// The number of the current step.
 __device__ __forceinline__ int64_t step_number(const AdamItem& item) {
   return static_cast<int64_t>(item.step_dtype == kFloat64 ? *at<const double>(item.step) + 1
                                                           : *at<const float>(item.step) + 1);
 }
 
-// Which code a tensor takes: by where its parameters are, and in which dtypes weight and gradient; the rest is usual.
+// Which code a tensor takes. It depends on where the parameters are and on the dtypes of weight and gradient; all but
+// kAny assume common values for everything else.
 enum Kind : int {
-  kAny,          // any dtypes and options, in any layout
-  kAlone,        // the weight is the parameter, both in the dtype of the arithmetic
-  kValues,       // values and, if there is one, a weight in that dtype
-  kBrain,        // values of a bfloat16 weight, their gradient in float32
-  kBrainMaster,  // and in bfloat16
-  kHalf,         // likewise in float16
-  kHalfMaster,
+  kAny,                    // any dtypes and options, in any layout
+  kWeightOnly,             // the weight is the parameter, in the dtype of the arithmetic
+  kValues,                 // values, and possibly a weight, in the dtype of the arithmetic
+  kBFloat16Weight,         // values and a bfloat16 weight; the gradient is in float32
+  kBFloat16WeightAndGrad,  // likewise, but the gradient is in bfloat16
+  kFloat16Weight,          // the same two in float16
+  kFloat16WeightAndGrad,
 };
 
 template <class T>
@@ -60,18 +62,18 @@ __device__ __forceinline__ Kind kind_of(const AdamItem& item) {
   if (item.max_exp_avg_sq || item.compensation || item.stochastic || item.state_dtype != own) return kAny;
   if (reads_bits(item)) return kAny;
   if (!item.weight || item.weight_dtype == own)
-    return item.grad_dtype != own ? kAny : item.values ? kValues : item.weight ? kAlone : kAny;
+    return item.grad_dtype != own ? kAny : item.values ? kValues : item.weight ? kWeightOnly : kAny;
   if (sizeof(T) == 8 || !item.values) return kAny;
-  if (item.weight_dtype == kBFloat16 && item.grad_dtype == kFloat32) return kBrain;
-  if (item.weight_dtype == kBFloat16 && item.grad_dtype == kBFloat16) return kBrainMaster;
-  if (item.weight_dtype == kFloat16 && item.grad_dtype == kFloat32) return kHalf;
-  if (item.weight_dtype == kFloat16 && item.grad_dtype == kFloat16) return kHalfMaster;
+  if (item.weight_dtype == kBFloat16 && item.grad_dtype == kFloat32) return kBFloat16Weight;
+  if (item.weight_dtype == kBFloat16 && item.grad_dtype == kBFloat16) return kBFloat16WeightAndGrad;
+  if (item.weight_dtype == kFloat16 && item.grad_dtype == kFloat32) return kFloat16Weight;
+  if (item.weight_dtype == kFloat16 && item.grad_dtype == kFloat16) return kFloat16WeightAndGrad;
   return kAny;
 }
 
 // What all threads of a block know about the tensor that they work on.
 template <class T>
-struct Current {
+struct CurrentItem {
   AdamItem item;
   AdamScalars<T> scalars;
   RandomKeys keys;
@@ -82,11 +84,11 @@ struct Current {
 template <class T>
 using Registers = T[kPerThread];
 
-// The arithmetic of a step, from the gradients as they are.
+// The arithmetic of a step, beginning with the gradients as stored.
 template <class T>
-__device__ __forceinline__ void step_entries(const Current<T>& now, Registers<T>& p, Registers<T>& g, Registers<T>& m,
-                                             Registers<T>& v, Registers<T>& v_max, bool amsgrad, const Numbers& number,
-                                             const Flags& valid) {
+__device__ __forceinline__ void step_entries(const CurrentItem<T>& now, Registers<T>& p, Registers<T>& g,
+                                             Registers<T>& m, Registers<T>& v, Registers<T>& v_max, bool amsgrad,
+                                             const Numbers& number, const Flags& valid) {
   const AdamItem& item = now.item;
   AdamScalars<T> scalars = now.scalars;
   if (scalars.grad_scale != 1) unscale_loop(g, g, kPerThread, scalars.grad_scale);
@@ -103,9 +105,9 @@ __device__ __forceinline__ void step_entries(const Current<T>& now, Registers<T>
     adam_entry(p[e], g[e], m[e], v[e], v_max[e], scalars, scalars.decay != 0, amsgrad);
 }
 
-// A tile of a usual tensor.
+// A tile of a tensor of any kind but kAny.
 template <bool kInARow, class Weight, class Grad, bool kHasValues, class T>
-__device__ __forceinline__ void update_usual(const Current<T>& now, int64_t first) {
+__device__ __forceinline__ void update_usual(const CurrentItem<T>& now, int64_t first) {
   const AdamItem& item = now.item;
   Entries<kInARow> entries(first, item.nnz);
   Offsets place(entries);
@@ -149,25 +151,25 @@ __device__ __forceinline__ void update_usual(const Current<T>& now, int64_t firs
 }
 
 template <bool kInARow, class T>
-__device__ __forceinline__ void update_kind(const Current<T>& now, int64_t first) {
-  if (now.kind == kAlone) return update_usual<kInARow, T, T, false>(now, first);
+__device__ __forceinline__ void update_kind(const CurrentItem<T>& now, int64_t first) {
+  if (now.kind == kWeightOnly) return update_usual<kInARow, T, T, false>(now, first);
   if (now.kind == kValues) return update_usual<kInARow, T, T, true>(now, first);
   if constexpr (sizeof(T) == 4) {
-    if (now.kind == kBrain) return update_usual<kInARow, BFloat16, float, true>(now, first);
-    if (now.kind == kBrainMaster) return update_usual<kInARow, BFloat16, BFloat16, true>(now, first);
-    if (now.kind == kHalf) return update_usual<kInARow, Float16, float, true>(now, first);
-    if (now.kind == kHalfMaster) return update_usual<kInARow, Float16, Float16, true>(now, first);
+    if (now.kind == kBFloat16Weight) return update_usual<kInARow, BFloat16, float, true>(now, first);
+    if (now.kind == kBFloat16WeightAndGrad) return update_usual<kInARow, BFloat16, BFloat16, true>(now, first);
+    if (now.kind == kFloat16Weight) return update_usual<kInARow, Float16, float, true>(now, first);
+    if (now.kind == kFloat16WeightAndGrad) return update_usual<kInARow, Float16, Float16, true>(now, first);
   }
 }
 
-// The checks allow these for float32 only.
+// The argument checks allow these for float32 only.
 __device__ __forceinline__ void add_compensation(const AdamItem& item, float& p, int64_t entry) {
   p += item.weight_dtype == kBFloat16 ? to_float(at<const BFloat16>(item.compensation)[entry])
                                       : to_float(at<const Float16>(item.compensation)[entry]);
 }
 __device__ __forceinline__ void add_compensation(const AdamItem&, double&, int64_t) {}
 
-__device__ __forceinline__ void round_param(const Current<float>& now, float& p, int64_t entry) {
+__device__ __forceinline__ void round_param(const CurrentItem<float>& now, float& p, int64_t entry) {
   const AdamItem& item = now.item;
   const bool brain = item.weight_dtype == kBFloat16;
   if (item.stochastic && brain) stochastic_loop<stochastic_bfloat16>(&p, entry, 1, now.keys);
@@ -175,11 +177,12 @@ __device__ __forceinline__ void round_param(const Current<float>& now, float& p,
   if (item.compensation && brain) compensated_loop<BFloat16>(&p, at<BFloat16>(item.compensation) + entry, 1);
   if (item.compensation && !brain) compensated_loop<Float16>(&p, at<Float16>(item.compensation) + entry, 1);
 }
-__device__ __forceinline__ void round_param(const Current<double>&, double&, int64_t) {}
+__device__ __forceinline__ void round_param(const CurrentItem<double>&, double&, int64_t) {}
 
 // Four entries of any tensor.
 template <class T>
-__device__ __forceinline__ void update_any(const Current<T>& now, const Entries<false>& entries, const Offsets& place) {
+__device__ __forceinline__ void update_any(const CurrentItem<T>& now, const Entries<false>& entries,
+                                           const Offsets& place) {
   const AdamItem& item = now.item;
   const Numbers& number = entries.number;
   const Flags& valid = entries.valid;
@@ -209,7 +212,7 @@ __device__ __forceinline__ void update_any(const Current<T>& now, const Entries<
 
 // A tile of a tensor; `rank` points to the entry of its first set bit if the mask is packed.
 template <class T>
-__device__ __forceinline__ void update_tile(const Current<T>& now, int64_t tile, const int64_t* rank,
+__device__ __forceinline__ void update_tile(const CurrentItem<T>& now, int64_t tile, const int64_t* rank,
                                             unsigned* shared) {
   const AdamItem& item = now.item;
   int64_t first = tile * kTile, end = first + kTile;
@@ -226,7 +229,7 @@ __device__ __forceinline__ void update_tile(const Current<T>& now, int64_t tile,
     first = *rank;
     end = first + TileOfWords(item, first_word, shared).total();
   }
-  for (int64_t begin = first; begin < end; begin += kTile) {  // but for packed masks, once
+  for (int64_t begin = first; begin < end; begin += kTile) {  // only a packed mask takes several turns
     Entries<false> entries(begin, smaller(item.nnz, end));
     Offsets place(entries);
     if (bits)
@@ -237,7 +240,7 @@ __device__ __forceinline__ void update_tile(const Current<T>& now, int64_t tile,
   }
 }
 
-// The item of a tile: the last one whose first tile it is or comes after. All threads of the block call it.
+// The item that a tile belongs to: the last one whose first tile is not after it. All threads of the block call this.
 __device__ __forceinline__ int64_t item_of(const AdamTable& table, int64_t tile) {
   const int64_t* first_tiles = table.first_tiles();
   int64_t item = -1;
@@ -248,15 +251,16 @@ __device__ __forceinline__ int64_t item_of(const AdamTable& table, int64_t tile)
   return item;
 }
 
-// Fills in what the block knows; `corrections` has room for two doubles.
+// Fills in `now`; `corrections` has room for two doubles.
 template <class T>
-__device__ __forceinline__ void begin_item(const AdamStep& step, int64_t number, Current<T>* now, double* corrections) {
+__device__ __forceinline__ void begin_item(const AdamStep& step, int64_t number, CurrentItem<T>* now,
+                                           double* corrections) {
   const AdamItem& item = step.table.items()[number];
   if (threadIdx.x % kWarp == 0 && threadIdx.x < 2 * kWarp) {
     const bool first = threadIdx.x == 0;
     corrections[first ? 0 : 1] = 1 - power(first ? step.hyper.beta1 : step.hyper.beta2, step_number(item));
   }
-  __syncthreads();  // nobody is busy with the item of before any more, either
+  __syncthreads();  // and no thread still uses the previous item
   if (threadIdx.x == 0) {
     AdamHyperparameters hyper = step.hyper;
     hyper.grad_scale = step.grad_scale ? *step.grad_scale : 1.0;
@@ -272,13 +276,15 @@ __device__ __forceinline__ void begin_item(const AdamStep& step, int64_t number,
 template <class T>
 __device__ __forceinline__ void adam_step(const AdamStep& step) {
   const AdamTable& table = step.table;
-  static_assert(sizeof(Current<T>) + 2 * sizeof(double) + sizeof(unsigned) * (2 * kAdamThreads + kWarp) <= kAdamShared,
-                "what a block shares has to fit");
-  Current<T>* now = reinterpret_cast<Current<T>*>(shared_memory());
+  constexpr size_t kWords = 2 * kAdamThreads + kWarp;
+  constexpr size_t kShared = sizeof(CurrentItem<T>) + 2 * sizeof(double) + kWords * sizeof(unsigned);
+  static_assert(kShared <= kAdamShared, "what a block shares has to fit");
+  CurrentItem<T>* now = reinterpret_cast<CurrentItem<T>*>(shared_memory());
   double* corrections = reinterpret_cast<double*>(now + 1);
   unsigned* rest = reinterpret_cast<unsigned*>(corrections + 2);
   const int64_t* first_tiles = table.first_tiles();
-  const bool skipped = step.found_inf && *step.found_inf != 0;  // there is no way not to launch without waiting for it
+  // Decided here, because the host would have to wait for the flag before it could leave out the launch.
+  const bool skipped = step.found_inf && *step.found_inf != 0;
   const int64_t tiles = first_tiles[table.count];
   const int64_t begin = tiles * blockIdx.x / gridDim.x;
   const int64_t end = skipped ? begin : tiles * (blockIdx.x + 1) / gridDim.x;
@@ -292,7 +298,7 @@ __device__ __forceinline__ void adam_step(const AdamStep& step) {
       update_tile(*now, tile - item_first, step.ranks ? step.ranks + tile : nullptr, rest);
   }
 
-  // The last block to come here counts the steps up: all others have read them.
+  // The last block to get here increments the step counts: all others have read them.
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) rest[0] = atomicAdd(table.ticket(), 1u) == gridDim.x - 1;
@@ -334,7 +340,7 @@ __global__ void gradsel_adam_count_bits(const gradsel::AdamTable table, int64_t*
   counts[tile] = count;
 }
 
-// Turns them into the set bits ahead of each tile; a warp to a tensor.
+// Turns these counts into the set bits ahead of each tile. One warp for each tensor.
 __global__ void gradsel_adam_rank_bits(const gradsel::AdamTable table, int64_t* counts) {
   using namespace gradsel;
   const int64_t number = blockIdx.x;

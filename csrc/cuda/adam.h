@@ -1,15 +1,15 @@
-// What the masked Adam kernels for GPUs are told.
+// The parameters of the masked Adam kernels for GPUs.
 #pragma once
 
-#include "../adam_item.h"
+#include "common/adam_item.h"
 
 namespace gradsel {
 
 constexpr int kAdamThreads = 128;
 constexpr int kPerThread = 4;
 constexpr int kTile = kAdamThreads * kPerThread;  // entries; of a bitmask, kAdamThreads words
-constexpr int kAdamBlocks = 6;  // to a multiprocessor, at most: twice as many as fit at once
-constexpr unsigned kAdamShared = 2048;  // bytes
+constexpr int kAdamBlocks = 6;                    // at most, for each multiprocessor: twice as many as fit at once
+constexpr unsigned kAdamShared = 2048;            // bytes
 
 // Whether the places of a tensor's entries come from a packed mask; without a weight it does not matter where they lie.
 GRADSEL_INLINE bool reads_bits(const AdamItem& item) { return item.layout == kBits && item.weight; }
@@ -36,8 +36,8 @@ struct AdamStep {
   const int64_t* ranks;     // set bits ahead of each tile of a packed mask in its tensor; null: there is none
 };
 
-// A part of a table on its way to the device, as a kernel's parameter: that needs no pinned memory that has to live
-// until the copy is done, and is part of a graph that is captured. A kernel takes 32,764 bytes of parameters.
+// A part of a table on its way to the device, as a kernel's parameter. Unlike a copy, this needs no pinned memory that
+// must outlive it, and a captured graph holds the contents. A kernel takes up to 32,764 bytes of parameters.
 struct TablePart {
   static constexpr int kWords = 4000;
   int64_t* to;

@@ -1,13 +1,17 @@
-// What Python calls to run a kernel of kernels.cu: works out launches, and fills in what the kernels are told.
-#include "bindings.h"
+// What Python calls to run a kernel of kernels.cu: these functions fill in parameters and choose launch sizes.
+#include "cuda/bindings.h"
 
 #include <algorithm>
+#include <cstring>
+#include <iterator>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "adam.h"
-#include "launch.h"
-#include "topk.h"
+#include "common/pointer.h"
+#include "cuda/adam.h"
+#include "cuda/launch.h"
+#include "cuda/topk.h"
 
 namespace py = pybind11;
 
@@ -15,11 +19,6 @@ namespace gradsel {
 namespace {
 
 constexpr int64_t kMostBlocks = 2147483647;
-
-template <class T>
-T* pointer(int64_t address) {
-  return reinterpret_cast<T*>(static_cast<intptr_t>(address));
-}
 
 template <class... Params>
 void launch(const std::string& kernel, int64_t grid, unsigned block, unsigned shared_bytes, int device, int64_t stream,
@@ -29,7 +28,7 @@ void launch(const std::string& kernel, int64_t grid, unsigned block, unsigned sh
   cuda_launch({kernel.c_str(), static_cast<unsigned>(grid), block, shared_bytes, device, stream}, addresses);
 }
 
-// size: bytes of an element.
+// `size` is an element's, in bytes.
 void topk_rows(int64_t grad, int64_t size, uint64_t nan, int64_t rows, int64_t cols, int64_t row_stride,
                int64_t col_stride, int64_t k, int64_t out, int64_t bits, int device, int64_t stream) {
   TopK p{pointer<void>(grad), rows, cols, row_stride, col_stride, pointer<int32_t>(out), pointer<uint32_t>(bits), nan,
@@ -41,7 +40,7 @@ void topk_rows(int64_t grad, int64_t size, uint64_t nan, int64_t rows, int64_t c
     return;
   }
   p.vectors = (cols == 1 || col_stride == 1) && grad % 16 == 0 && (rows == 1 || row_stride * size % 16 == 0);
-  // Few rows are shared among the warps of a block, for each to have some; a multiprocessor wants 16 to hide latency.
+  // If rows are few, the warps of a block share them: a multiprocessor needs 16 warps to hide latency.
   const int64_t columns = 32 * columns_of_lane(size), chunks = (cols + columns - 1) / columns;
   const int most = kTopKThreads / 32;
   int warps = 1;
@@ -121,7 +120,7 @@ void masked_adam(int64_t table, int64_t count, int64_t tiles, bool float64, doub
 
 void bind_cuda(py::module_& m) {
   m.def("cuda_adam_table", &gradsel::adam_table);
-  // A launch waits when a thousand are queued: other threads go on meanwhile.
+  // A launch waits when a thousand are queued; meanwhile other Python threads can run.
   const py::call_guard<py::gil_scoped_release> unlocked;
   m.def("cuda_topk_rows", &gradsel::topk_rows, unlocked);
   m.def("cuda_write_table", &gradsel::write_table, unlocked);

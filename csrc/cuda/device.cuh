@@ -1,7 +1,7 @@
-// What device code shares. It is compiled by nvcc, and by g++ for the tests, which emulate it on the CPU.
+// What all device code shares. nvcc compiles it, and g++ for the tests, which emulate a GPU on the CPU.
 #pragma once
 
-#include "../numbers.h"
+#include "common/numbers.h"
 
 #ifdef __CUDACC__
 extern __shared__ uint4 gradsel_dynamic_shared[];

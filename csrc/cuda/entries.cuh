@@ -4,16 +4,16 @@
 
 #include <type_traits>
 
-#include "../adam_item.h"
-#include "adam.h"
-#include "device.cuh"
+#include "common/adam_item.h"
+#include "cuda/adam.h"
+#include "cuda/device.cuh"
 
 namespace gradsel {
 
 template <class T>
 __device__ __forceinline__ T* at(int64_t address) {
 #ifdef __CUDACC__
-  // The same address; but the compiler learns that it is global memory, or every access would find that out first.
+  // The same address, but the compiler learns that it is in global memory: otherwise every access would test for that.
   return static_cast<T*>(__cvta_global_to_generic(static_cast<size_t>(address)));
 #else
   return reinterpret_cast<T*>(static_cast<intptr_t>(address));
@@ -23,8 +23,8 @@ __device__ __forceinline__ T* at(int64_t address) {
 using Numbers = int64_t[kPerThread];
 using Flags = bool[kPerThread];
 
-// Numbers in mask order. kInARow: a thread's are neighbours, and everything about them is contiguous and aligned; else
-// those of neighbouring lanes are.
+// Numbers in mask order. With kInARow, a thread's entries are neighbours, and their data are contiguous and aligned;
+// otherwise neighbouring lanes hold neighbouring entries.
 template <bool kInARow>
 struct Entries {
   Numbers number;
@@ -39,14 +39,14 @@ struct Entries {
   }
 };
 
-// Reading and writing. What is read stays as it is until get() converts it: a conversion waits for its load, and all
-// loads are to be on their way before the first is waited for. Registers hold whole words: over arrays of 16-bit
-// numbers the compiler (nvcc 13.0) takes minutes.
+// Reading and writing. What is read is converted only by get(): a conversion waits for its load, and all loads should
+// be issued before the first wait. Registers hold whole words: with arrays of 16-bit numbers the compiler (nvcc 13.0)
+// takes minutes.
 
 template <class Stored>
 using Bits = std::conditional_t<sizeof(Stored) == 8, uint64_t, uint32_t>;
 
-// A number from its bits, of which 16 may come with more above.
+// A number from its bits. For 16-bit numbers the upper half of the word is ignored.
 template <class Stored>
 __device__ __forceinline__ Stored from_bits(Bits<Stored> bits) {
   if constexpr (sizeof(Stored) == 2)
@@ -76,7 +76,7 @@ struct Held {
   __device__ __forceinline__ Stored get(int e) const { return from_bits<Stored>(bits[e]); }
 };
 
-// The same in vectors: 4 numbers of 16 or 32 bits in one, of 64 in two.
+// The same in vectors: one holds 4 numbers of 16 or 32 bits, or 2 of 64.
 template <class Stored>
 struct Held<true, Stored> {
   using Vector = std::conditional_t<sizeof(Stored) == 2, uint2, uint4>;
@@ -103,7 +103,7 @@ struct Held<true, Stored> {
   }
 };
 
-// By intrinsics, because the compiler takes the assignment of a vector apart into its elements.
+// By intrinsics, because the compiler splits the assignment of a vector into its elements.
 template <class Stored>
 __device__ __forceinline__ void write_vectors(Stored* to, const Stored (&from)[kPerThread]) {
   const auto bits = [&](int e) { return bits_from(from[e]); };
@@ -175,7 +175,7 @@ __device__ __forceinline__ View grad_view(const AdamItem& item) {
   return View(item.rows, item.cols, item.grad_row_stride, item.grad_col_stride);
 }
 
-// Whether a usual tensor's arrays are read and written in mask order, from addresses divisible by 16.
+// Whether all arrays are read and written in mask order, from addresses divisible by 16.
 __device__ __forceinline__ bool is_in_a_row(const AdamItem& item) {
   if (item.weight && (item.layout != kAll || !weight_view(item).contiguous)) return false;
   if (item.grad_is_dense && (item.layout != kAll || !grad_view(item).contiguous)) return false;
@@ -193,7 +193,7 @@ struct Offsets {
   }
 };
 
-// What is listed about four entries: columns or flat indices; -1 for those that are not valid.
+// What the index lists for four entries: columns or flat indices; -1 for those that are not valid.
 struct Listed {
   int32_t narrow[kPerThread];
   int64_t wide[kPerThread];
@@ -217,13 +217,13 @@ struct Listed {
     }
   }
 
-  // The entries from `first` on are those of a tile, or its beginning. What lies outside becomes invalid.
+  // `first` is the first entry. Entries outside the tensor become invalid.
   __device__ __forceinline__ void find(const AdamItem& item, int64_t first, Entries<false>& entries,
                                        Offsets& place) const {
     if (!item.weight) return;
     const View weight = weight_view(item), grad = grad_view(item);
     if (item.layout == kCols) {
-      // The first entry's row is divided out in 64 bits, the others' in 32.
+      // The first entry's row takes a 64-bit division, the others only 32-bit ones.
       const int64_t first_row = first / item.index_width;
       const unsigned from_row = static_cast<unsigned>(first % item.index_width);
 #pragma unroll
@@ -259,17 +259,17 @@ __device__ __forceinline__ unsigned position_of_bit(uint32_t word, unsigned rank
   return bit;
 }
 
-// The word of a thread in a tile of a packed mask; past the end 0.
+// A thread's word in a tile of a packed mask; 0 past the end.
 __device__ __forceinline__ uint32_t word_of(const AdamItem& item, int64_t first) {
   const int64_t word = first + threadIdx.x;
   return word < item.rows * item.index_width ? at<const uint32_t>(item.index)[word] : 0;
 }
 
 // The words of a tile of a packed mask, in shared memory. Every thread looks up the set bits whose entries it holds, so
-// that none idles on a zero.
+// that no thread is idle because its word has none.
 struct TileOfWords {
   uint32_t* words;
-  unsigned* ends;  // set bits up to and with each word
+  unsigned* ends;  // set bits up to and including each word
 
   __device__ __forceinline__ explicit TileOfWords(unsigned* shared) : words(shared), ends(shared + kAdamThreads) {}
 
@@ -278,7 +278,7 @@ struct TileOfWords {
     const uint32_t word = word_of(item, first);
     unsigned in_warp;
     unsigned end = __popc(word) + warp_sum_before(__popc(word), &in_warp);
-    __syncthreads();  // the tile of before is still in use
+    __syncthreads();  // the previous tile may still be in use
     if (lane_number() == 0) sums[threadIdx.x / kWarp] = in_warp;
     words[threadIdx.x] = word;
     __syncthreads();

@@ -1,6 +1,6 @@
 // All device code, in one file for one fatbin.
-#include "adam.cuh"
-#include "topk.cuh"
+#include "cuda/adam.cuh"
+#include "cuda/topk.cuh"
 
 // Named after a hash of the sources, by which the extension knows its own kernels.
 #ifdef GRADSEL_SOURCE

@@ -1,4 +1,4 @@
-// Starting a kernel by name. csrc/cuda_driver.cpp does it on a GPU, tests/cuda/emulator.cpp on the CPU.
+// Starting a kernel by name. driver.cpp does it on a GPU, tests/cuda/emulator.cpp on the CPU.
 #pragma once
 
 #include <cstdint>

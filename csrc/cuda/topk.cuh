@@ -1,19 +1,20 @@
-// Row-wise top-K of |grad| for K up to kMostFew, in two kernels that read a gradient once from memory; larger K are
-// topk_many.cuh's.
+// Row-wise top-K of |grad| for K up to kMostFew, in two kernels that read a gradient once from memory; topk_many.cuh
+// has the kernel for larger K.
 //
 // A warp goes through a row in chunks that it holds in registers; several warps can share a row. topk_one is for K = 1.
-// topk_few keeps a list of candidates in shared memory. A bound lets few in: of the first chunk, every lane delegates
-// the largest magnitudes of two or four parts of its own, and K of the delegates reach the bound, so K columns of the
-// chunk do, and few more (8.5 on average for K = 8 and 768 normal numbers, 84 for K = 64). When the list has grown,
-// exactly the K best stay, and their smallest is the bound of what follows.
+// topk_few keeps a list of candidates in shared memory. A bound admits only a few: in the first chunk, every lane
+// delegates the largest magnitudes of two or four parts of its columns, and the bound is one that K delegates reach. So
+// K columns of the chunk reach it, and few more (8.5 on average for K = 8 and 768 normal numbers, 84 for K = 64). When
+// the list is nearly full, it is cut to exactly the K best, the smallest of which becomes the bound.
 //
-// Keys are magnitudes as integers, all NaNs one key just above infinity's. Keys are compared before that is seen to:
-// no bound is above the key of NaN. Columns past the end of a row have the key 0, and lose ties by their number.
+// Keys are magnitudes as integers. All NaNs count as one key just above infinity's, but comparisons with a bound need
+// no such clamping, because no bound is above that key. Columns past the end of a row have the key 0, and lose ties
+// because their numbers are the highest.
 #pragma once
 
-#include "device.cuh"
-#include "topk.h"
-#include "topk_many.cuh"
+#include "cuda/device.cuh"
+#include "cuda/topk.h"
+#include "cuda/topk_many.cuh"
 
 namespace gradsel {
 
@@ -44,7 +45,7 @@ struct Chunk {
     }
   }
 
-  // The j-th of this lane, in ascending order of columns; its column counts from the chunk's first.
+  // The j-th key of this lane, in ascending order of columns, and its column, counted from the chunk's first.
   __device__ __forceinline__ Key key(int j) const { return magnitude(get(vectors[j / kPerVector], j % kPerVector)); }
   static __device__ __forceinline__ unsigned column(int j) {
     return (j / kPerVector * kWarp + lane_number()) * kPerVector + j % kPerVector;
@@ -74,7 +75,7 @@ struct Chunk {
   }
 };
 
-// Where a warp works: some share a row, each with chunks begin .. end - 1 of it. Rows have less than 2^31 columns.
+// Where a warp works. Warps that share a row each take chunks begin .. end - 1 of it. Rows have less than 2^31 columns.
 template <class Raw>
 struct Place {
   int64_t row;
@@ -186,8 +187,8 @@ struct Candidates {
     count += __popc(lanes);
   }
 
-  // Drops all but the k best, of which there must be as many. Afterwards the bound is above their smallest key: what
-  // comes later has higher columns. Returns false when nothing can come in any more.
+  // Drops all but the k best; there must be at least k. The bound is then above their smallest key, because later
+  // columns lose ties. Returns false when no further candidate can get in.
   __device__ __forceinline__ bool keep_best(int k, Key nan) {
     __syncwarp();
     Key key[kPerLane];
@@ -200,12 +201,15 @@ struct Candidates {
       valid[i] = slot < count;
       key[i] = valid[i] ? keys[slot] : 0;
       col[i] = valid[i] ? cols[slot] : ~0u;
-      if (valid[i]) low = smaller(low, key[i]), high = larger(high, key[i]);
+      if (valid[i]) {
+        low = smaller(low, key[i]);
+        high = larger(high, key[i]);
+      }
     }
     low = warp_min(low);
     high = warp_max(high);
     __syncwarp();
-    // The k-th largest key is the largest that k keys reach. Fewer steps do where exactly k reach one on the way.
+    // The k-th largest key is the largest that k keys reach. The search can stop early at one that exactly k reach.
     int reach = count;
 #pragma unroll 1
     while (low < high && reach != k) {
@@ -301,7 +305,7 @@ __device__ __forceinline__ bool add_chunk(const TopK& p, const Raw* row, int64_t
   const int slot = list.count + static_cast<int>(warp_sum_before(__popc(reaching), &found));
   if (list.count + static_cast<int>(found) <= kCandidates) {
     for (int i = slot; reaching; ++i, reaching &= reaching - 1) {
-      // Which register it is in is known at run time only, so it is read again, from the cache.
+      // Registers cannot be indexed at run time, so the key is read again, from the cache.
       const int64_t col = first + Chunk<Raw>::column(__ffs(static_cast<int>(reaching)) - 1);
       list.keys[i] = smaller(col < p.cols ? magnitude(row[col * p.col_stride]) : Key{0}, nan);
       list.cols[i] = static_cast<uint32_t>(col);
@@ -309,7 +313,7 @@ __device__ __forceinline__ bool add_chunk(const TopK& p, const Raw* row, int64_t
     list.count += static_cast<int>(found);
     return list.count <= p.k + kSlack || list.keep_best(p.k, nan);
   }
-  // Many ties, or an ascending row: column by column, so that later ones are known to lose ties.
+  // Many ties, or an ascending row: one vector of columns after another, so that later ones are known to lose ties.
 #pragma unroll 1
   for (int i = 0; i < Chunk<Raw>::kPerLane; ++i) {
     const int64_t col = first + i * kWarp + lane_number();

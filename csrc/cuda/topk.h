@@ -1,4 +1,4 @@
-// What the top-K kernels for GPUs are told.
+// The parameters of the top-K kernels for GPUs.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@ constexpr int kSlack = 32;         // candidates over K after which the list is 
 constexpr int kTopKThreads = 128;
 constexpr int kTopKManyThreads = 256;  // one for each digit
 
-// Columns of a chunk that a lane holds, by the bytes of a column: as many registers as leave room for enough warps.
+// Columns of a chunk that a lane holds, given the bytes of an element: as many as leave registers for enough warps.
 constexpr int columns_of_lane(int64_t size) { return size == 8 ? 16 : 32; }
 
 struct TopK {

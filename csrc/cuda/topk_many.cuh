@@ -1,9 +1,9 @@
-// Row-wise top-K of |grad| for any K, by radix selection: a block to a row, which is read several times, from the cache
-// if that holds it. And what all top-K kernels share: keys.
+// Row-wise top-K of |grad| for any K, by radix selection. One block works on a row and reads it several times, from the
+// cache if it fits. Also the keys, which all top-K kernels share.
 #pragma once
 
-#include "device.cuh"
-#include "topk.h"
+#include "cuda/device.cuh"
+#include "cuda/topk.h"
 
 namespace gradsel {
 
@@ -43,7 +43,7 @@ __device__ __forceinline__ unsigned block_sum_before(unsigned x, unsigned* sums,
   return before;
 }
 
-// The K-th key by 8 bits at a time, from the top: count the digits of the keys that begin as it does.
+// Finds the K-th key 8 bits at a time, from the top, by counting the next digit of the keys that begin as it does.
 template <class Raw>
 __device__ __forceinline__ void topk_many(const TopK& p) {
   using Key = typename KeyOf<Raw>::Type;

@@ -22,12 +22,14 @@ from types import ModuleType
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-CUDA = ROOT / "csrc" / "cuda"
+SOURCES = ROOT / "csrc"
+CUDA = SOURCES / "cuda"
 NAME = "gradsel_emulated"
-# As in setup.py, save for -O2; and nvcc lets pointers of different types meet.
+# As in setup.py, except for -O2.
 FLAGS = (
     "-O2 -g1 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra"
 )
+# nvcc lets pointers of different types alias.
 KERNEL_FLAGS = "-fno-strict-aliasing -Wno-unknown-pragmas -fno-sanitize-recover=all -fsanitize="
 KERNEL_FLAGS += "alignment,bounds,shift-exponent,integer-divide-by-zero,float-cast-overflow"
 
@@ -55,8 +57,7 @@ def build(kernels: Path, names: Path, sources: Sequence[Path] = ()) -> ModuleTyp
 
     cxx = compiler()
     assert cxx is not None
-    folders = dict.fromkeys([kernels.parent, names.parent, HERE, CUDA, CUDA.parent])
-    includes = [f"-I{folder}" for folder in folders]
+    includes = [f"-I{folder}" for folder in (HERE, SOURCES)]
     includes += [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"])]
     flags = {source: [] for source in (HERE / "module.cpp", HERE / "emulator.cpp", *sources)}
     flags[HERE / "registry.cpp"] = [
@@ -68,6 +69,7 @@ def build(kernels: Path, names: Path, sources: Sequence[Path] = ()) -> ModuleTyp
 
     version = subprocess.run([*cxx, "--version"], capture_output=True, text=True, check=True).stdout
     digest = hashlib.sha256(repr((version, sys.version, pybind11.__version__, common, list(flags.items()))).encode())
+    folders = {kernels.parent, names.parent, HERE, CUDA, SOURCES / "common"}
     headers = {path for folder in folders for path in folder.glob("*") if path.suffix in (".h", ".cuh", ".cu")}
     for path in sorted({*headers, *flags}):
         digest.update(f"\n{path}\n".encode() + path.read_bytes())
@@ -97,8 +99,8 @@ def build(kernels: Path, names: Path, sources: Sequence[Path] = ()) -> ModuleTyp
 
 
 def build_product() -> ModuleType:
-    """The module of the kernels in csrc/cuda/ and of the functions that launch them."""
-    return build(CUDA / "kernels.cu", CUDA / "kernel_names.h", sorted(CUDA.glob("*.cpp")))
+    """The module of the kernels in csrc/cuda/ and of their host functions, with the emulator in place of driver.cpp."""
+    return build(CUDA / "kernels.cu", CUDA / "kernel_names.h", [CUDA / "bindings.cpp"])
 
 
 def _run(command: list[str]) -> None:

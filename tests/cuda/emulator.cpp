@@ -13,7 +13,7 @@
 #include <string>
 
 #include "emulation.h"
-#include "launch.h"
+#include "cuda/launch.h"
 
 uint3 threadIdx, blockIdx, blockDim, gridDim;
 

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "emulator.h"
-#include "launch.h"
+#include "cuda/launch.h"
 
 namespace py = pybind11;
 

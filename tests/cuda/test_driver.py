@@ -1,4 +1,4 @@
-"""csrc/cuda_driver.cpp against a stand-in for the NVIDIA driver: what is asked of it, and what is said if it fails."""
+"""csrc/cuda/driver.cpp against a stand-in for the NVIDIA driver: what is asked of it, and what is said if it fails."""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
-// take_columns: the columns of an activation, each with its tokens adjoining.
-#include "kernels.h"
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/parallel.h"
+#include "cpu/weight_grad/weight_grad.h"
 
 namespace gradsel {
 namespace {

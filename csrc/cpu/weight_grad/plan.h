@@ -1,10 +1,10 @@
 // What selected_weight_grad works through: chunks of tokens, blocks of columns, and scratch memory for both.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
 #include <memory>
 #include <vector>
-
-#include "common.h"
 
 namespace gradsel {
 
@@ -13,8 +13,8 @@ constexpr int64_t kVector = 16;  // elements of the longest register
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Which columns each row selects.
-struct Entries {
+// The columns that each row selects.
+struct SelectedColumns {
   const int32_t* cols;
   const int64_t* offsets;  // null: k to a row
   int64_t k;
@@ -22,15 +22,15 @@ struct Entries {
 };
 
 // Whole batches, or a range of tokens of one batch.
-struct Chunk {
+struct TokenChunk {
   int64_t batch, batches, token, tokens;
   int64_t size() const { return batches * tokens; }
 };
 
 // The tokens of all batches cut into chunks of about `target`.
-class Chunks {
+class TokenChunks {
  public:
-  Chunks(int64_t batches, int64_t tokens, int64_t target) : batches_(batches), tokens_(tokens), length_(tokens) {
+  TokenChunks(int64_t batches, int64_t tokens, int64_t target) : batches_(batches), tokens_(tokens), length_(tokens) {
     if (tokens < target)
       per_chunk_ = target / tokens;
     else  // pairs of vectors, as the sums take them
@@ -39,7 +39,7 @@ class Chunks {
   }
   int64_t count() const { return divide_up(batches_, per_chunk_) * per_batch_; }
   int64_t longest() const { return std::min(per_chunk_, batches_) * std::min(length_, tokens_); }
-  Chunk operator[](int64_t i) const {
+  TokenChunk operator[](int64_t i) const {
     const int64_t batch = i / per_batch_ * per_chunk_, token = i % per_batch_ * length_;
     return {batch, std::min(per_chunk_, batches_ - batch), token, std::min(length_, tokens_ - token)};
   }
@@ -52,7 +52,7 @@ class Chunks {
 template <int64_t width>
 class UsedBlocks {
  public:
-  UsedBlocks(const Entries& all, int64_t nnz, int64_t n) : entries_(all) {
+  UsedBlocks(const SelectedColumns& all, int64_t nnz, int64_t n) : selected_(all) {
     const int64_t count = divide_up(n, width);
     blocks_.reserve(static_cast<size_t>(count));
     if (nnz >= 4 * n) {  // few would be left out, and packing costs little beside so many sums
@@ -69,15 +69,15 @@ class UsedBlocks {
     cols_.reserve(static_cast<size_t>(nnz));
     for (int64_t e = 0; e < nnz; ++e)
       cols_.push_back(static_cast<int32_t>(place[all.cols[e] / width] * width + all.cols[e] % width));
-    entries_.cols = cols_.data();
+    selected_.cols = cols_.data();
   }
   UsedBlocks(const UsedBlocks&) = delete;
   int64_t count() const { return static_cast<int64_t>(blocks_.size()); }
   int64_t column(int64_t i) const { return blocks_[i] * width; }  // the first of block i
-  const Entries& entries() const { return entries_; }
+  const SelectedColumns& selected() const { return selected_; }
 
  private:
-  Entries entries_;
+  SelectedColumns selected_;
   std::vector<int64_t> blocks_;
   std::vector<int32_t> cols_;
 };

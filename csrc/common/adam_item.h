@@ -1,7 +1,7 @@
 // What a masked Adam step is told, on the CPU and on GPUs.
 #pragma once
 
-#include "numbers.h"
+#include "common/numbers.h"
 
 namespace gradsel {
 

@@ -1,33 +1,10 @@
-// gather_rows and scatter_rows on any strides, and the range checks of index arrays.
-#include <atomic>
-#include <type_traits>
+// gather_rows and scatter_rows on any strides.
+#include "cpu/rows/rows.h"
 
-#include "kernels.h"
+#include "cpu/parallel.h"
 
 namespace gradsel {
 namespace {
-
-template <class T>
-GRADSEL_INLINE Range range_loop(const T* index, int64_t count) {
-  T low = std::numeric_limits<T>::max(), high = std::numeric_limits<T>::min();
-  for (int64_t i = 0; i < count; ++i) {
-    low = std::min(low, index[i]);
-    high = std::max(high, index[i]);
-  }
-  Range range;
-  if (count > 0) range.low = low, range.high = high;
-  return range;
-}
-
-template <class T>
-GRADSEL_INLINE auto unsigned_max(const T* index, int64_t count) {
-  std::make_unsigned_t<T> high = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const auto x = static_cast<std::make_unsigned_t<T>>(index[i]);
-    high = high < x ? x : high;
-  }
-  return high;
-}
 
 // 16-, 32- and 64-bit elements are copied as integers: a gather changes no bit.
 template <class Bits>
@@ -71,26 +48,6 @@ Scatter scatter_for(Dtype to, Dtype from) {
 }
 
 }  // namespace
-
-GRADSEL_CLONES Range range_of(const int32_t* index, int64_t count) { return range_loop(index, count); }
-GRADSEL_CLONES Range range_of(const int64_t* index, int64_t count) { return range_loop(index, count); }
-
-GRADSEL_CLONES bool all_below(const int32_t* index, int64_t count, int64_t end) {
-  // A negative index is one from 2^31 up, which is out of range even of a row that has so many columns.
-  return count <= 0 || static_cast<int64_t>(unsigned_max(index, count)) < std::min(end, int64_t{1} << 31);
-}
-GRADSEL_CLONES bool all_below(const int64_t* index, int64_t count, int64_t end) {
-  return count <= 0 || unsigned_max(index, count) < static_cast<uint64_t>(end);
-}
-
-bool columns_below(const int32_t* columns, int64_t count, int64_t end, int threads, Range* found) {
-  std::atomic<bool> good{true};
-  parallel_ranges(count, threads_for(count, threads), [&](int64_t first, int64_t last, int) {
-    if (!all_below(columns + first, last - first, end)) good = false;
-  });
-  if (!good) *found = range_of(columns, count);
-  return good;
-}
 
 bool gather_rows(const void* weight, Dtype dtype, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride,
                  const int32_t* index, int64_t k, void* out, int threads, Range* found) {

@@ -1,4 +1,4 @@
-// Dtype codes, bits and conversions: what kernels for the CPU and for GPUs have in common.
+// Dtype codes and conversions, for the CPU and for GPUs.
 #pragma once
 
 #include <cstdint>
@@ -45,7 +45,7 @@ GRADSEL_INLINE float to_float(Float16 x) {
   const uint32_t magnitude = x.bits & 0x7fffu;
   const uint32_t rebias = 112u << 23;  // 127 - 15
   const uint32_t normal = (magnitude << 13) + rebias + (magnitude >= 0x7c00u ? rebias : 0u);
-  // A conversion of the mantissa instead of a product with a subnormal: exact under flush-to-zero too.
+  // Converting the mantissa, unlike multiplying with a subnormal, is exact even with flush-to-zero.
   const uint32_t subnormal = bit_cast<uint32_t>(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
   return bit_cast<float>((magnitude < 0x400u ? subnormal : normal) | (static_cast<uint32_t>(x.bits & 0x8000u) << 16));
 }
@@ -67,7 +67,8 @@ GRADSEL_INLINE Float16 to_float16(float x) {
   return {static_cast<uint16_t>((magnitude >= 0x47800000u ? large : finite) | ((bits >> 16) & 0x8000u))};
 }
 
-// convert<To>(x) between any two element types, to nearest even. 64 to 16 bits goes through float, as in torch.
+// convert<To>(x) converts between any two element types, rounding to nearest even. From 64 to 16 bits it goes through
+// float, as in torch.
 template <class To>
 struct Convert;
 template <>

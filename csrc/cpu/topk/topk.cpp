@@ -4,26 +4,31 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
+#include "cpu/topk/topk.h"
+
+#include <algorithm>
+#include <cstring>
 #include <memory>
 
-#include "kernels.h"
-#include "topk_simd.h"
+#include "cpu/parallel.h"
+#include "cpu/strided.h"
+#include "cpu/topk/registers.h"
 
 #define TOPK_LEVEL portable
 #define TOPK_TARGET
-#define TOPK_REG 0
-#include "topk_row.h"
+#define TOPK_REGISTERS 0
+#include "cpu/topk/select_rows.inc"
 
 #if GRADSEL_X86
 #define TOPK_LEVEL avx2
 #define TOPK_TARGET GRADSEL_TOPK_AVX2
-#define TOPK_REG 1
-#include "topk_row.h"
+#define TOPK_REGISTERS 1
+#include "cpu/topk/select_rows.inc"
 
 #define TOPK_LEVEL avx512
 #define TOPK_TARGET GRADSEL_TOPK_AVX512
-#define TOPK_REG 1
-#include "topk_row.h"
+#define TOPK_REGISTERS 1
+#include "cpu/topk/select_rows.inc"
 #endif
 
 namespace gradsel {

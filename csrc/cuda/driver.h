@@ -1,4 +1,4 @@
-// Loading the CUDA kernels; cuda/launch.h launches them.
+// Loading the CUDA kernels; launch.h launches them.
 #pragma once
 
 #include <string>

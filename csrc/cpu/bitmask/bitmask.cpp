@@ -1,6 +1,11 @@
-// Packed bitmasks: bool to bits, bits to bool, bits to columns. Bit j of word w of a row is column 32 w + j.
+#include "cpu/bitmask/bitmask.h"
 
-#include "kernels.h"
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/parallel.h"
+#include "cpu/simd.h"
+#include "cpu/strided.h"
 
 namespace gradsel {
 namespace {

@@ -1,7 +1,8 @@
-// Which SIMD level the hand-written kernels use. Auto-vectorised loops are chosen by the loader instead (common.h).
-#include <atomic>
+// Which SIMD level the hand-written kernels use. For auto-vectorised loops the loader chooses (GRADSEL_CLONES).
+#include "cpu/simd.h"
 
-#include "common.h"
+#include <algorithm>
+#include <atomic>
 
 namespace gradsel {
 namespace {

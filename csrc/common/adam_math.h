@@ -2,14 +2,14 @@
 //
 // Adam: Kingma and Ba 2015, Alg. 1; AdamW: Loshchilov and Hutter 2019, Alg. 2. The operations, their order and their
 // roundings are those of torch.optim.Adam(foreach=False, fused=False) on a CPU, hence the explicit fma: its lerp is
-// fma(w, g - m, m), its addcmul fma(c g, g, v), while addcdiv rounds product, quotient and sum one by one. The build
-// forbids the compiler to fuse anything else.
+// fma(w, g - m, m), its addcmul fma(c g, g, v), while addcdiv rounds product, quotient and sum one by one. Compiler
+// flags keep everything else from being fused.
 #pragma once
 
 #include <cmath>
 #include <limits>
 
-#include "adam_item.h"
+#include "common/adam_item.h"
 
 namespace gradsel {
 
@@ -18,14 +18,14 @@ template <class T>
 struct AdamScalars {
   T sign;          // of the gradient: -1 to maximise
   T decay;         // L2 term added to the gradient
-  T shrink;        // decoupled decay: the parameter is multiplied with it, 1 without
+  T shrink;        // decoupled decay: the parameter is multiplied by it; 1 without
   T lerp;          // 1 - beta1, or -beta1 from 1/2 up, where torch starts from the other end
   bool lerp_small;
   T beta2, one_minus_beta2;
   T root_of_correction, eps, minus_step_size;
   bool pulls, pull_l1, pull_decoupled;  // whether there is an anchor, and of which kind
-  T pull;  // what the gap, or for L1 its sign, is multiplied with in the gradient (coupled) or the step (decoupled)
-  T grad_scale;  // gradients are divided by it ahead of everything, 1 without a scaler
+  T pull;        // factor of the gap, or for L1 of its sign, in the gradient (coupled) or the step (decoupled)
+  T grad_scale;  // gradients are divided by it before anything else; 1 without a scaler
 };
 
 // The corrections are 1 - beta1^t and 1 - beta2^t.
@@ -56,8 +56,8 @@ GRADSEL_INLINE AdamScalars<T> scalars(const AdamHyperparameters& h, double corre
 GRADSEL_INLINE float fused(float a, float b, float c) { return std::fma(a, b, c); }
 GRADSEL_INLINE double fused(double a, double b, double c) { return std::fma(a, b, c); }
 
-// One entry. The flags are constants in the loops below, which the CPU vectorises, and the same for a whole tensor on
-// GPUs, which branch.
+// One entry. The flags are constants in the loops below, so that the CPU can vectorise them. GPUs branch: there the
+// flags are the same for a whole tensor.
 
 template <class T>
 GRADSEL_INLINE void decay_entry(T& p, T& g, const AdamScalars<T>& s, bool decays) {
@@ -66,7 +66,7 @@ GRADSEL_INLINE void decay_entry(T& p, T& g, const AdamScalars<T>& s, bool decays
   if (decays) g = fused(p, s.decay, g);
 }
 
-// What comes before Adam where there is an anchor (GRFT, Alg. 1 line 8): the gradient's sign and weight decay as ever,
+// What comes before Adam where there is an anchor (GRFT, Alg. 1 line 8): the gradient's sign and weight decay as usual,
 // then the pull towards the original value.
 template <class T>
 GRADSEL_INLINE void pull_entry(T& p, T& g, T original, const AdamScalars<T>& s, bool decays, bool l1, bool decoupled) {
@@ -81,7 +81,7 @@ GRADSEL_INLINE void pull_entry(T& p, T& g, T original, const AdamScalars<T>& s, 
   }
 }
 
-// The scalars of the Adam that follows it.
+// The scalars for the Adam step that follows: sign and decay have been applied.
 template <class T>
 GRADSEL_INLINE AdamScalars<T> after_pull(const AdamScalars<T>& s) {
   AdamScalars<T> rest = s;
@@ -96,13 +96,16 @@ GRADSEL_INLINE void adam_entry(T& p, T g, T& m, T& v, T& v_max, const AdamScalar
   m = fused(s.lerp, g - m, s.lerp_small ? m : g);
   v = fused(s.one_minus_beta2 * g, g, v * s.beta2);
   T second_moment = v;
-  if (amsgrad) second_moment = v_max = v_max != v_max || v_max > v ? v_max : v;  // a NaN on either side stays
+  if (amsgrad) {
+    v_max = v_max != v_max || v_max > v ? v_max : v;  // a NaN on either side stays
+    second_moment = v_max;
+  }
   const T denominator = std::sqrt(second_moment) / s.root_of_correction + s.eps;
   p = p + s.minus_step_size * m / denominator;
 }
 
-// A pass of its own, over a block that is in the cache, keeps adam_loop free of it. The gradient it leaves in `pulled`,
-// which may be `grad`.
+// A separate pass, over a block that is in the cache, keeps adam_loop simple. The new gradient goes to `pulled`, which
+// may be `grad`.
 template <class T, bool decays, bool l1, bool decoupled>
 GRADSEL_INLINE void pull_loop(T* GRADSEL_RESTRICT param, const T* grad, T* pulled,
                               const T* GRADSEL_RESTRICT original, int64_t count, const AdamScalars<T>& scalars) {
@@ -115,7 +118,7 @@ GRADSEL_INLINE void pull_loop(T* GRADSEL_RESTRICT param, const T* grad, T* pulle
   }
 }
 
-// As torch's fused Adam has it; a pass of its own for the same reason. `scaled` may be `grad`.
+// As in torch's fused Adam; a separate pass for the same reason. `scaled` may be `grad`.
 template <class T>
 GRADSEL_INLINE void unscale_loop(const T* grad, T* scaled, int64_t count, T scale) {
   for (int64_t i = 0; i < count; ++i) scaled[i] = grad[i] / scale;
@@ -134,7 +137,7 @@ GRADSEL_INLINE void pull(T* param, const T* grad, T* pulled, const T* original, 
     pull_loop<T, decays, false, false>(param, grad, pulled, original, count, s);
 }
 
-// Returns the scalars of the adam_math that is to follow.
+// Returns the scalars for the adam_math() that follows.
 template <class T>
 GRADSEL_INLINE AdamScalars<T> anchor_math(T* param, const T* grad, T* pulled, const T* original, int64_t count,
                                           const AdamScalars<T>& s) {
@@ -174,7 +177,7 @@ GRADSEL_INLINE void adam_math(T* param, const T* grad, T* exp_avg, T* exp_avg_sq
     adam_loop<T, false, false>(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, count, s);
 }
 
-// What becomes of float32 parameters when the weight has 16 bits. Both leave in `param` what the weight holds exactly.
+// Rounding float32 parameters for a weight of 16 bits. Both loops leave in `param` exactly what the weight will hold.
 
 // A bijection of 32 bits, with the constants of C. Wellons' search for small bias ("hash-prospector").
 GRADSEL_INLINE uint32_t mix(uint32_t x) {
@@ -183,7 +186,7 @@ GRADSEL_INLINE uint32_t mix(uint32_t x) {
   return x ^ (x >> 15);
 }
 
-// What the random words of a tensor's step t are made from: the specification's random_keys, where the reasons are.
+// Keys for the random words of a tensor's step t. They are the specification's random_keys, which gives the reasons.
 struct RandomKeys {
   uint32_t first = 0, second = 0;
 
@@ -196,8 +199,8 @@ struct RandomKeys {
   }
 };
 
-// Moves x, away from zero, where the word is below the fraction of the way to its next neighbour, else to the neighbour
-// below; the fraction in units of 2^-32.
+// Rounds x to one of its two neighbours: away from zero if the word is below the fraction by which x exceeds the nearer
+// to zero, in units of 2^-32, and otherwise towards zero.
 GRADSEL_INLINE float stochastic_bfloat16(float x, uint32_t word) {
   const uint32_t bits = bit_cast<uint32_t>(x);
   const uint32_t rounded = ((bits >> 16) + (word < bits << 16)) << 16;

@@ -1,6 +1,6 @@
-// The kernels of csrc/cuda on a GPU: finds the driver at run time, so that one build serves machines with and without
-// one, loads the fatbin that setup.py has made, and launches.
-#include "cuda_driver.h"
+// The CUDA kernels on a GPU: finds the driver at run time, so that one build serves machines with and without one,
+// loads the fatbin, and launches.
+#include "cuda/driver.h"
 
 #include <array>
 #include <cstring>
@@ -31,7 +31,7 @@ using Handle = void*;  // contexts, libraries, kernels, functions and streams
 constexpr int kMultiprocessors = 16, kMajor = 75;  // attributes of a device
 constexpr int kOldestDriver = 12010;               // the first that takes 32 kB of parameters
 constexpr int kOldestArchitecture = 8;
-constexpr int kRelaxed = 2;                        // how much a thread may do while a stream is captured: anything
+constexpr int kRelaxed = 2;                        // a capture mode: the thread may do anything meanwhile
 
 #define GRADSEL_DRIVER(X)                                                                                             \
   X(cuInit, (unsigned))                                                                                               \
@@ -102,7 +102,7 @@ constexpr const char* kNames[] = {
 };
 constexpr size_t kKernels = sizeof(kNames) / sizeof(kNames[0]);
 
-// Only in kernels of these very sources, so that others are not mistaken for them.
+// A kernel that only a fatbin built from these sources has.
 constexpr const char* kMark = "gradsel_source_" GRADSEL_SOURCE;
 
 // What is loaded. The primary context of a device is the one that torch uses.
@@ -118,28 +118,29 @@ std::string image;  // the fatbin
 Handle library = nullptr;
 std::vector<Loaded> devices;
 
-// Makes a context current for as long as it lives; leaves the one that is alone.
-class Current {
+// Makes a context current during its lifetime, unless it already is.
+class CurrentContext {
  public:
-  explicit Current(Handle context) {
+  explicit CurrentContext(Handle context) {
     Handle now = nullptr;
     check(driver().cuCtxGetCurrent(&now), "finding the CUDA context");
     if (now == context) return;
     check(driver().cuCtxPushCurrent_v2(context), "entering the CUDA context");
     pushed_ = true;
   }
-  ~Current() {
+  ~CurrentContext() {
     Handle popped;
     if (pushed_) driver().cuCtxPopCurrent_v2(&popped);
   }
-  Current(const Current&) = delete;
-  Current& operator=(const Current&) = delete;
+  CurrentContext(const CurrentContext&) = delete;
+  CurrentContext& operator=(const CurrentContext&) = delete;
 
  private:
   bool pushed_ = false;
 };
 
-// Lets this thread do what would otherwise be refused while a stream is captured: loading is no part of the graph.
+// Lets this thread load kernels while a stream is captured, which the driver would otherwise refuse: loading does not
+// become part of the graph.
 class Relaxed {
  public:
   Relaxed() { driver().cuThreadExchangeStreamCaptureMode(&mode_); }
@@ -169,7 +170,7 @@ const Loaded& loaded(int device) {
   check(driver().cuDeviceGet(&handle, device), "finding CUDA device " + std::to_string(device));
   check(driver().cuDeviceGetAttribute(&found.multiprocessors, kMultiprocessors, handle), "reading the device");
   if (!found.context) check(driver().cuDevicePrimaryCtxRetain(&found.context, handle), "entering the device");
-  const Current current(found.context);
+  const CurrentContext current(found.context);
   if (!library)
     check(driver().cuLibraryLoadData(&library, image.data(), nullptr, nullptr, 0, nullptr, nullptr, 0),
           "loading the CUDA kernels");
@@ -208,7 +209,7 @@ std::string cuda_why_off(int device) {
   if (major < kOldestArchitecture)
     return "the device has compute capability " + std::to_string(major) + ".x; these kernels need 8.0 or later.";
   try {
-    loaded(device);  // what this driver makes of what this compiler has made
+    loaded(device);  // an old driver may not load what a newer compiler has made
   } catch (const std::runtime_error& error) {
     return std::string(error.what()) + ".";
   }
@@ -219,7 +220,7 @@ int cuda_multiprocessors(int device) { return loaded(device).multiprocessors; }
 
 void cuda_launch(const Launch& launch, void** params) {
   const Loaded& device = loaded(launch.device);
-  const Current current(device.context);
+  const CurrentContext current(device.context);
   check(driver().cuLaunchKernel(function_of(device, launch.kernel), launch.grid, 1, 1, launch.block, 1, 1,
                                 launch.shared_bytes, reinterpret_cast<Handle>(static_cast<intptr_t>(launch.stream)),
                                 params, nullptr),

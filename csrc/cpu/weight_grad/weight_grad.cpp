@@ -9,24 +9,28 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
-#include <type_traits>
+#include "cpu/weight_grad/weight_grad.h"
 
-#include "kernels.h"
-#include "weight_grad_plan.h"
-#include "weight_grad_simd.h"
+#include <algorithm>
+#include <type_traits>
+#include <vector>
+
+#include "cpu/parallel.h"
+#include "cpu/weight_grad/plan.h"
+#include "cpu/weight_grad/registers.h"
 
 #define SUMS_LEVEL portable
 #define SUMS_TARGET
-#include "weight_grad_block.h"
+#include "cpu/weight_grad/products.inc"
 
 #if GRADSEL_X86
 #define SUMS_LEVEL avx2
 #define SUMS_TARGET GRADSEL_SUMS_AVX2
-#include "weight_grad_block.h"
+#include "cpu/weight_grad/products.inc"
 
 #define SUMS_LEVEL avx512
 #define SUMS_TARGET GRADSEL_SUMS_AVX512
-#include "weight_grad_block.h"
+#include "cpu/weight_grad/products.inc"
 #endif
 
 namespace gradsel {
@@ -34,8 +38,9 @@ namespace {
 
 template <class T, class Sum>
 struct Kernels {
-  void (*pack)(const T*, const Strides&, const Chunk&, int64_t, Sum*, int64_t);
-  void (*add_rows)(const Sum*, int64_t, const Sum*, int64_t, int64_t, const Entries&, int64_t, int64_t, Sum*, Sum*);
+  void (*pack)(const T*, const Strides&, const TokenChunk&, int64_t, Sum*, int64_t);
+  void (*add_rows)(const Sum*, int64_t, const Sum*, int64_t, int64_t, const SelectedColumns&, int64_t, int64_t, Sum*,
+                   Sum*);
 };
 
 template <class T, class Sum>
@@ -59,19 +64,21 @@ constexpr int64_t kItems = 32;                    // pieces of work that there s
 // The call with batches that adjoin in both activations seen as one.
 WeightGrad merge_batches(WeightGrad p) {
   Strides &y = p.grad_output_stride, &x = p.input_stride;
-  if (p.tokens == 1)
-    y.token = y.batch, x.token = x.batch;
-  else if (y.batch != p.tokens * y.token || x.batch != p.tokens * x.token)
+  if (p.tokens == 1) {
+    y.token = y.batch;
+    x.token = x.batch;
+  } else if (y.batch != p.tokens * y.token || x.batch != p.tokens * x.token) {
     return p;
+  }
   p.tokens *= p.batches;
   p.batches = 1;
   return p;
 }
 
 template <class T, class Sum>
-class Gather {
+class Products {
  public:
-  Gather(const WeightGrad& p, int64_t nnz, int threads)
+  Products(const WeightGrad& p, int64_t nnz, int threads)
       : p_(p),
         nnz_(nnz),
         threads_(threads_for(p.batches * p.tokens * (p.rows + nnz), threads)),
@@ -126,7 +133,7 @@ class Gather {
 
   // `c` counts from the panel's first chunk.
   void pack_columns(int64_t first, int64_t c, int64_t block) {
-    const Chunk chunk = chunks_[first + c];
+    const TokenChunk chunk = chunks_[first + c];
     const int64_t column = used_.column(block);
     const T* const from = static_cast<const T*>(p_.input) + p_.input_stride.at(chunk.batch, chunk.token, column);
     kernels_.pack(from, p_.input_stride, chunk, std::min(kBlock, p_.n - column),
@@ -134,7 +141,7 @@ class Gather {
   }
 
   void add_block(int64_t first, int64_t c, int64_t block, int64_t part, Sum* buffer) {
-    const Chunk chunk = chunks_[first + c];
+    const TokenChunk chunk = chunks_[first + c];
     const Strides& stride = p_.grad_output_stride;
     const int64_t row = block * kBlock, end = std::min(row + kBlock, p_.rows);
     const T* const from = static_cast<const T*>(p_.grad_output) + stride.at(chunk.batch, chunk.token, row);
@@ -147,7 +154,7 @@ class Gather {
       if (bias) bias = out + nnz_;
     }
     kernels_.add_rows(in_place ? reinterpret_cast<const Sum*>(from) : buffer, in_place ? stride.feature : pitch_,
-                      panel_.get() + c * chunk_size_, pitch_, chunk.size(), used_.entries(), row, end, out, bias);
+                      panel_.get() + c * chunk_size_, pitch_, chunk.size(), used_.selected(), row, end, out, bias);
   }
 
   void add_parts() {
@@ -165,7 +172,7 @@ class Gather {
   const int threads_;
   const Kernels<T, Sum> kernels_ = kernels_for<T, Sum>(simd());
   const UsedBlocks<kBlock> used_;
-  const Chunks chunks_;
+  const TokenChunks chunks_;
   const int64_t pitch_;         // of a row of the gradient or a column of the input, both packed
   const int64_t chunk_size_;    // of the columns of one chunk
   const int64_t panel_chunks_;  // packed together
@@ -177,20 +184,14 @@ class Gather {
 
 template <class T, class Sum>
 void run(const WeightGrad& problem, int threads) {
-  const int64_t nnz = Entries{problem.cols, problem.row_offsets, problem.k}.first(problem.rows);
+  const int64_t nnz = SelectedColumns{problem.cols, problem.row_offsets, problem.k}.first(problem.rows);
   std::fill_n(static_cast<Sum*>(problem.out), nnz, Sum{0});
   if (problem.bias) std::fill_n(static_cast<Sum*>(problem.bias), problem.rows, Sum{0});
   const bool nothing = problem.batches * problem.tokens * problem.rows == 0 || (nnz == 0 && !problem.bias);
-  if (!nothing) Gather<T, Sum>(merge_batches(problem), nnz, threads).run();
+  if (!nothing) Products<T, Sum>(merge_batches(problem), nnz, threads).run();
 }
 
 }  // namespace
-
-bool row_offsets_ascend(const int64_t* offsets, int64_t rows, int64_t nnz) {
-  bool good = offsets[0] == 0 && offsets[rows] == nnz;
-  for (int64_t r = 0; r < rows; ++r) good &= offsets[r] <= offsets[r + 1];
-  return good;
-}
 
 void selected_weight_grad(const WeightGrad& problem, int threads) {
   switch (problem.dtype) {

@@ -1,0 +1,167 @@
+// The work of a masked Adam step: one task for each tensor, cut into units that threads take, cut into blocks.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <vector>
+
+#include "common/adam_item.h"
+#include "common/adam_math.h"
+#include "common/pointer.h"
+#include "cpu/simd.h"
+
+namespace gradsel {
+
+constexpr int kBlock = 512;  // entries
+
+// An item, and what is worked out about it once.
+struct Task {
+  AdamItem item;
+  View weight, grad;
+  bool indexed;     // the dense weight or gradient is reached through indices
+  bool shared;      // ... at the same offsets in both, or only one of them is
+  RandomKeys keys;  // of this step, if it rounds stochastically
+  AdamScalars<float> scalars32;
+  AdamScalars<double> scalars64;
+
+  explicit Task(const AdamItem& from)
+      : item(from),
+        weight(from.rows, from.cols, from.weight_row_stride, from.weight_col_stride),
+        grad(from.rows, from.cols, from.grad_row_stride, from.grad_col_stride) {
+    const bool all_contiguous = item.layout == kAll && weight.contiguous && (!item.grad_is_dense || grad.contiguous);
+    indexed = item.weight != 0 && !all_contiguous;
+    shared = !item.grad_is_dense ||
+             (weight.row_stride == grad.row_stride && weight.col_stride == grad.col_stride);
+  }
+
+  bool reads_bits() const { return indexed && item.layout == kBits; }
+};
+
+// A share of a task that a thread takes at once: entries begin .. end - 1, or rows of a bitmask.
+struct Unit {
+  int64_t task, begin, end;
+  int64_t first_entry;  // of a bitmask: rank of the unit's first set bit; the number of set bits while checking
+};
+
+// Up to kBlock entries in mask order: where they lie, and room for their moments.
+struct Block {
+  const Task* task = nullptr;
+  int64_t begin = 0;
+  int count = 0;
+  int64_t weight_offsets[kBlock], grad_offsets[kBlock];
+  float moments[3][kBlock];  // converted, if the state is in bfloat16
+
+  const int64_t* grad_at() const { return task->shared ? weight_offsets : grad_offsets; }
+};
+
+// Hands out blocks: units from a counter shared by all threads, each cut into blocks.
+class Blocks {
+ public:
+  Blocks(const std::vector<Task>& tasks, const std::vector<Unit>& units, std::atomic<int64_t>& next)
+      : tasks_(tasks), units_(units), next_(next) {}
+
+  // The next block; false at the end.
+  bool take(Block& block) {
+    for (;;) {
+      if (task_ && position_ < unit_.end) {
+        block.task = task_;
+        if (task_->reads_bits())
+          take_bits(block);
+        else
+          take_entries(block);
+        if (block.count == 0) continue;  // the rest of a bitmask was empty
+        return true;
+      }
+      const int64_t u = next_.fetch_add(1, std::memory_order_relaxed);
+      if (u >= static_cast<int64_t>(units_.size())) return false;
+      unit_ = units_[static_cast<size_t>(u)];
+      task_ = &tasks_[static_cast<size_t>(unit_.task)];
+      position_ = unit_.begin;
+      rank_ = unit_.first_entry;
+      word_ = 0;
+      if (task_->reads_bits()) bits_ = words(position_)[0];
+    }
+  }
+
+ private:
+  const uint32_t* words(int64_t row) const {
+    return pointer<const uint32_t>(task_->item.index) + row * task_->item.index_width;
+  }
+
+  void take_entries(Block& block) {
+    block.begin = position_;
+    block.count = static_cast<int>(std::min<int64_t>(kBlock, unit_.end - position_));
+    position_ += block.count;
+    if (!task_->indexed) return;
+    offsets(block, task_->weight, block.weight_offsets);
+    if (!task_->shared) offsets(block, task_->grad, block.grad_offsets);
+  }
+
+  void offsets(const Block& block, const View& view, int64_t* out) const {
+    const AdamItem& item = task_->item;
+    const int64_t begin = block.begin;
+    const int count = block.count;
+    if (item.layout == kCols) {
+      const int32_t* cols = pointer<const int32_t>(item.index) + begin;
+      const int64_t k = item.index_width;
+      if (k == 1) {
+        for (int i = 0; i < count; ++i) out[i] = (begin + i) * view.row_stride + cols[i] * view.col_stride;
+        return;
+      }
+      int64_t row = begin / k * view.row_stride, left = k - begin % k;
+      for (int i = 0; i < count; ++i) {
+        out[i] = row + cols[i] * view.col_stride;
+        if (--left == 0) {
+          row += view.row_stride;
+          left = k;
+        }
+      }
+    } else if (item.layout == kFlat && item.index_is_64) {
+      for (int i = 0; i < count; ++i) out[i] = view.offset(pointer<const int64_t>(item.index)[begin + i]);
+    } else if (item.layout == kFlat) {
+      for (int i = 0; i < count; ++i) out[i] = view.offset(pointer<const int32_t>(item.index)[begin + i]);
+    } else {
+      for (int i = 0; i < count; ++i) out[i] = view.offset(begin + i);
+    }
+  }
+
+  void take_bits(Block& block) {
+    const View &weight = task_->weight, &grad = task_->grad;
+    const bool shared = task_->shared;
+    int count = 0;
+    while (count < kBlock && find_bit()) {
+      const int64_t column = 32 * word_ + lowest_bit(bits_);
+      bits_ &= bits_ - 1;
+      block.weight_offsets[count] = position_ * weight.row_stride + column * weight.col_stride;
+      if (!shared) block.grad_offsets[count] = position_ * grad.row_stride + column * grad.col_stride;
+      ++count;
+    }
+    block.begin = rank_;
+    block.count = count;
+    rank_ += count;
+  }
+
+  // Goes on to the next word that has bits left; false at the end of the unit.
+  bool find_bit() {
+    const int64_t width = task_->item.index_width;
+    while (bits_ == 0) {
+      if (++word_ == width) {
+        word_ = 0;
+        if (++position_ == unit_.end) return false;
+      }
+      bits_ = words(position_)[word_];
+    }
+    return true;
+  }
+
+  const std::vector<Task>& tasks_;
+  const std::vector<Unit>& units_;
+  std::atomic<int64_t>& next_;
+  const Task* task_ = nullptr;
+  Unit unit_{};
+  int64_t position_ = 0, rank_ = 0, word_ = 0;
+  uint32_t bits_ = 0;
+};
+
+}  // namespace gradsel
