@@ -3,7 +3,8 @@
 The parts, in order: build (both extensions), tests (tests/gpu and tests/kernels), topk, adam, weight_grad (the
 operators), cost, llama (training steps of whole models), plots, sanitizer (memory errors and races in every kernel;
 last, because it takes long). Nothing is downloaded or installed: the Python that runs this needs torch, triton, pytest
-and setuptools with pybind11 and ninja. Where the package is not installed, set PYTHONPATH=.:python, as ``make gpu`` does.
+and setuptools with pybind11 and ninja. Where the package is not installed, set PYTHONPATH=.:python, as ``make gpu``
+does.
 
 A run takes at most ``--minutes``. Whatever it measures is written to the results file at once, so rerun the same
 command to resume. Rows about other sources, another device or another torch are measured anew. No speed is measured
