@@ -35,7 +35,7 @@ _measured = pytest.StashKey[Rows]()
 
 def pytest_addoption(parser):
     parser.addoption("--results", default=str(RESULTS / "cpu.csv"), help="the CSV file (default: %(default)s)")
-    parser.addoption("--seconds", default=4.0, type=float, help="about so long for each K (default: %(default)s)")
+    parser.addoption("--seconds", default=4.0, type=float, help="approximate seconds for each K (default: %(default)s)")
 
 
 def pytest_configure(config):

@@ -1,7 +1,7 @@
-"""Prints the tables and draws the pictures of results files: ``python -m benchmarks.draw [FILE ...]``.
+"""Prints the tables, draws the pictures and writes the documentation's figures from results files.
 
-Everything that the documentation says about speed is printed here from the committed results; nothing is measured.
-Without arguments, all files in ``benchmarks/results`` are drawn that have a picture, each next to its file.
+``python -m benchmarks.draw [FILE ...]``. Nothing is measured. Without arguments, all files in ``benchmarks/results``
+that have a picture are drawn, each next to its file, and the generated blocks of README.md and docs/*.md are rewritten.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import benchmarks.training.pictures
 from benchmarks.harness.environment import RESULTS
 from benchmarks.harness.results import latest, load
 from benchmarks.harness.tables import over_baselines
+from benchmarks.pages import blocks
 
 
 def draw(path: Path) -> list[Path]:
@@ -35,9 +36,13 @@ def draw(path: Path) -> list[Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.draw", description=__doc__.partition("\n")[0])
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="default: all of benchmarks/results")
-    for path in parser.parse_args().files or sorted(RESULTS.glob("*.csv")):
+    files = parser.parse_args().files
+    for path in files or sorted(RESULTS.glob("*.csv")):
         for picture in draw(path):
             print(f"\n{picture}\n")
+    if not files:
+        for page in blocks.rewrite():
+            print(page)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from gradsel_kernels._ops import OPS
 
 
 def pack_bits(mask: Tensor) -> Tensor:
-    """Packs a boolean mask, one bit an entry.
+    """Packs a boolean mask, one bit for each entry.
 
     Args:
         mask: bool [rows, n], any strides.
@@ -33,19 +33,22 @@ def unpack_bits(bits: Tensor, n: int) -> Tensor:
 
 
 def bits_to_cols(bits: Tensor, k: int) -> Tensor:
-    """The set columns of a bitmask that has ``k`` of them in every row.
+    """The columns of the set bits of a mask with ``k`` set bits in every row.
 
     Args:
         bits: int32 [rows, words], any strides.
-        k: set bits in each row.
+        k: number of set bits in each row.
 
     Returns:
         int32 [rows, k], ascending in each row.
 
     Raises:
-        ValueError: a row has more or fewer than ``k`` bits set. Finding out synchronises a CUDA device.
+        ValueError: ``k`` is negative, or a row has more or fewer than ``k`` bits set. Finding out synchronises a CUDA
+            device.
     """
-    cols = OPS.bits_to_cols.default(bits, k + 1)  # one more than asked for shows a row that has more
+    if k < 0:
+        raise ValueError(f"k must not be negative, got {k}")
+    cols = OPS.bits_to_cols.default(bits, k + 1)  # one more column shows whether a row has too many
     wrong = cols[:, k] >= 0
     if k:
         wrong = wrong | (cols[:, k - 1] < 0)

@@ -19,8 +19,8 @@ def gather_rows(weight: Tensor, cols: Tensor) -> Tensor:
         [rows, k] in the dtype of ``weight``, detached: no gradient flows back.
 
     Raises:
-        IndexError: a column lies outside 0 to n - 1. On CUDA tensors the columns are trusted instead: looking would
-            synchronise the device. An entry out of range then reads as NaN, and memory outside is never touched.
+        IndexError: a column lies outside 0 to n - 1. On CUDA tensors columns are not checked, because that would
+            synchronise the device. An entry out of range then reads as NaN, and memory outside is never accessed.
     """
     return OPS.gather_rows.default(weight.detach(), cols)
 
@@ -29,7 +29,7 @@ def scatter_rows_(weight: Tensor, cols: Tensor, values: Tensor) -> Tensor:
     """Writes the selected entries of each row in place: ``weight[r, cols[r, j]] = values[r, j]``.
 
     Args:
-        weight: [rows, n], any strides that do not overlap. Everything that ``cols`` does not name keeps its bits.
+        weight: [rows, n], any strides that do not overlap. Entries that are not selected keep their bits.
         cols: int32 [rows, k], distinct within a row.
         values: [rows, k], rounded to the dtype of ``weight`` (to nearest even).
 
@@ -37,7 +37,7 @@ def scatter_rows_(weight: Tensor, cols: Tensor, values: Tensor) -> Tensor:
         ``weight``.
 
     Raises:
-        RuntimeError: ``weight`` or ``values`` require grad, outside ``torch.no_grad()``: this is not differentiable.
+        RuntimeError: ``weight`` or ``values`` require grad and gradients are enabled; this is not differentiable.
         IndexError: a column lies outside 0 to n - 1; ``weight`` is unchanged. On CUDA tensors such an entry is skipped.
     """
     if torch.is_grad_enabled() and (weight.requires_grad or values.requires_grad):

@@ -12,7 +12,7 @@ def topk_rows(grad: Tensor, k: int) -> Tensor:
 
     Args:
         grad: [rows, n] in float32, bfloat16, float16 or float64; any strides, so a transposed view costs no copy.
-        k: entries to keep in each row, at least 1. A row shorter than ``k`` is kept whole.
+        k: entries to select in each row, at least 1. All of a row are selected if it has fewer than ``k``.
 
     Returns:
         int32 [rows, min(k, n)], ascending in each row.

@@ -1,4 +1,4 @@
-"""Selected weight gradients: the entries of a layer's weight gradient that a mask selects, and no others."""
+"""Selected weight gradients: only those entries of a layer's weight gradient that a mask selects."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def take_columns(input: Tensor, columns: Tensor) -> Tensor:
         columns: int32 [count].
 
     Returns:
-        [count, tokens] or [batch, count, tokens], contiguous: the tokens of a column lie one after the other, the order
-        in which backward reads them. Detached: no gradient flows back.
+        [count, tokens] or [batch, count, tokens], contiguous, so that the tokens of a column lie in the order in which
+        backward reads them. Detached: no gradient flows back.
 
     Raises:
         IndexError: a column lies outside 0 to n - 1. On CUDA tensors it reads as NaN instead.
@@ -39,18 +39,18 @@ def selected_weight_grad(
     Args:
         grad_output: gradient of the layer's output, [tokens, rows] or [batch, tokens, rows], in float32, bfloat16,
             float16 or float64, any strides.
-        input: the layer's input in the same dtype, [tokens, n] or [batch, tokens, n], any strides. Fastest where the
-            tokens of a column adjoin in memory, as in ``take_columns(x, columns).mT``.
+        input: the layer's input in the same dtype, [tokens, n] or [batch, tokens, n], any strides. Fastest if the
+            tokens of a column are adjacent in memory, as in ``take_columns(x, columns).mT``.
         cols: int32 [rows, k]; with ``row_offsets`` int32 [nnz].
         strategy: ``"auto"`` (by shape, see docs/selected-gradients.md), or one of
 
-            - ``"gather"``: sums each entry's products on its own, rows x k x tokens of them;
+            - ``"gather"``: a separate sum for each entry, rows x k x tokens products in all;
             - ``"union"``: one dense product with the columns that any row uses, or one for each group of rows with
-              similar columns, of which the selected entries are kept;
-            - ``"tile"``: dense tiles of the product, each dropped as soon as its selected entries are taken.
+              similar columns; the selected entries are taken from it;
+            - ``"tile"``: dense tiles of the product; each is freed as soon as its selected entries are taken.
 
-            All of them are exact; they differ in speed and in the order of the sum.
-        row_offsets: int64 [rows + 1], for rows with different numbers of entries: those of row r are
+            All are exact. They differ in speed and in the order of summation.
+        row_offsets: int64 [rows + 1], for rows with different numbers of entries: row r has the columns
             ``cols[row_offsets[r]:row_offsets[r + 1]]``.
 
     Returns:
@@ -59,8 +59,8 @@ def selected_weight_grad(
 
     Raises:
         TypeError, ValueError: tensors that do not fit together, or an unknown strategy.
-        IndexError: a column or an offset out of range. On CUDA tensors they are trusted, as in :func:`gather_rows`; a
-            column out of range then gives NaN.
+        IndexError: a column or an offset out of range. On CUDA tensors they are not checked, as in
+            :func:`gather_rows`; a column out of range then gives NaN.
     """
     return OPS.selected_weight_grad.default(grad_output.detach(), input.detach(), cols, row_offsets, strategy)
 

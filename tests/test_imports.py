@@ -24,10 +24,11 @@ FLOORS = [
     {"nn"},
     {"ranking"},
     {"selection"},
+    {"integrations"},
     {"parameters"},
     {"attached"},
     {"masks"},
-    {"dtypes", "sealed", "tables", "views"},
+    {"dtypes", "interrupts", "sealed", "tables", "views"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 

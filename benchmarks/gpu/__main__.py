@@ -7,7 +7,7 @@ and setuptools with pybind11 and ninja. Where the package is not installed, set 
 does.
 
 A run takes at most ``--minutes``. Whatever it measures is written to the results file at once, so rerun the same
-command to resume. Rows about other sources, another device or another torch are measured anew. No speed is measured
+command to resume. Rows about other sources, another device or another torch are measured again. No speed is measured
 unless the tests are known to be green. ``--device cpu --small`` tries the program itself.
 """
 
@@ -185,7 +185,7 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, help="the results file (default: benchmarks/results/gpu.csv)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: %(default)s")
     parser.add_argument("--small", action="store_true", help="toy sizes, to try the program")
-    parser.add_argument("--again", action="store_true", help="measure what is in the results file anew")
+    parser.add_argument("--again", action="store_true", help="measure again what is in the results file")
     parser.add_argument("--anyway", action="store_true", help="measure although the tests are red or have not run")
     parser.add_argument("--worker", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)

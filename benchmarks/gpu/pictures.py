@@ -83,7 +83,7 @@ def draw_adam(rows: Sequence[Row], path: Path) -> Path | None:
                    [s for n, s in zip(names, styles, strict=True) if "alone" not in n])  # fmt: skip
             dense = [float(row["p50_ms"]) for row in own if row["provider"] == adam.BASELINE]
             if dense:
-                plots.level(axes, statistics.median(dense), adam.BASELINE)  # measured anew with every K
+                plots.level(axes, statistics.median(dense), adam.BASELINE)  # measured again with every K
             axes.set_yscale("log")
             axes.set_ylabel("a step on the device, milliseconds")
             axes.set_title(", ".join(key), fontsize=10)

@@ -102,7 +102,7 @@ class Results:
     Args:
         path: may not exist yet.
         environment: of this run; written to each of its rows.
-        since: only rows from then on count, for a run that measures everything anew.
+        since: only rows from then on count, for a run that measures everything again.
     """
 
     def __init__(self, path: Path, environment: Mapping[str, str], since: str = "") -> None:

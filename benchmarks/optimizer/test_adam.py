@@ -16,7 +16,7 @@ from gradsel.masks import PerRow
 from gradsel.ranking.policies import Scores
 from gradsel.views import NeuronView
 
-try:  # a peer that takes part where it is installed
+try:  # compared if installed
     import bitsandbytes
 except ImportError:
     bitsandbytes = None

@@ -1,4 +1,4 @@
-// What a masked Adam step is told, on the CPU and on GPUs.
+// The arguments of a masked Adam step, on the CPU and on GPUs.
 #pragma once
 
 #include "common/numbers.h"

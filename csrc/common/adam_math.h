@@ -72,7 +72,7 @@ template <class T>
 GRADSEL_INLINE void pull_entry(T& p, T& g, T original, const AdamScalars<T>& s, bool decays, bool l1, bool decoupled) {
   decay_entry(p, g, s, decays);
   const T gap = p - original;
-  const T along = l1 ? T(gap > 0) - T(gap < 0) : gap;  // the sign of NaN is 0, as torch.sign has it
+  const T along = l1 ? T(gap > 0) - T(gap < 0) : gap;  // the sign of NaN is 0, as in torch.sign
   if (decoupled) {
     const T moved = fused(along, -s.pull, p);
     p = l1 && std::abs(gap) <= s.pull ? original : moved;

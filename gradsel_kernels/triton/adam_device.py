@@ -11,7 +11,7 @@ import triton.language as tl
 
 from gradsel_kernels._checks import Layout
 from gradsel_kernels.adam_item import ITEM_WORDS, WORD_OF
-from gradsel_kernels.triton.common import convert, div_rn, fma, popcount, sqrt_rn
+from gradsel_kernels.triton.common import convert, div_rn, fma, popcount, power, sqrt_rn
 
 _ALL = tl.constexpr(int(Layout.ALL))
 _COLS = tl.constexpr(int(Layout.COLS))
@@ -62,7 +62,7 @@ def pull_math(p, g, original, pull, ANCHOR: tl.constexpr):
     ``pull`` multiplies the gap or its sign (L1), in the gradient (coupled) or in the step (decoupled).
     """
     gap = p - original
-    sign = (gap > 0).to(gap.dtype) - (gap < 0).to(gap.dtype)  # 0 for NaN, as torch.sign
+    sign = (gap > 0).to(gap.dtype) - (gap < 0).to(gap.dtype)  # 0 for NaN, as in torch.sign
     if ANCHOR == L2_ANCHOR:
         g = fma(gap, pull, g)
     if ANCHOR == L1_ANCHOR:
@@ -81,8 +81,8 @@ def adam_math(
 ):  # fmt: skip
     """One step in the order of torch's single-tensor Adam: each fma is one of torch's, and all else is rounded.
 
-    ``decay`` is the weight decay (L2), or the factor that it leaves, 1 - lr * weight_decay (decoupled). ``pull`` is
-    that of :func:`pull_math`.
+    ``decay`` is the weight decay (L2) or the factor 1 - lr * weight_decay (decoupled). For ``pull`` see
+    :func:`pull_math`.
     """
     if MAXIMIZE:
         g = -g
@@ -124,7 +124,7 @@ def _random_keys(seed, t):
 
 @triton.jit
 def round_stochastically(x, entry, keys, DTYPE: tl.constexpr):
-    """float32 moved to one of its neighbours in bfloat16 or float16, bit for bit as in the specification."""
+    """Rounds float32 to one of its neighbours in bfloat16 or float16, bit for bit as in the specification."""
     word = mix(mix(entry.to(tl.uint32) ^ keys.to(tl.uint32)) ^ (entry >> 32).to(tl.uint32) ^ (keys >> 32).to(tl.uint32))
     bits = x.to(tl.uint32, bitcast=True)
     DROPPED: tl.constexpr = 16 if DTYPE == tl.bfloat16 else 13  # noqa: SIM300
@@ -141,38 +141,8 @@ def round_stochastically(x, entry, keys, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _product(a, a_low, b, b_low):
-    """Product of two unevaluated sums of two doubles, as another such sum."""
-    high = a * b
-    low = fma(a, b, -high) + (a * b_low + a_low * b)
-    total = high + low
-    return total, low - (total - high)
-
-
-@triton.jit
-def _power(base, exponent):
-    """base ** exponent for int64 exponents, correctly rounded in all but the rarest cases.
-
-    In the first steps 1 - beta**t cancels: an error of one unit in the last place of the power would become thousands
-    in the update, so exp(t * log(beta)) in double precision is not enough for float64 states.
-    """
-    result = base * 0.0 + 1.0
-    result_low = base * 0.0
-    square = base
-    square_low = base * 0.0
-    while tl.max(exponent, axis=0) > 0:
-        odd = (exponent & 1) == 1
-        high, low = _product(result, result_low, square, square_low)
-        result = tl.where(odd, high, result)
-        result_low = tl.where(odd, low, result_low)
-        square, square_low = _product(square, square_low, square, square_low)
-        exponent = exponent >> 1
-    return result
-
-
-@triton.jit
 def _allowed(valid, found_inf):
-    """Nothing is valid if gradients overflowed: the host would have to wait for that to skip the launch."""
+    """Nothing is valid if gradients overflowed. Skipping the launch instead would make the host wait for the flag."""
     if found_inf is not None:
         valid = tl.where(tl.load(found_inf) == 0, valid, False)  # the interpreter cannot & with a scalar
     return valid
@@ -185,7 +155,7 @@ def advance(
 ):  # fmt: skip
     """Counts the steps and writes each tensor's (step size, root of the second correction) in float64.
 
-    If there are ``keys``, it writes the random keys of the step, too.
+    If there are ``keys``, it also writes the random keys of the step.
     """
     i = tl.program_id(0) * TENSORS + tl.arange(0, TENSORS)
     valid = _allowed(i < count, found_inf)
@@ -194,8 +164,8 @@ def advance(
     tl.store(address, step, mask=valid)
     t = step.to(tl.int64)
     zero = tl.zeros([TENSORS], tl.float64)
-    step_size = (zero + tl.full((), lr, tl.float64)) / (1.0 - _power(zero + tl.full((), beta1, tl.float64), t))
-    root = tl.sqrt(1.0 - _power(zero + tl.full((), beta2, tl.float64), t))
+    step_size = (zero + tl.full((), lr, tl.float64)) / (1.0 - power(zero + tl.full((), beta1, tl.float64), t))
+    root = tl.sqrt(1.0 - power(zero + tl.full((), beta2, tl.float64), t))
     tl.store(corrections + 2 * i, step_size, mask=valid)
     tl.store(corrections + 2 * i + 1, root, mask=valid)
     if keys is not None:
@@ -222,8 +192,9 @@ def _update(
 
     Computes in STATE; moments are stored as MOMENT.
 
-    ``valid`` entries exist, and those ``inside`` lie in the weight. State is read and written for all that exist, and
-    keeps its value where an offset is outside: a mask that differs from lane to lane would forbid vector accesses.
+    ``valid`` entries exist, and those ``inside`` lie in the weight. State is read and written for all valid entries and
+    keeps its value where an offset is outside, because a mask that differs from lane to lane would prevent vector
+    accesses.
     """
     exp_avg = _vector(item, _EXP_AVG, MOMENT, ALIGNED) + entry
     exp_avg_sq = _vector(item, _EXP_AVG_SQ, MOMENT, ALIGNED) + entry
@@ -287,7 +258,7 @@ def step(
 ):  # fmt: skip
     """One tile of a tensor in the layout ALL, COLS or FLAT.
 
-    COMPACT: the gradient is in mask order. LINEAR: what is not compact is at its flat index, row * cols + col.
+    COMPACT: the gradient is in mask order. LINEAR: dense tensors have entries at their flat index, row * cols + col.
     """
     tile = tl.program_id(0)
     tensor = tl.load(tiles + tile)

@@ -1,4 +1,4 @@
-"""Packed bitmasks: packing, unpacking, and the columns of the first set bits of each row."""
+"""Kernels for packed bitmasks: packing, unpacking, and finding the first set bits of each row."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 from gradsel_kernels._checks import words
 from gradsel_kernels.triton.common import on_device, pack_words
 
-#: Columns that one program packs or unpacks: a byte each, so 16-byte accesses of two warps.
+#: Columns that one program packs or unpacks: one byte each, so that every thread of two warps accesses 16 bytes.
 COLS = 1024
-#: Columns that one program searches at a time for set bits: 8 a thread.
+#: Columns that one program searches at a time for set bits: 8 for each thread.
 SEARCHED = 1024
 
 
@@ -22,7 +22,7 @@ def _pack(mask, bits, stride_row, stride_col, n, chunks, COLS: tl.constexpr, UNI
     chunk = tl.program_id(0) % chunks
     col = chunk * COLS + tl.arange(0, COLS)
     base = mask + row * stride_row
-    # Past the last column (and past 2**31, where col wraps) nothing is read.
+    # Nothing is read past the last column. Comparing col itself would fail past 2**31, where it wraps.
     flag = tl.load(
         base + col if UNIT_STRIDE else base + col.to(tl.int64) * stride_col,
         mask=tl.arange(0, COLS) < n - chunk * COLS, other=0,

@@ -1,4 +1,4 @@
-"""What several kernels share: number formats, packed words, rounded arithmetic, and the launch guard."""
+"""Shared by several kernels: number formats, packed words, rounded arithmetic, and the launch guard."""
 
 from __future__ import annotations
 
@@ -116,3 +116,33 @@ def div_rn(x, y):
 def sqrt_rn(x):
     """Square root rounded to nearest, for the same reason as :func:`div_rn`."""
     return tl.sqrt(x) if x.dtype == tl.float64 else tl.sqrt_rn(x)
+
+
+@triton.jit
+def _product(a, a_low, b, b_low):
+    """Product of two unevaluated sums of two doubles, as another such sum."""
+    high = a * b
+    low = fma(a, b, -high) + (a * b_low + a_low * b)
+    total = high + low
+    return total, low - (total - high)
+
+
+@triton.jit
+def power(base, exponent):
+    """base ** exponent for int64 exponents, correctly rounded in all but the rarest cases.
+
+    In the first steps 1 - beta**t cancels: an error of one unit in the last place of the power would become thousands
+    in the update, so exp(t * log(beta)) in double precision is not enough for float64 states.
+    """
+    result = base * 0.0 + 1.0
+    result_low = base * 0.0
+    square = base
+    square_low = base * 0.0
+    while tl.max(exponent, axis=0) > 0:
+        odd = (exponent & 1) == 1
+        high, low = _product(result, result_low, square, square_low)
+        result = tl.where(odd, high, result)
+        result_low = tl.where(odd, low, result_low)
+        square, square_low = _product(square, square_low, square, square_low)
+        exponent = exponent >> 1
+    return result

@@ -38,8 +38,9 @@ class NeuronView:
     def shape(self, shape: Sequence[int]) -> tuple[int, int]:
         """(rows, cols) of a tensor of this shape."""
         sizes = self._split(shape)
-        rows = math.prod(sizes[dim] for dim in self.row_dims)
-        return rows, math.prod(size for dim, size in enumerate(sizes) if dim not in self.row_dims)
+        # Lists, because torch.compile cannot trace generators inside an autograd function.
+        rows = math.prod([sizes[dim] for dim in self.row_dims])
+        return rows, math.prod([size for dim, size in enumerate(sizes) if dim not in self.row_dims])
 
     def check(self, shape: Sequence[int]) -> None:
         """Checks that this view fits a shape.
@@ -92,17 +93,32 @@ class NeuronView:
         return split if self.is_leading else split.permute(self._order(split.ndim))
 
 
+def memory_extent(tensor: Tensor) -> int:
+    """The number of places in memory from the first entry of a tensor to its last, gaps included.
+
+    Raises:
+        ValueError: entries of ``tensor`` overlap in memory, as those of an expanded one do.
+    """
+    extent = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride < extent:
+                raise ValueError(
+                    f"entries of a tensor of shape {list(tensor.shape)} and strides {tensor.stride()} share memory"
+                )
+            extent += stride * (size - 1)
+    return extent if tensor.numel() else 0
+
+
+def memory_of(tensor: Tensor) -> Tensor:
+    """The memory from the first entry of a tensor to its last as a vector: an alias with the same version counter."""
+    return tensor.detach().as_strided((memory_extent(tensor),), (1,))
+
+
 def memory_offsets(tensor: Tensor) -> Tensor:
     """int64, shaped like ``tensor``: the position of each entry in memory, counted from the first.
 
     Raises:
-        ValueError: ``tensor`` has gaps in memory or overlaps itself, so offsets would not number its entries.
+        ValueError: entries of ``tensor`` overlap in memory.
     """
-    dense = sorted(zip(tensor.stride(), tensor.shape, strict=True))
-    expected = 1
-    for stride, size in dense:
-        if size > 1:
-            if stride != expected:
-                raise ValueError(f"a tensor of shape {list(tensor.shape)} and strides {tensor.stride()} is not dense")
-            expected *= size
-    return torch.arange(tensor.numel(), device=tensor.device).as_strided(tensor.shape, tensor.stride())
+    return torch.arange(memory_extent(tensor), device=tensor.device).as_strided(tensor.shape, tensor.stride())

@@ -19,7 +19,7 @@ emulated_only = pytest.mark.skipif(
 
 @pytest.mark.skipif(os.environ.get("GRADSEL_EMULATE_CUDA") == "1", reason="here it runs on CPU tensors")
 def test_cpu_tensors_are_refused():
-    with gk.use_backend("cuda"), pytest.raises(RuntimeError, match="CUDA kernels run on CUDA tensors, and these are"):
+    with gk.use_backend("cuda"), pytest.raises(RuntimeError, match="CUDA tensors"):
         gk.topk_rows(torch.ones(2, 3), 1)
 
 

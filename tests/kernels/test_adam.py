@@ -75,7 +75,7 @@ def test_tensors_of_other_ranks(fast):
 
 def test_an_anchor_without_originals():
     p, m, v, step = torch.ones(3), torch.zeros(3), torch.zeros(3), torch.zeros(())
-    with pytest.raises(ValueError, match=r"anchor=0\.1 needs originals, the values to pull towards"):
+    with pytest.raises(ValueError, match=r"anchor=0\.1.*originals"):
         gk.masked_adam_([p], [torch.ones(3)], [m], [v], [step], lr=0.1, anchor=0.1)
     assert p.tolist() == [1.0, 1.0, 1.0]
     assert step == 0
@@ -154,7 +154,7 @@ def test_a_step_counts_for_one_tensor(fast):
     """On a GPU, tensors are updated at the same time, so it would be undefined which of them counts first."""
     weights = [torch.ones(2, 3, device=fast) for _ in range(2)]
     moments = [[torch.zeros(2, 3, device=fast) for _ in weights] for _ in range(2)]
-    with pytest.raises(ValueError, match="two tensors have the same step; each counts its own"):
+    with pytest.raises(ValueError, match="same step"):
         gk.masked_adam_(weights, weights, *moments, [torch.zeros((), device=fast)] * 2, lr=0.1)
     assert all((weight == 1).all() for weight in weights)
 
@@ -168,7 +168,7 @@ def test_an_index_out_of_range_changes_nothing(fast, layout):
         bad = max(i for i, this in enumerate(problem.layouts) if this == layout)
         problem.indices[bad].view(-1)[-1] = -1  # for BITS: the whole last word, including its spare bits
         before = problem.to("cpu")
-        with gk.use_backend(backend), pytest.raises((IndexError, ValueError), match=f"tensor {bad}: indices "):
+        with gk.use_backend(backend), pytest.raises((IndexError, ValueError), match=f"tensor {bad}.*indices"):
             problem.step()
         for name in ("weights", "values", "exp_avgs", "exp_avg_sqs", "steps"):
             for now, then in zip(getattr(problem, name), getattr(before, name), strict=True):
@@ -211,7 +211,7 @@ def test_tensors_resized_between_steps_are_seen():
     gk.masked_adam_([weight], [grad], [exp_avg], [exp_avg_sq], [step], **arguments)
     assert (weight != before).nonzero().view(-1).tolist() == list(range(8))
     gk.masked_adam_([weight], [torch.full((100,), -1.0)], [exp_avg], [exp_avg_sq], [step], **arguments)
-    with pytest.raises(ValueError, match="grad must be dense"):
+    with pytest.raises(ValueError, match=r"grad.*dense"):
         gk.masked_adam_([weight], [torch.ones(99)], [exp_avg], [exp_avg_sq], [step], **arguments)
 
 
@@ -236,7 +236,7 @@ def test_other_originals_are_seen(fast):
     maxima.set_(torch.full((4,), 7.0, device=fast))
     assert step_to(originals=[maxima]) == 7
     assert step_to(max_exp_avg_sqs=[maxima]) == 7
-    with pytest.raises(ValueError, match="original must match exp_avg"):
+    with pytest.raises(ValueError, match=r"original.*exp_avg"):
         step_to(originals=[torch.zeros(3, device=fast)])
 
 
@@ -247,7 +247,7 @@ def test_a_negative_index_is_out_of_range_of_any_tensor():
     state = [torch.zeros(1), torch.zeros(1), torch.zeros(())]
     index = torch.tensor([-1], dtype=torch.int32)
     for backend in ("reference", "native"):
-        with gk.use_backend(backend), pytest.raises(IndexError, match="found -1"):
+        with gk.use_backend(backend), pytest.raises(IndexError, match="-1"):
             gk.masked_adam_(
                 [weight], [torch.ones(1)], state[:1], state[1:2], state[2:],
                 indices=[index], layouts=[Layout.FLAT], lr=0.1,
@@ -258,5 +258,5 @@ def test_a_negative_index_is_out_of_range_of_any_tensor():
 def test_tensors_that_require_grad_need_no_grad():
     weight = torch.ones(2, 3, requires_grad=True)
     state = [torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(())]
-    with pytest.raises(RuntimeError, match=r"call it under torch\.no_grad"):
+    with pytest.raises(RuntimeError, match=r"torch\.no_grad"):
         gk.masked_adam_([weight], [torch.ones(2, 3)], state[:1], state[1:2], state[2:], lr=0.1)

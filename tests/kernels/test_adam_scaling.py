@@ -98,6 +98,6 @@ def test_a_scaler_of_another_shape_is_refused_in_every_call():
     arguments = adam_arguments()
     gk.masked_adam_(**arguments, found_inf=torch.zeros(1))
     for name in ("found_inf", "grad_scale"):
-        with pytest.raises(ValueError, match=f"{name} must be one float32"):
+        with pytest.raises(ValueError, match=f"{name}.*float32"):
             gk.masked_adam_(**arguments, **{name: torch.zeros(2)})
     assert arguments["steps"][0] == 1

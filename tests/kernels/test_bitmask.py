@@ -52,7 +52,7 @@ def test_operator_pads_short_rows_and_cuts_long_ones(fast):
 @pytest.mark.parametrize(("row", "word"), [([1, 1, 1, 0], "more"), ([0, 0, 0, 1], "fewer")])
 def test_rows_of_another_count_are_refused(fast, row, word):
     bits = reference.pack_bits(torch.tensor([[1, 1, 0, 0], row], dtype=torch.bool)).to(fast)
-    with pytest.raises(ValueError, match=f"k = 2 bits set, but row 1 has {word}"):
+    with pytest.raises(ValueError, match=f"k = 2.*row 1.*{word}"):
         gk.bits_to_cols(bits, 2)
 
 
@@ -64,13 +64,13 @@ def test_spare_bits_are_ignored_when_unpacking(fast):
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: gk.pack_bits(torch.ones(2, 3)), TypeError, "mask must be torch.bool, got torch.float32"),
-        (lambda: gk.pack_bits(torch.ones(3, dtype=torch.bool)), ValueError, "mask must be a 2-D"),
-        (lambda: gk.unpack_bits(torch.ones(2, 2), 40), TypeError, "bits must be torch.int32"),
-        (lambda: gk.unpack_bits(torch.ones(2, 2, dtype=torch.int32), 65), ValueError, "holds 33 to 64 columns"),
-        (lambda: gk.unpack_bits(torch.ones(2, 2, dtype=torch.int32), 32), ValueError, "need 1 words a row"),
-        (lambda: gk.bits_to_cols(torch.ones(2, 2, dtype=torch.int64), 1), TypeError, "bits must be torch.int32"),
-        (lambda: gk.bits_to_cols(torch.ones(2, 2, dtype=torch.int32), -2), ValueError, "k must not be negative"),
+        (lambda: gk.pack_bits(torch.ones(2, 3)), TypeError, "mask.*bool.*float32"),
+        (lambda: gk.pack_bits(torch.ones(3, dtype=torch.bool)), ValueError, "mask.*2-D"),
+        (lambda: gk.unpack_bits(torch.ones(2, 2), 40), TypeError, "bits.*int32"),
+        (lambda: gk.unpack_bits(torch.ones(2, 2, dtype=torch.int32), 65), ValueError, "33 to 64"),
+        (lambda: gk.unpack_bits(torch.ones(2, 2, dtype=torch.int32), 32), ValueError, "1 words"),
+        (lambda: gk.bits_to_cols(torch.ones(2, 2, dtype=torch.int64), 1), TypeError, "bits.*int32"),
+        (lambda: gk.bits_to_cols(torch.ones(2, 2, dtype=torch.int32), -2), ValueError, "k.*-2"),
     ],
 )
 def test_bad_input(call, error, message):

@@ -157,7 +157,7 @@ def test_use_backend_sets_and_restores():
 
 
 def test_use_backend_refuses_an_unknown_name():
-    with pytest.raises(ValueError, match="unknown backend 'cudnn'; choose one of native, triton, cuda, reference"):
+    with pytest.raises(ValueError, match=r"'cudnn'.*native, triton, cuda, reference"):
         gk.use_backend("cudnn")
 
 
@@ -165,7 +165,7 @@ def test_use_backend_refuses_an_unknown_name():
 def test_a_backend_that_cannot_run_says_why():
     with (
         gk.use_backend("triton"),
-        pytest.raises(RuntimeError, match=r"the triton backend was asked for .*TRITON_INTERPRET"),
+        pytest.raises(RuntimeError, match=r"triton.*TRITON_INTERPRET"),
     ):
         gk.topk_rows(torch.ones(2, 3), 1)
 

@@ -45,7 +45,7 @@ def test_scatter_rounds_as_torch_converts(fast, weight_dtype, value_dtype):
 def test_no_gradient_flows(fast):
     weight = torch.ones(2, 3, device=fast, requires_grad=True)
     assert not gk.gather_rows(weight, COLS.to(fast)).requires_grad
-    with pytest.raises(RuntimeError, match="scatter_rows_ is not differentiable"):
+    with pytest.raises(RuntimeError, match=r"scatter_rows_.*torch\.no_grad"):
         gk.scatter_rows_(2 * weight, COLS.to(fast), torch.ones(2, 1, device=fast))
 
 
@@ -63,9 +63,9 @@ def test_columns_out_of_range(fast, bad):
     cols[4, 1] = bad
     before = weight.clone()
     if fast == "cpu" and not cases.INTERPRETED:
-        with pytest.raises(IndexError, match="cols must lie in 0 to 39, found"):
+        with pytest.raises(IndexError, match=r"cols.* 0 to 39"):
             gk.gather_rows(weight, cols)
-        with pytest.raises(IndexError, match="cols must lie in 0 to 39, found"):
+        with pytest.raises(IndexError, match=r"cols.* 0 to 39"):
             gk.scatter_rows_(weight, cols, torch.zeros_like(cols, dtype=torch.float32))
         assert torch.equal(weight, before)
         return
@@ -81,9 +81,9 @@ def test_specification_refuses_columns_out_of_range(bad):
     weight = torch.ones(2, 3)
     cols = torch.tensor([[0], [bad]], dtype=torch.int32)
     with gk.use_backend("reference"):
-        with pytest.raises(IndexError, match="cols must lie in 0 to 2"):
+        with pytest.raises(IndexError, match=r"cols.* 0 to 2"):
             gk.gather_rows(weight, cols)
-        with pytest.raises(IndexError, match="cols must lie in 0 to 2"):
+        with pytest.raises(IndexError, match=r"cols.* 0 to 2"):
             gk.scatter_rows_(weight, cols, torch.zeros(2, 1))
     assert torch.equal(weight, torch.ones(2, 3))
 
@@ -94,13 +94,13 @@ COLS = torch.zeros(2, 1, dtype=torch.int32)
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: gk.gather_rows(torch.ones(2, 3), COLS.long()), TypeError, "cols must be torch.int32, got torch.int64"),
-        (lambda: gk.gather_rows(torch.ones(3, 3), COLS), ValueError, "cols has 2 rows, but weight has 3"),
-        (lambda: gk.gather_rows(torch.ones(2, 3, 1), COLS), ValueError, "weight must be a 2-D"),
-        (lambda: gk.gather_rows(torch.ones(2, 3, device="meta"), COLS), ValueError, "but weight is on meta"),
-        (lambda: gk.scatter_rows_(torch.ones(2, 3), COLS, torch.ones(2, 2)), ValueError, r"shape of cols \[2, 1\]"),
+        (lambda: gk.gather_rows(torch.ones(2, 3), COLS.long()), TypeError, "cols.*int32.*int64"),
+        (lambda: gk.gather_rows(torch.ones(3, 3), COLS), ValueError, "cols.* 2 .*weight.* 3"),
+        (lambda: gk.gather_rows(torch.ones(2, 3, 1), COLS), ValueError, "weight.*2-D"),
+        (lambda: gk.gather_rows(torch.ones(2, 3, device="meta"), COLS), ValueError, "weight.*meta"),
+        (lambda: gk.scatter_rows_(torch.ones(2, 3), COLS, torch.ones(2, 2)), ValueError, r"cols \[2, 1\]"),
         (lambda: gk.scatter_rows_(torch.ones(1, 3).expand(2, 3), COLS, torch.ones(2, 1)), ValueError, "stride 0"),
-        (lambda: gk.scatter_rows_(torch.ones(2, 3), COLS, COLS), TypeError, "values must be float32"),
+        (lambda: gk.scatter_rows_(torch.ones(2, 3), COLS, COLS), TypeError, "values.*float32.*int32"),
     ],
 )
 def test_bad_input(call, error, message):

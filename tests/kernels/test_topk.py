@@ -111,13 +111,13 @@ def test_specification_breaks_ties_to_the_lowest_column_and_ranks_nan_first():
 @pytest.mark.parametrize(
     ("grad", "k", "error", "message"),
     [
-        (torch.ones(3), 1, ValueError, "grad must be a 2-D"),
-        (torch.ones(2, 3, 4), 1, ValueError, r"got torch.float32 \[2, 3, 4\]"),
-        (torch.ones(2, 3), 0, ValueError, "k must be at least 1, got 0"),
-        (torch.ones(2, 3), -1, ValueError, "k must be at least 1"),
-        (torch.ones(2, 3, dtype=torch.int32), 1, TypeError, "got torch.int32"),
-        (torch.ones(2, 3, dtype=torch.complex64), 1, TypeError, "complex tensors are not supported"),
-        (torch.ones(2, 3).to_sparse(), 1, TypeError, "grad must be a dense tensor"),
+        (torch.ones(3), 1, ValueError, "grad.*2-D"),
+        (torch.ones(2, 3, 4), 1, ValueError, r"grad.*\[2, 3, 4\]"),
+        (torch.ones(2, 3), 0, ValueError, "k.*at least 1.* 0"),
+        (torch.ones(2, 3), -1, ValueError, "k.*at least 1.*-1"),
+        (torch.ones(2, 3, dtype=torch.int32), 1, TypeError, "grad.*int32"),
+        (torch.ones(2, 3, dtype=torch.complex64), 1, TypeError, "grad.*complex"),
+        (torch.ones(2, 3).to_sparse(), 1, TypeError, "grad.*dense"),
     ],
 )
 def test_bad_input(grad, k, error, message):

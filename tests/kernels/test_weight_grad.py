@@ -193,9 +193,9 @@ def test_columns_out_of_range(fast):
         columns = cols.view(-1)
         if fast == "cpu" and not cases.INTERPRETED:
             for strategy in STRATEGIES:
-                with pytest.raises(IndexError, match="cols must lie in 0 to 5, found"):
+                with pytest.raises(IndexError, match=r"cols.* 0 to 5"):
                     gk.selected_weight_grad(grad_output, input, cols, strategy)
-            with pytest.raises(IndexError, match="columns must lie in 0 to 5, found"):
+            with pytest.raises(IndexError, match=r"columns.* 0 to 5"):
                 gk.take_columns(input, columns)
         else:
             found = gk.selected_weight_grad(grad_output, input, cols, "gather")
@@ -220,7 +220,7 @@ def test_offsets_out_of_range(fast):
     grad_output, input = inputs(20, 3, 6)
     cols = torch.tensor([0, 1, 2], dtype=torch.int32)
     for offsets in ([0, 1, 2, 4], [1, 1, 2, 3], [0, 2, 1, 3], [0, -5, 2, 3]):
-        with pytest.raises(IndexError, match="row_offsets must ascend from 0 to 3"):
+        with pytest.raises(IndexError, match=r"row_offsets.* 0 to 3"):
             gk.selected_weight_grad(grad_output, input, cols, row_offsets=torch.tensor(offsets))
 
 
@@ -260,15 +260,15 @@ GOOD = (torch.ones(4, 3), torch.ones(4, 5), torch.zeros(3, 2, dtype=torch.int32)
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({0: torch.ones(3)}, ValueError, r"grad_output must be \[tokens, rows\] or \[batch, tokens, rows\]"),
-        ({1: torch.ones(2, 2, 2, 5)}, ValueError, "input must be .*flatten"),
-        ({1: torch.ones(4, 5).half()}, TypeError, "input is torch.float16, but grad_output is torch.float32"),
-        ({0: torch.ones(4, 3).int()}, TypeError, "grad_output must be float32"),
-        ({1: torch.ones(6, 5)}, ValueError, "must have the same tokens"),
-        ({2: torch.zeros(3, 2)}, TypeError, "cols must be torch.int32"),
-        ({2: torch.zeros(4, 2, dtype=torch.int32)}, ValueError, "cols has 4 rows, but grad_output has 3 features"),
-        ({3: "dense"}, ValueError, "unknown strategy 'dense'; choose one of auto, union, gather, tile"),
-        ({0: torch.ones(4, 3).to_sparse()}, TypeError, "grad_output must be a dense tensor"),
+        ({0: torch.ones(3)}, ValueError, r"grad_output.*\[tokens, rows\].*\[batch, tokens, rows\]"),
+        ({1: torch.ones(2, 2, 2, 5)}, ValueError, "input.*flatten"),
+        ({1: torch.ones(4, 5).half()}, TypeError, "input.*float16.*grad_output.*float32"),
+        ({0: torch.ones(4, 3).int()}, TypeError, "grad_output.*float32.*int32"),
+        ({1: torch.ones(6, 5)}, ValueError, "tokens"),
+        ({2: torch.zeros(3, 2)}, TypeError, "cols.*int32.*float32"),
+        ({2: torch.zeros(4, 2, dtype=torch.int32)}, ValueError, "cols.* 4 .*grad_output.* 3 "),
+        ({3: "dense"}, ValueError, "strategy.*'dense'.*auto, union, gather, tile"),
+        ({0: torch.ones(4, 3).to_sparse()}, TypeError, "grad_output.*dense"),
     ],
 )
 def test_bad_input(changes, error, message):
@@ -281,11 +281,11 @@ def test_bad_input(changes, error, message):
 
 
 def test_bad_offsets_and_columns():
-    with pytest.raises(ValueError, match=r"with row_offsets, cols must be \[nnz\]"):
+    with pytest.raises(ValueError, match=r"row_offsets.*cols.*\[nnz\]"):
         gk.selected_weight_grad(*GOOD, row_offsets=torch.tensor([0, 1, 2, 2]))
-    with pytest.raises(ValueError, match=r"row_offsets must be int64 \[4\]"):
+    with pytest.raises(ValueError, match=r"row_offsets.*int64 \[4\]"):
         gk.selected_weight_grad(GOOD[0], GOOD[1], torch.zeros(2, dtype=torch.int32), row_offsets=torch.tensor([0, 2]))
-    with pytest.raises(ValueError, match=r"columns must be int32 \[count\]"):
+    with pytest.raises(ValueError, match=r"columns.*int32 \[count\]"):
         gk.take_columns(torch.ones(3, 4), torch.tensor([1, 2]))
 
 

@@ -148,8 +148,9 @@ LANGUAGE_MODELS: dict[str, Family] = {
         lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**NARROW, num_local_experts=4)),
         logits,
         """
-        rank weight: model.layers.#.self_attn.{q_proj,k_proj,v_proj,o_proj}.weight model.layers.#.mlp.gate.weight \
+        rank weight: model.layers.#.self_attn.{q_proj,k_proj,v_proj,o_proj}.weight \
             model.layers.#.mlp.experts.{gate_up_proj,down_proj}
+        freeze router: model.layers.#.mlp.gate.weight
         freeze embedding: model.embed_tokens.weight
         freeze normalisation: model.layers.#.{input_layernorm,post_attention_layernorm}.weight model.norm.weight
         freeze output embedding: lm_head.weight
@@ -160,10 +161,11 @@ LANGUAGE_MODELS: dict[str, Family] = {
         lambda: hf.GptOssForCausalLM(hf.GptOssConfig(**NARROW, head_dim=4, num_local_experts=4, num_experts_per_tok=2)),
         logits,
         """
-        rank weight: model.layers.#.self_attn.{q_proj,k_proj,v_proj,o_proj}.weight model.layers.#.mlp.router.weight \
+        rank weight: model.layers.#.self_attn.{q_proj,k_proj,v_proj,o_proj}.weight \
             model.layers.#.mlp.experts.{gate_up_proj,down_proj}
-        whole bias: model.layers.#.self_attn.{q_proj,k_proj,v_proj,o_proj}.bias model.layers.#.mlp.router.bias \
+        whole bias: model.layers.#.self_attn.{q_proj,k_proj,v_proj,o_proj}.bias \
             model.layers.#.mlp.experts.{gate_up_proj_bias,down_proj_bias}
+        freeze router: model.layers.#.mlp.router.{weight,bias}
         freeze embedding: model.embed_tokens.weight
         freeze other: model.layers.#.self_attn.sinks
         freeze normalisation: model.layers.#.{input_layernorm,post_attention_layernorm}.weight model.norm.weight
@@ -180,8 +182,9 @@ LANGUAGE_MODELS: dict[str, Family] = {
         logits,
         """
         rank weight: model.layers.#.self_attn.{q_proj,k_proj,v_proj,o_proj}.weight \
-            model.layers.#.feed_forward.experts.{gate_up_proj,down_proj} model.layers.#.feed_forward.router.weight \
+            model.layers.#.feed_forward.experts.{gate_up_proj,down_proj} \
             model.layers.#.feed_forward.shared_expert.{gate_proj,up_proj,down_proj}.weight
+        freeze router: model.layers.#.feed_forward.router.weight
         freeze embedding: model.embed_tokens.weight
         freeze normalisation: model.layers.#.{input_layernorm,post_attention_layernorm}.weight model.norm.weight
         freeze output embedding: lm_head.weight
@@ -193,7 +196,8 @@ LANGUAGE_MODELS: dict[str, Family] = {
         logits,
         """
         rank weight: transformer.blocks.#.norm_attn_norm.attn.{Wqkv,out_proj}.weight \
-            transformer.blocks.#.ffn.router.layer.weight transformer.blocks.#.ffn.experts.mlp.{w1,v1,w2}
+            transformer.blocks.#.ffn.experts.mlp.{w1,v1,w2}
+        freeze router: transformer.blocks.#.ffn.router.layer.weight
         freeze embedding: transformer.wte.weight
         freeze normalisation: transformer.blocks.#.norm_attn_norm.{norm_1,norm_2}.weight transformer.norm_f.weight
         freeze output embedding: lm_head.weight

@@ -3,148 +3,45 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from gradsel.delta.parts import Part, entries_of, read, same_bits, tensors_of, write_
-from gradsel.delta.trained import attached_root, trained_in
+from gradsel.attached import attached_root
+from gradsel.delta.fitting import fitted, in_model
+from gradsel.delta.parts import Part, entries_of, same_bits, tensors_of, write_
+from gradsel.delta.sites import (
+    FORCE,
+    Site,
+    is_base,
+    originals_in,
+    require_base,
+    require_plain,
+    site_of,
+    sites_of,
+    tensor_of,
+)  # fmt: skip
+from gradsel.delta.trained import Trained, trained_in
+from gradsel.interrupts import uninterrupted
 from gradsel.masks import same
-from gradsel.parameters.fingerprints import fingerprint
-from gradsel.tables import shape_text
-
-_FORCE = "pass force=True if that is intended"
 
 
-@dataclass
-class Site:
-    """One tensor of a model, and the part of a delta that is written to it.
+def fit(parts: Mapping[str, Part], model: nn.Module, force: bool) -> tuple[list[Site], list[Tensor]]:
+    """The sites of the parts in a plain model, and the entries that will be replaced there.
 
-    Attributes:
-        values: the part's values, flat, on the tensor's device and rounded to its dtype.
-    """
-
-    name: str
-    part: Part
-    tensor: Tensor
-    values: Tensor
-
-    def __post_init__(self) -> None:
-        self._memory = (self.tensor.data_ptr(), self.tensor.dtype, self.tensor.stride())
-
-    def has_moved(self) -> bool:
-        """Whether the tensor is in other memory now, for example after ``model.to()``."""
-        return self._memory != (self.tensor.data_ptr(), self.tensor.dtype, self.tensor.stride())
-
-
-def sites_of(parts: Mapping[str, Part], model: nn.Module | Mapping[str, Tensor], force: bool) -> list[Site]:
-    """The sites of the parts in a plain model, or in tensors by name.
+    Parts by the names of a checkpoint are translated.
 
     Raises:
-        ValueError: the model is attached, lacks a tensor, or has one of another shape. Without force also: a tensor has
-            another dtype, or one that cannot hold the values.
+        ValueError: see :func:`sites_of` and :func:`originals_in`.
     """
-    if isinstance(model, nn.Module) and attached_root(model) is not None:
-        raise ValueError("the model is attached: use load_delta(model, ...), or call gradsel.detach(model) first")
-    tensors = tensors_of(model)
-    return [_site(name, part, tensors, force) for name, part in parts.items()]
 
+    def attempt(parts: Mapping[str, Part], force: bool) -> tuple[list[Site], list[Tensor]]:
+        sites = sites_of(parts, model, force)
+        return sites, originals_in(sites, force)
 
-def _site(name: str, part: Part, tensors: Mapping[str, Tensor], force: bool) -> Site:
-    tensor = _tensor(name, part, tensors, force)
-    values = part.values.reshape(-1).to(tensor.device, tensor.dtype)
-    if part.values.dtype is not tensor.dtype and not force:
-        require_finite({name: part}, f"in {tensor.dtype}, ", tensor.dtype)
-    try:
-        if not part.mask.is_whole:
-            part.places(tensor)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-    return Site(name, part, tensor, values)
-
-
-def _tensor(name: str, part: Part, tensors: Mapping[str, Tensor], force: bool) -> Tensor:
-    if name not in tensors:
-        raise ValueError(f"the model has no {name!r}, which the delta sets; it was made for another model")
-    tensor = tensors[name]
-    if tuple(tensor.shape) != part.mask.shape:
-        raise ValueError(
-            f"{name} is {shape_text(part.mask.shape)} in the delta, {shape_text(tensor.shape)} in the model; entries "
-            "are written in place, so the shapes (for a head: the number of classes) must be the same"
-        )
-    if tensor.is_floating_point() != part.values.is_floating_point():
-        raise ValueError(f"{name} is {part.values.dtype} in the delta, {tensor.dtype} in the model")
-    if tensor.dtype is not part.dtype and not force:
-        raise ValueError(
-            f"{name} is {tensor.dtype}, the delta was made on {part.dtype}: the base cannot be recognised, and values "
-            f"would be rounded; {_FORCE}"
-        )
-    return tensor
-
-
-def require_finite(parts: Mapping[str, Part], where: str = "", dtype: torch.dtype | None = None) -> None:
-    """Checks that no values are NaN or infinite.
-
-    Args:
-        where: the start of the message.
-        dtype: round the values to this dtype first.
-
-    Raises:
-        ValueError: some are; the message says how many, and where.
-    """
-    for name, part in parts.items():
-        finite = part.values.to(dtype or part.values.dtype).isfinite()
-        if not bool(finite.all()):
-            raise ValueError(f"{where}{name} has {int((~finite).sum())} values that are NaN or infinite; {_FORCE}")
-
-
-def originals_in(sites: Sequence[Site], force: bool) -> list[Tensor]:
-    """The entries that will be replaced, flat in mask order.
-
-    Raises:
-        ValueError: without force: these entries or a probe differ from the delta's base, or the base is not known.
-    """
-    found = [read(site.tensor, site.part) for site in sites]
-    if not force:
-        wrong = [
-            site.name
-            for site, (_, digest) in zip(sites, found, strict=True)
-            if not _is_base(site.name, site.part, digest, partial(fingerprint, site.tensor))
-        ]
-        require_base(wrong, len(sites))
-    return [entries for entries, _ in found]
-
-
-def require_base(wrong: Sequence[str], count: int) -> None:
-    """Checks that no tensors differ from those of the base.
-
-    Raises:
-        ValueError: ``wrong`` is not empty.
-    """
-    if wrong:
-        raise ValueError(
-            f"{len(wrong)} of {count} tensors are not those that the delta was made on, first {wrong[0]}: this is "
-            f"another base, or one that was modified already, by training or by another delta; {_FORCE}"
-        )
-
-
-def _is_base(name: str, part: Part, digest: str, fingerprint: Callable[[], str]) -> bool:
-    """Whether the tensor with this digest and fingerprint is the one that the part was made on."""
-    return part.digest == digest if part.digest else known_fingerprint(name, part) == fingerprint()
-
-
-def known_fingerprint(name: str, part: Part) -> str:
-    """The fingerprint of a part's base.
-
-    Raises:
-        ValueError: it is not known.
-    """
-    if not part.fingerprint:
-        raise ValueError(f"the delta does not know the base of {name}, as it was made without it; {_FORCE}")
-    return part.fingerprint
+    require_plain(model)
+    return fitted(parts, in_model(model), force, attempt)
 
 
 # --- Overlays ----------------------------------------------------------------------------------------------------
@@ -203,16 +100,15 @@ class Applied(Overlay):
     def __init__(self, parts: Mapping[str, Part], model: nn.Module, force: bool) -> None:
         super().__init__()
         self._model = model
-        self._sites = sites_of(parts, model, force)
-        self._originals = originals_in(self._sites, force)
-        written = 0
+        self._sites, self._originals = fit(parts, model, force)
         try:
-            for site in self._sites:
-                write_(site.tensor, site.part, site.values)
-                written += 1
-        except BaseException:
-            for site, entries in zip(self._sites[:written], self._originals, strict=False):
-                write_(site.tensor, site.part, entries)
+            with uninterrupted():
+                for site in self._sites:
+                    write_(site.tensor, site.part, site.values)
+        except BaseException:  # an interrupt comes at the end of the block
+            with uninterrupted():
+                for site, entries in zip(self._sites, self._originals, strict=True):
+                    write_(site.tensor, site.part, entries)
             raise
         self._put_on(self._sites)
         self.active = True
@@ -241,12 +137,13 @@ class Applied(Overlay):
             if changed:
                 raise RuntimeError(
                     f"{len(changed)} tensors have changed since the delta was applied, first {changed[0]}: reverting "
-                    f"would not restore the model; {_FORCE}"
+                    f"would not restore the model; {FORCE}"
                 )
-        for site, entries in zip(self._sites, self._originals, strict=True):
-            write_(site.tensor, site.part, entries)
-        self._take_off()
-        self.active = False
+        with uninterrupted():
+            for site, entries in zip(self._sites, self._originals, strict=True):
+                write_(site.tensor, site.part, entries)
+            self._take_off()
+            self.active = False
 
     def __repr__(self) -> str:
         count = sum(site.part.mask.nnz for site in self._sites)
@@ -277,6 +174,20 @@ def load_attached(parts: Mapping[str, Part], root: nn.Module, force: bool) -> No
         ValueError: other entries are attached or, without force, the base differs. Nothing has been written.
     """
     trained = trained_in(root)
+    there = in_model(root, {name: own.whole_before for name, own in trained.items()})
+    parts, sites = fitted(parts, there, force, lambda parts, force: _fit_attached(parts, root, trained, force))
+    with uninterrupted(), torch.no_grad():
+        for name, own in trained.items():
+            own.values.copy_(parts[name].values)
+            own.mask.scatter_(own.tensor, own.values)
+        for site in sites:
+            write_(site.tensor, site.part, site.values)
+
+
+def _fit_attached(
+    parts: Mapping[str, Part], root: nn.Module, trained: Mapping[str, Trained], force: bool
+) -> tuple[Mapping[str, Part], list[Site]]:
+    """The parts, and the sites of those that are for buffers, after all checks."""
     buffers = {name: buffer for name, buffer in tensors_of(root).items() if name in parts and name not in trained}
     unknown = [name for name in trained if name not in parts]
     buffer_names = dict(root.named_buffers())
@@ -287,20 +198,15 @@ def load_attached(parts: Mapping[str, Part], root: nn.Module, force: bool) -> No
             f"the model is attached to a selection of other entries than the delta's, first of {unknown[0]}: "
             "gradsel.detach(model, restore=True), then attach it to delta.selection(model)"
         )
-    sites = [_site(name, parts[name], buffers, force) for name in buffers]
+    sites = [site_of(name, parts[name], buffers, force) for name in buffers]
     for name, own in trained.items():
-        _tensor(name, parts[name], {name: own.tensor}, force)
+        tensor_of(name, parts[name], {name: own.tensor}, force)
     if not force:
         wrong = [
             name
             for name, own in trained.items()
-            if not _is_base(name, parts[name], own.digest_before(parts[name]), own.fingerprint_before)
+            if not is_base(name, parts[name], own.digest_before(parts[name]), own.fingerprint_before)
         ]
         require_base(wrong, len(parts))
     originals_in(sites, force)
-    with torch.no_grad():
-        for name, own in trained.items():
-            own.values.copy_(parts[name].values)
-            own.mask.scatter_(own.tensor, own.values)
-    for site in sites:
-        write_(site.tensor, site.part, site.values)
+    return parts, sites

@@ -9,11 +9,13 @@ from itertools import combinations
 
 from torch import Tensor, nn
 
-from gradsel.delta.applying import Overlay, Site, originals_in, require_in_place, sites_of
+from gradsel.delta.applying import Overlay, fit, require_in_place
 from gradsel.delta.combining import paired
 from gradsel.delta.delta import Delta
 from gradsel.delta.parts import write_
-from gradsel.masks import same
+from gradsel.delta.sites import Site, require_plain
+from gradsel.interrupts import uninterrupted
+from gradsel.masks import Mask, same
 from gradsel.selection.overlap import Overlap, overlap
 from gradsel.tables import table
 
@@ -25,10 +27,15 @@ class _Task:
     originals: list[Tensor]
     overwritten: dict[str, frozenset[str]] = field(default_factory=dict)
 
+    @property
+    def masks(self) -> dict[str, Mask]:
+        """The entries that it sets, by the names of the tensors in the model."""
+        return {site.name: site.part.mask for site in self.sites}
+
     def overwritten_by(self, name: str, other: _Task) -> frozenset[str]:
         """The tensors of which another task, ``name``, sets the same entries, so that restoring them is unnecessary."""
         if name not in self.overwritten:
-            ours, theirs = self.delta.masks, other.delta.masks
+            ours, theirs = self.masks, other.masks
             self.overwritten[name] = frozenset(key for key in ours if key in theirs and same(ours[key], theirs[key]))
         return self.overwritten[name]
 
@@ -70,11 +77,11 @@ class TaskBank(Overlay):
         if name in self._tasks:
             raise ValueError(f"the bank has a task {name!r} already; remove it first")
         delta = delta if isinstance(delta, Delta) else Delta.load(delta, force=force)
-        sites = sites_of(delta, self._model, force)
+        require_plain(self._model)
         active = self._active
         self.activate(None)  # the task replaces entries of the base
         try:
-            originals = originals_in(sites, force)
+            sites, originals = fit(delta, self._model, force)
         finally:
             self.activate(active)
         self._tasks[name] = _Task(delta, sites, originals)
@@ -96,24 +103,25 @@ class TaskBank(Overlay):
         sites = [*(old.sites if old else ()), *(new.sites if new else ())]
         require_in_place(sites, self._model)
         self._require_alone(sites)
-        try:
-            if old:
-                rewritten = old.overwritten_by(name, new) if new and name is not None else frozenset()
-                _restore(old, rewritten)
+        with uninterrupted():
+            try:
+                if old:
+                    rewritten = old.overwritten_by(name, new) if new and name is not None else frozenset()
+                    _restore(old, rewritten)
+                if new:
+                    for site in new.sites:
+                        write_(site.tensor, site.part, site.values)
+            except BaseException:  # rather the base than parts of two tasks
+                for task in filter(None, (new, old)):
+                    _restore(task)
+                self._active = None
+                self._take_off()
+                raise
+            self._active = name
             if new:
-                for site in new.sites:
-                    write_(site.tensor, site.part, site.values)
-        except BaseException:  # rather the base than parts of two tasks
-            for task in filter(None, (new, old)):
-                _restore(task)
-            self._active = None
-            self._take_off()
-            raise
-        self._active = name
-        if new:
-            self._put_on(new.sites)
-        else:
-            self._take_off()
+                self._put_on(new.sites)
+            else:
+                self._take_off()
 
     def remove(self, name: str) -> None:
         """Removes a task; if it is active, the model becomes the base.
@@ -156,7 +164,7 @@ class TaskBank(Overlay):
         Args:
             whole: also count tensors that either task sets whole, such as biases.
         """
-        masks = {name: task.delta.masks for name, task in self._tasks.items()}
+        masks = {name: task.masks for name, task in self._tasks.items()}
         return TaskOverlap({(a, b): overlap(*paired(masks[a], masks[b]), whole) for a, b in combinations(masks, 2)})
 
     def __repr__(self) -> str:

@@ -11,14 +11,17 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from gradsel.attached import attached_root
 from gradsel.delta import file as delta_file
-from gradsel.delta.applying import Applied, known_fingerprint, load_attached, require_base, require_finite, sites_of
+from gradsel.delta.applying import Applied, load_attached
 from gradsel.delta.coding import packed
 from gradsel.delta.combining import Difference, difference, merged, paired
+from gradsel.delta.fitting import by_names_in, fitted, in_model
 from gradsel.delta.making import Base, parts_of
 from gradsel.delta.parts import Part, same_bits
 from gradsel.delta.shira import read_shira, write_shira
-from gradsel.delta.trained import attached_root
+from gradsel.delta.sites import known_fingerprint, require_base, require_finite, require_plain, sites_of
+from gradsel.interrupts import uninterrupted
 from gradsel.masks import Frozen, Mask, same
 from gradsel.parameters.fingerprints import fingerprint
 from gradsel.parameters.names import named_parameters
@@ -150,12 +153,13 @@ class Delta(Mapping[str, Part]):
         Raises:
             ValueError: shapes differ.
         """
-        sites_of({name: part for name, part in self.items() if name in named_parameters(model)}, model, force=True)
+        parts = by_names_in(model, self)
+        sites_of({name: part for name, part in parts.items() if name in named_parameters(model)}, model, force=True)
         masks = {
-            name: self[name].mask if name in self else Frozen(tuple(parameter.shape), "not in the delta")
+            name: parts[name].mask if name in parts else Frozen(tuple(parameter.shape), "not in the delta")
             for name, parameter in named_parameters(model).items()
         }
-        known = {name: part.fingerprint for name, part in self.items() if name in masks and part.fingerprint}
+        known = {name: part.fingerprint for name, part in parts.items() if name in masks and part.fingerprint}
         return Selection(masks, self.notes, known)
 
     def __str__(self) -> str:
@@ -233,9 +237,14 @@ class Delta(Mapping[str, Part]):
         Raises:
             ValueError: shapes, dtypes or values differ, or the delta does not know its base.
         """
-        sites = sites_of(self, model, force=False)
-        wrong = [site.name for site in sites if known_fingerprint(site.name, site.part) != fingerprint(site.tensor)]
-        require_base(wrong, len(sites))
+
+        def attempt(parts: Mapping[str, Part], force: bool) -> None:
+            sites = sites_of(parts, model, force)
+            wrong = [site.name for site in sites if known_fingerprint(site.name, site.part) != fingerprint(site.tensor)]
+            require_base(wrong, len(sites))
+
+        require_plain(model)
+        fitted(self, in_model(model), False, attempt)
 
     def apply_(self, model: nn.Module, *, force: bool = False) -> Applied:
         """Writes the values to a plain model, in place, and keeps what they replace.
@@ -258,11 +267,19 @@ class Delta(Mapping[str, Part]):
     @contextmanager
     def applied(self, model: nn.Module, *, force: bool = False) -> Iterator[Applied]:
         """Applies the delta inside ``with delta.applied(model):``, see :meth:`apply_`; the end restores every byte."""
-        handle = self.apply_(model, force=force)
+        handle = None
         try:
-            yield handle
-        finally:
-            handle.revert_()
+            try:
+                with uninterrupted():
+                    handle = self.apply_(model, force=force)
+                yield handle
+            finally:
+                if handle is not None:
+                    handle.revert_()
+        except KeyboardInterrupt:  # while the delta was being taken off
+            if handle is not None and handle.active:
+                handle.revert_()
+            raise
 
     # --- PEFT
 

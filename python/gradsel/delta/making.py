@@ -8,8 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from gradsel.attached import attached_root
+from gradsel.delta.fitting import tensors_in
 from gradsel.delta.parts import Part, bits_of, read, same_bits, tensors_of
-from gradsel.delta.trained import attached_root, trained_in
+from gradsel.delta.trained import trained_in
 from gradsel.masks import Mask, same
 from gradsel.masks.combining import recognised
 from gradsel.parameters.fingerprints import fingerprint, kind_of
@@ -27,7 +29,7 @@ def parts_of(
 ) -> dict[str, Part]:
     """The parts of ``Delta.of``; see there."""
     root = attached_root(model)
-    before = None if base is None else tensors_of(base)
+    before = None if base is None else tensors_in(root or model, tensors_of(base))
     if isinstance(base, nn.Module) and attached_root(base) is not None:
         raise ValueError("the base is attached, so its weights may have been trained; pass a plain one")
     if root is not None:

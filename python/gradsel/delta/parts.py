@@ -13,6 +13,7 @@ from gradsel.masks import Mask
 from gradsel.masks.encoding import ascends
 from gradsel.parameters.fingerprints import INTEGERS
 from gradsel.parameters.names import strip_wrappers
+from gradsel.views import memory_of
 
 #: Number of entries of a tensor that are checked before a part is applied, besides those that it replaces.
 PROBES = 32
@@ -62,7 +63,7 @@ def read(tensor: Tensor, part: Part) -> tuple[Tensor, str]:
     The digest is BLAKE2b, 16 bytes as hex, of these entries and of the probes: entries number ``i * numel // n`` in
     row-major order, with ``n = min(numel, 32)`` and i from 0, without those that the part replaces.
     """
-    both = entries_of(tensor, part) if part.mask.is_whole else memory(tensor).index_select(0, part.places(tensor)[1])
+    both = entries_of(tensor, part) if part.mask.is_whole else memory_of(tensor).index_select(0, part.places(tensor)[1])
     return both[: part.mask.nnz], _hash(both)
 
 
@@ -70,7 +71,7 @@ def entries_of(tensor: Tensor, part: Part) -> Tensor:
     """A copy of the entries of a dense tensor that a part replaces, flat in mask order."""
     if part.mask.is_whole:
         return tensor.detach().clone(memory_format=torch.contiguous_format).view(-1)
-    return memory(tensor).index_select(0, part.places(tensor)[0])
+    return memory_of(tensor).index_select(0, part.places(tensor)[0])
 
 
 def digest_with(originals: Tensor, tensor: Tensor, part: Part) -> str:
@@ -78,7 +79,7 @@ def digest_with(originals: Tensor, tensor: Tensor, part: Part) -> str:
     if part.mask.is_whole:
         return _hash(originals.reshape(-1))
     probes = part.places(tensor)[1][part.mask.nnz :]
-    return _hash(torch.cat([originals.reshape(-1), memory(tensor)[probes]]))
+    return _hash(torch.cat([originals.reshape(-1), memory_of(tensor)[probes]]))
 
 
 def write_(tensor: Tensor, part: Part, entries: Tensor) -> None:
@@ -86,12 +87,7 @@ def write_(tensor: Tensor, part: Part, entries: Tensor) -> None:
     if part.mask.is_whole:
         tensor.detach().copy_(entries.view(tensor.shape))
     else:
-        memory(tensor).index_copy_(0, part.places(tensor)[0], entries)
-
-
-def memory(tensor: Tensor) -> Tensor:
-    """The memory of a dense tensor as a vector: an alias with the same version counter."""
-    return tensor.detach().as_strided((tensor.numel(),), (1,))
+        memory_of(tensor).index_copy_(0, part.places(tensor)[0], entries)
 
 
 def tensors_of(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:

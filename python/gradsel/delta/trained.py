@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from gradsel.attached import RECORD, SUFFIX, selected_in
+from gradsel.attached import attachments_of, require_complete
 from gradsel.delta.parts import Part, digest_with
 from gradsel.masks import Mask, Whole
 from gradsel.parameters.fingerprints import fingerprint
-from gradsel.parameters.names import named_parameters
 
 
 @dataclass
@@ -45,26 +45,30 @@ class Trained:
         return digest_with(self.originals, self.tensor, part)
 
 
-def attached_root(model: nn.Module) -> nn.Module | None:
-    """The module that attach() was called on: the model or one inside it; None if there is none.
+def trained_in(root: nn.Module) -> dict[str, Trained]:
+    """What an attached model trains, by the names at attach(), in the order of its parameters.
 
     Raises:
-        ValueError: there are several.
+        ValueError: a trained parameter is no longer part of the model.
     """
-    roots = [module for module in model.modules() if RECORD in vars(module)]
-    if len(roots) > 1:
-        raise ValueError(f"{len(roots)} modules of the model are attached, each on its own; pass one of them")
-    return roots[0] if roots else None
-
-
-def trained_in(root: nn.Module) -> dict[str, Trained]:
-    """What an attached model trains, by name, in the order of its parameters."""
+    require_complete(root, "a delta of this model would lack what it has trained")
     found: dict[str, Trained] = {}
-    for module in root.modules():
-        for short, selected in selected_in(module).items():
-            own: Any = module._parameters
-            found[selected.name] = Trained(selected.mask, own[short + SUFFIX], selected.original, own[short])
-    parameters = named_parameters(root)
-    for name, original in vars(root)[RECORD].wholes.items():
-        found[name] = Trained(Whole(original.shape), parameters[name], original, parameters[name])
-    return {name: found[name] for name in parameters if name in found}
+    places: dict[str, int] = {}
+    order = {id(parameter): number for number, parameter in enumerate(root.parameters())}
+    with torch._C.DisableTorchFunctionSubclass():
+        for module in root.modules():
+            attachments = attachments_of(module)
+            if attachments is None:
+                continue
+            for selected in attachments.partial.values():
+                weight, values = selected.weight(), selected.values()
+                assert weight is not None
+                assert values is not None
+                selected.refresh(weight)
+                places[selected.name] = order[id(weight)]
+                found[selected.name] = Trained(selected.mask, values.detach(), selected.entries, weight.detach())
+            for short, original in attachments.whole.items():
+                whole: Any = module._parameters[short]
+                places[original.name] = order[id(whole)]
+                found[original.name] = Trained(Whole(whole.shape), whole, original.entries, whole)
+    return {name: found[name] for name in sorted(found, key=places.__getitem__)}

@@ -12,11 +12,13 @@ from gradsel.masks.base import Mask, Place
 from gradsel.masks.combining import difference, intersection, same, shared_entries, union
 from gradsel.masks.exchange import from_bits, from_coo, from_dense, to_coo
 from gradsel.masks.flat import Flat, Frozen, Whole
+from gradsel.masks.identity import fingerprint
 from gradsel.masks.viewed import PerRow, WholeColumns, WholeRows
 
 __all__ = [
     "Flat", "Frozen", "Mask", "PerRow", "Place", "Whole", "WholeColumns", "WholeRows", "difference",
-    "from_bits", "from_coo", "from_dense", "from_parts", "intersection", "same", "shared_entries", "to_coo", "union",
+    "fingerprint", "from_bits", "from_coo", "from_dense", "from_parts", "intersection", "same", "shared_entries",
+    "to_coo", "union",
 ]  # fmt: skip
 
 _KINDS: dict[str, type[Mask]] = {mask.kind: mask for mask in (PerRow, WholeRows, WholeColumns, Flat, Whole, Frozen)}

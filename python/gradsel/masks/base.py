@@ -14,7 +14,7 @@ from typing_extensions import Self
 
 import gradsel_kernels as gk
 from gradsel.masks.weight_grad import COPIED_SHARE, Lookup, Product
-from gradsel.views import NeuronView, memory_offsets
+from gradsel.views import NeuronView, memory_extent, memory_of, memory_offsets
 
 
 class Place(NamedTuple):
@@ -154,7 +154,7 @@ class Mask(ABC):
         """Where the selected entries lie in the memory of ``weight``, computed once for its strides."""
         if self._scattered is None or self._scattered[0] != weight.stride():
             offsets = self._pick(memory_offsets(weight))
-            if weight.numel() <= 2**31:
+            if memory_extent(weight) <= 2**31:
                 offsets = offsets.to(torch.int32)
             self._scattered = (weight.stride(), offsets)
         return self._scattered[1]
@@ -163,7 +163,7 @@ class Mask(ABC):
         """Where the selected entries lie in the memory of ``weight``: int64 [nnz], in mask order.
 
         Raises:
-            ValueError: ``weight`` has gaps in memory.
+            ValueError: entries of ``weight`` overlap in memory.
         """
         return self._offsets(weight).long()
 
@@ -175,9 +175,9 @@ class Mask(ABC):
         return f"{type(self).__name__}(shape={list(self.shape)}, nnz={self.nnz})"
 
 
-def memory_of(tensor: Tensor) -> Tensor:
-    """The memory of a dense tensor as [1, 1, numel], a shape that no compact gradient has, so none can be mistaken."""
-    return tensor.as_strided((1, 1, tensor.numel()), (tensor.numel(), tensor.numel(), 1))
+def memory_row(tensor: Tensor) -> Tensor:
+    """The memory of a tensor as [1, 1, places], a shape that no compact gradient has, so none can be mistaken."""
+    return memory_of(tensor).view(1, 1, -1)
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 import gradsel_kernels as gk
-from gradsel.masks.base import Mask, Place, matrix_shape, memory_of
+from gradsel.masks.base import Mask, Place, matrix_shape, memory_row
 from gradsel.masks.encoding import ascends, fewest_bytes, narrow, no_part, part_of, unpack, widen
 
 
@@ -67,7 +67,7 @@ class Flat(Mask):
     def place(self, weight: Tensor) -> Place:
         if weight.ndim <= 2 or weight.is_contiguous():
             return Place(weight, self.indices, gk.Layout.FLAT)
-        return Place(memory_of(weight), self._offsets(weight), gk.Layout.FLAT)
+        return Place(memory_row(weight), self._offsets(weight), gk.Layout.FLAT)
 
     @property
     def device(self) -> torch.device:
@@ -124,7 +124,7 @@ class Whole(Mask):
     def place(self, weight: Tensor) -> Place:
         if weight.ndim <= 2 or weight.is_contiguous():
             return Place(weight, None, gk.Layout.ALL)
-        return Place(memory_of(weight), self._offsets(weight), gk.Layout.FLAT)
+        return Place(memory_row(weight), self._offsets(weight), gk.Layout.FLAT)
 
     def to(self, device: torch.device) -> Whole:
         return self

@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 import gradsel_kernels as gk
-from gradsel.masks.base import Mask, Place, memory_of
+from gradsel.masks.base import Mask, Place, memory_row
 from gradsel.masks.encoding import ascends, fewest_bytes, narrow, part_of, unpack, widen
 from gradsel.masks.weight_grad import COPIED_SHARE, Lookup, Product
 from gradsel.views import NeuronView
@@ -50,7 +50,7 @@ class Viewed(Mask):
         matrix = self._matrix(weight)
         if matrix is not None:
             return Place(matrix, self.indices, self.layout)
-        return Place(memory_of(weight), self._offsets(weight), gk.Layout.FLAT)
+        return Place(memory_row(weight), self._offsets(weight), gk.Layout.FLAT)
 
     def grad_at(self, place: Place, weight: Tensor, grad: Tensor) -> Tensor:
         if place.weight is not weight and place.weight.ndim == 2:
@@ -58,7 +58,7 @@ class Viewed(Mask):
         return super().grad_at(place, weight, grad)
 
     def _scatter_to_memory_(self, weight: Tensor, values: Tensor) -> None:
-        memory_of(weight).view(-1)[self._offsets(weight).long()] = values.reshape(-1).to(weight.dtype)
+        memory_row(weight).view(-1)[self._offsets(weight).long()] = values.reshape(-1).to(weight.dtype)
 
     @abstractmethod
     def numbers(self) -> Tensor:

@@ -100,10 +100,6 @@ class Product(_Movable):
         """The factor [tokens, used] of the product, from what :meth:`keep` returned."""
         return kept if self.used is None else kept.mT
 
-    def kept_bytes(self, tokens: int, itemsize: int) -> int:
-        """The size of what :meth:`keep` returns."""
-        return tokens * itemsize * (self.inputs if self.used is None else self.used.numel())
-
     def weight_grad(self, grad_output: Tensor, factor: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:
         """The selected entries in mask order and, with ``bias``, the sum of ``grad_output`` over its tokens.
 

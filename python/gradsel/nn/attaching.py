@@ -4,16 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from gradsel.attached import RECORD, STATE, SUFFIX, Record, link
+from gradsel.attached import (
+    LINK,
+    RECORD,
+    STATE,
+    SUFFIX,
+    Attachments,
+    Original,
+    Record,
+    Selected,
+    SelectedValues,
+    attachments_of,
+    is_attached,
+    require_complete,
+    selected_in,
+    values_of,
+    watch_optimizers,
+)
 from gradsel.dtypes import trained_dtype
+from gradsel.interrupts import uninterrupted
 from gradsel.masks import Mask
-from gradsel.nn.modules import Attached, attached_class, detach_module, direct_forward, selected_of, sync_module
+from gradsel.nn.direct import direct_route, needed_by
+from gradsel.nn.hooks import hook, hook_root, unhook
+from gradsel.nn.weights import SelectedWeight
 from gradsel.parameters.names import Use, parameter_uses, strip_wrappers
+from gradsel.parameters.trainable import require_trainable
 from gradsel.selection.selection import Selection, lookup
 from gradsel.tables import grouped, shape_text, table
 
@@ -65,22 +85,36 @@ class AttachReport(Mapping[str, Route]):
 def attach(model: nn.Module, selection: Selection) -> AttachReport:
     """Makes a model train what a selection says, without dense gradients. In place.
 
-    Partly selected weights get a parameter of their selected entries, ``<name>_values``, in float32 (float64 for
-    float64), and are frozen; parameters selected whole are trained as they are; all others are frozen. Give
-    ``trainable_parameters(model)`` to an optimizer, to :class:`~gradsel.optim.MaskedAdam` best of all. Attach before
-    wrapping the model in DistributedDataParallel or torch.compile.
+    A partly selected weight is frozen and gets a parameter of its selected entries, ``<name>_values``, in float32
+    (float64 for float64); parameters selected whole are trained as they are; all others are frozen. Modules keep their
+    classes and forwards, parameters stay the same objects. Give ``trainable_parameters(model)`` to an optimizer, to
+    :class:`~gradsel.optim.MaskedAdam` best of all. Attach before wrapping the model in DistributedDataParallel or
+    torch.compile, and make the optimizer afterwards.
+
+    Values are what counts. In eager mode, whatever writes to them is in the weight before its next use, and whatever
+    writes to the selected entries of the weight is taken over by the values. Under ``torch.compile`` only the steps of
+    ``torch.optim`` optimizers are; call :func:`sync` after any other change.
+
+    ``state_dict()`` has the keys of the plain model and ``<name>_values`` beside them, so that training goes on exactly
+    where it stopped; :func:`gradsel.export` writes the plain model. Loading a plain checkpoint makes it the new base.
 
     Args:
-        model: any module. Its parameters stay the same objects, and its state_dict keeps its keys.
+        model: any module.
         selection: from :func:`gradsel.select` on this model.
 
     Returns:
         Which parameter is trained by which route.
 
     Raises:
-        KeyError, ValueError: the selection is for another model, or the model is attached already; nothing has changed.
+        KeyError, ValueError: the selection is for another model, the model is attached already or is wrapped in
+            DistributedDataParallel, or a selected parameter cannot be trained; nothing has changed.
     """
-    if any(isinstance(module, Attached) or RECORD in vars(module) for module in model.modules()):
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise ValueError(
+            f"the model is wrapped in {type(model).__name__}, which has registered its parameters already; attach() "
+            "the model first, then wrap it"
+        )
+    if is_attached(model):
         raise ValueError("the model is attached already; call gradsel.detach(model) first")
     uses = parameter_uses(model)
     masks = {name: lookup(selection, name) for name in uses}
@@ -88,51 +122,62 @@ def attach(model: nn.Module, selection: Selection) -> AttachReport:
     _check(masks, parameters, uses, selection)
 
     routes: dict[str, Route] = {}
-    values: dict[str, nn.Parameter] = {}
-    partial: dict[nn.Module, dict[str, str]] = {}  # of each module: the parameter's name in it, and its full name
+    values: dict[str, SelectedValues] = {}
+    partial: dict[str, Selected] = {}
+    whole: dict[str, Original] = {}
+    attached: dict[nn.Module, Attachments] = {}
+    record = Record([name for name, mask in masks.items() if mask.nnz])
     for name, mask in masks.items():
-        if mask.is_whole or not mask.nnz:
+        parameter = parameters[name]
+        trained_in_part = bool(mask.nnz) and not mask.is_whole
+        if trained_in_part:
+            mask = mask.to(parameter.device)
+            original = mask.gather(parameter.detach())
+            entries = original.to(trained_dtype(parameter), copy=True)
+            values[name] = values_of(entries)
+            partial[name] = Selected(name, original, mask=mask, kind=type(parameter))
+            vars(values[name])[LINK] = partial[name]
+        else:
             routes[name] = Route("whole" if mask.nnz else "frozen", mask.label, mask.shape, mask.nnz)
-            continue
-        entries = mask.gather(parameters[name].detach()).to(trained_dtype(parameters[name]))
-        values[name] = nn.Parameter(entries)
         for _, module, short in uses[name]:
-            partial.setdefault(module, {})[short] = name
-    states = {
-        module: {short: selected_of(module, name, masks[name], parameters[name], short) for short, name in own.items()}
-        for module, own in partial.items()
-    }
-    record = Record(
-        {name: parameter.requires_grad for name, parameter in parameters.items()},
-        {name: parameters[name].detach().clone() for name, mask in masks.items() if mask.is_whole and mask.nnz},
-    )
-
-    classes: dict[nn.Module, Any] = {}
-    for module, selected in states.items():
-        forward = direct_forward(module) if any(state.how is not None for state in selected.values()) else None
-        base: Any = type(module)
-        classes[module] = attached_class(base, forward, tuple(sorted(selected)))
+            attachments = attached.setdefault(module, Attachments(module, record))
+            attachments.flags[short] = parameter.requires_grad
+            if trained_in_part:
+                attachments.add(short, partial[name])
+                route = direct_route(module, short)
+                if route is not None:
+                    partial[name].direct[route] = needed_by(module, route, mask)
+                if name not in routes or route is None:
+                    kind = "harvest" if route is None else "direct"
+                    routes[name] = Route(kind, type(module).__name__, mask.shape, mask.nnz)
+            elif mask.nnz:
+                attachments.add(short, whole.setdefault(name, Original(name, parameter.detach().clone())))
 
     # Nothing has changed so far; from here on nothing fails.
-    for name, parameter in parameters.items():
-        parameter.requires_grad_(name in record.wholes)
-        if name not in record.wholes:
-            parameter.grad = None
-    for module, selected in states.items():
-        for short, state in selected.items():
-            module.register_parameter(short + SUFFIX, values[state.name])
-            route = "direct" if state.how is not None else "harvest"
-            if state.name not in routes or route == "harvest":
-                routes[state.name] = Route(route, type(module).__name__, state.mask.shape, state.mask.nnz)
-        setattr(module, STATE, selected)
-        module.__class__ = classes[module]
-        link(module)
-    setattr(model, RECORD, record)
+    watch_optimizers()
+    with uninterrupted():
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(name in whole)
+            if name not in whole:
+                parameter.grad = None
+        for name, selected in partial.items():
+            weight = parameters[name]
+            vars(weight)[LINK] = selected
+            weight.__class__ = SelectedWeight
+            for _, module, short in uses[name]:
+                module.register_parameter(short + SUFFIX, values[name])
+        setattr(model, RECORD, record)
+        hook_root(model)  # first: it decides for all others what kind of checkpoint is loaded
+        for module, attachments in attached.items():
+            setattr(module, STATE, attachments)
+            hook(module, attachments)
+        for name, selected in partial.items():
+            with torch._C.DisableTorchFunctionSubclass():
+                selected.mark(parameters[name], values[name])
     return AttachReport({name: routes[name] for name in masks})
 
 
 def _parameters_of(uses: Mapping[str, list[Use]]) -> dict[str, nn.Parameter]:
-    """The parameters themselves, also where an attached module's attribute is an alias."""
     return {name: cast(nn.Parameter, module._parameters[short]) for name, ((_, module, short), *_) in uses.items()}
 
 
@@ -152,9 +197,10 @@ def _check(
                 f"the mask of {name} is for shape {list(mask.shape)}, the parameter has {list(parameter.shape)}; "
                 "select on this model"
             )
-        if mask.nnz and not parameter.is_floating_point():
-            raise ValueError(f"{name} is {parameter.dtype}, which cannot be trained")
-        if mask.is_whole or not mask.nnz:
+        if not mask.nnz:
+            continue
+        require_trainable(name, parameter)
+        if mask.is_whole:
             continue
         for _, module, short in uses[name]:
             if hasattr(module, short + SUFFIX):
@@ -162,41 +208,65 @@ def _check(
             if getattr(module, "max_norm", None) is not None:
                 raise ValueError(f"{name}: max_norm rescales the whole weight in forward; set it to None, or freeze it")
             if isinstance(module, torch.jit.ScriptModule):
-                raise ValueError(f"{name}: its module is TorchScript, whose class cannot change; use the Python module")
+                raise ValueError(f"{name}: its module is TorchScript, which cannot be attached; use the Python module")
 
 
 def detach(model: nn.Module, restore: bool = False) -> nn.Module:
-    """Takes back what :func:`attach` did: the modules, parameters and ``requires_grad`` flags are those of before.
+    """Takes back what :func:`attach` did: parameters and ``requires_grad`` flags are as before.
 
     Args:
         model: the attached model, or a wrapper around it.
-        restore: give every trained parameter its original entries back, to the bit; else it stays as trained. Buffers
-            (running statistics) are left as they are.
+        restore: give every trained parameter its original entries back, to the bit; otherwise it stays as trained.
+            Buffers (running statistics) are left as they are.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: the model is not attached.
+        ValueError: the model is not attached; with ``restore``, a trained parameter is no longer part of it. Nothing
+            has changed.
     """
     roots = [module for module in model.modules() if RECORD in vars(module)]
     if not roots:
         raise ValueError("the model is not attached, or attach() was called on a module around it; pass that one")
-    for root in roots:
-        record: Record = vars(root)[RECORD]
-        parameters = _parameters_of(parameter_uses(root))  # without any that the caller has replaced since
-        with torch.no_grad():
-            for name, original in record.wholes.items():
-                if restore and name in parameters:
-                    parameters[name].copy_(original)
-        for module in root.modules():
-            if isinstance(module, Attached):
-                detach_module(module, restore)
-        for name, flag in record.flags.items():
-            if name in parameters:
-                parameters[name].requires_grad_(flag)
-        delattr(root, RECORD)
+    if restore:
+        for root in roots:
+            require_complete(root, "detach(restore=True)")
+    sync(model, writing=False)
+    with uninterrupted():
+        for root in roots:
+            for module in root.modules():
+                attachments = attachments_of(module)
+                if attachments is not None:
+                    _detach_module(module, attachments, restore)
+            unhook(root)
+            delattr(root, RECORD)
     return model
+
+
+def _detach_module(module: nn.Module, attachments: Attachments, restore: bool) -> None:
+    own = module._parameters
+    for short, original in attachments.whole.items():
+        if restore and (parameter := own.get(short)) is not None:
+            with torch.no_grad():
+                parameter.copy_(original.entries)
+    for short, selected in attachments.partial.items():
+        weight, values = selected.weight(), own.pop(short + SUFFIX, None)
+        if weight is not None:
+            with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+                if restore:
+                    selected.mask.scatter_(weight, selected.entries)
+            vars(weight).pop(LINK, None)
+            weight.__class__ = selected.kind
+            weight.requires_grad_(attachments.flags[short])
+        if isinstance(values, SelectedValues):
+            vars(values).pop(LINK, None)
+            values.__class__ = nn.Parameter  # type: ignore[assignment]
+    for short, flag in attachments.flags.items():
+        if (parameter := own.get(short)) is not None:
+            parameter.requires_grad_(flag)
+    unhook(module)
+    delattr(module, STATE)
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -204,8 +274,22 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def sync(model: nn.Module) -> None:
-    """Writes all values to their weights. Needed after changing values by anything but a ``torch.optim`` optimizer."""
-    for module in model.modules():
-        if isinstance(module, Attached):
-            sync_module(module)
+def sync(model: nn.Module, writing: bool = True) -> None:
+    """Writes all values to their weights.
+
+    Eager forwards do that by themselves; needed after changing values of a compiled model by anything but a
+    ``torch.optim`` optimizer, or through memory that torch does not see (NumPy, DLPack).
+
+    Args:
+        writing: also where nothing seems to have changed.
+    """
+    with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+        for module in model.modules():
+            for selected in selected_in(module).values():
+                weight, values = selected.weight(), selected.values()
+                if weight is None or values is None:
+                    continue
+                selected.refresh(weight)
+                if writing:
+                    selected.mask.scatter_(weight, values)
+                    selected.mark(weight, values)

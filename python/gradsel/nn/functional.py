@@ -90,12 +90,12 @@ def conv(
     Raises:
         RuntimeError: backward is differentiated a second time.
     """
-    how = (tuple(stride), tuple(padding), tuple(dilation), groups)
+    settings = (tuple(stride), tuple(padding), tuple(dilation), groups)
     if not (torch.is_grad_enabled() and values.requires_grad):
-        return _CONV[len(taps.kernel)](input, weight, bias, *how)
+        return _CONV[len(taps.kernel)](input, weight, bias, *settings)
     if input.ndim == len(taps.kernel) + 1:
-        return _Conv.apply(_autocast(input).unsqueeze(0), weight, bias, values, product, taps, how).squeeze(0)
-    return _Conv.apply(_autocast(input), weight, bias, values, product, taps, how)
+        return _Conv.apply(_autocast(input).unsqueeze(0), weight, bias, values, product, taps, settings).squeeze(0)
+    return _Conv.apply(_autocast(input), weight, bias, values, product, taps, settings)
 
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -112,12 +112,12 @@ class _Conv(Function):
         values: Tensor,
         product: Product,
         taps: Taps,
-        how: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int],
+        settings: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int],
     ) -> Tensor:
-        output = _CONV[len(taps.kernel)](input, weight, bias, *how)
-        ctx.kept_as, kept = taps.keep(input, output.shape[2:], how[:3])
+        output = _CONV[len(taps.kernel)](input, weight, bias, *settings)
+        ctx.kept_as, kept = taps.keep(input, output.shape[2:], settings[:3])
         ctx.save_for_backward(weight, kept)
-        ctx.product, ctx.taps, ctx.how = product, taps, how
+        ctx.product, ctx.taps, ctx.settings = product, taps, settings
         ctx.input_shape = input.shape
         return output
 
@@ -129,14 +129,14 @@ class _Conv(Function):
         grad_input = None
         if wants_input:
             backward_of_input = _CONV_INPUT[len(ctx.taps.kernel)]
-            grad_input = backward_of_input(ctx.input_shape, weight.to(grad_output.dtype), grad_output, *ctx.how)
+            grad_input = backward_of_input(ctx.input_shape, weight.to(grad_output.dtype), grad_output, *ctx.settings)
         size = grad_output.shape[2:]
         bytes_each = max(ctx.taps.count * size.numel() * grad_output.element_size(), 1)
         at_once = max(1, TAP_BYTES // bytes_each)
         grad_values = grad_bias = None
         for first in range(0, max(len(grad_output), 1), at_once):
             part = slice(first, first + at_once)
-            factor = ctx.taps.factor(kept[part], ctx.kept_as, size, ctx.how[:3])
+            factor = ctx.taps.factor(kept[part], ctx.kept_as, size, ctx.settings[:3])
             values, bias = ctx.product.weight_grad(grad_output[part].flatten(2).mT, factor, wants_bias)
             grad_values = values if grad_values is None else grad_values.add_(values)
             grad_bias = bias if grad_bias is None else grad_bias.add_(bias)

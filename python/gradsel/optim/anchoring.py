@@ -12,20 +12,20 @@ from gradsel.parameters.blocks import block_names, is_inside
 from gradsel.parameters.names import has_part, strings, strip_wrappers
 from gradsel.parameters.rules import HEAD
 
-_PATCH_EMBEDDING = re.compile(r"patch_?embed\w*|conv_proj")  # the latter in torchvision
+_PATCH_EMBEDDING = re.compile(r"patch_?embed\w*|conv_proj")  # conv_proj in torchvision
 
 
 def anchored_groups(
     model: nn.Module, anchor: float, last_blocks: int | str = "all", *, head: Iterable[str] = HEAD
 ) -> list[dict[str, Any]]:
-    """Parameter groups for :class:`~gradsel.MaskedAdam` that pull what GRFT pulls (its Alg. 1, line 8).
+    """Parameter groups for :class:`~gradsel.MaskedAdam` with GRFT's anchor (Alg. 1, line 8).
 
-    The regular set holds the last blocks, the patch embedding and the head; the trained values in it get ``anchor``,
-    all others none.
+    GRFT's regular set consists of the last blocks, the patch embedding and the head. Trained values in it get
+    ``anchor``, all others no anchor.
 
     Args:
-        model: attached, or with flags set by :func:`gradsel.freeze`; only parameters that require gradients are in the
-            groups, with their names.
+        model: an attached model, or one with flags set by :func:`gradsel.freeze`. The groups hold the parameters that
+            require gradients, with their names.
         anchor: strength of the pull, GRFT's lambda.
         last_blocks: number of blocks, counted from the last (see
             :func:`gradsel.parameters.blocks.block_names`), or ``"all"`` for the whole model.

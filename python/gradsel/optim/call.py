@@ -1,7 +1,7 @@
-"""The kernel calls of MaskedAdam: what one call gets, worked out once and used for as long as it holds.
+"""The kernel calls of MaskedAdam: their arguments are worked out once and reused while nothing has changed.
 
 Finding weights, indices and states of 150 tensors takes longer than updating the entries of a small selection. So a
-:class:`Plan` is kept for each parameter group, and at every step looks whether what it was made from is still there.
+:class:`Plan` is kept for each parameter group, and every step checks whether the objects it was made from are the same.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradsel.attached import links_of, owner_of
+from gradsel.attached import Selected, links_of, owner_of
 from gradsel.dtypes import trained_dtype
 from gradsel.masks import Mask, Place
 
@@ -24,85 +24,85 @@ _DTYPE = attrgetter("dtype")
 Memory = tuple[int, torch.Size, tuple[int, ...]]
 
 
-class Route(NamedTuple):
-    """How one parameter gets to the kernel.
+class Target(NamedTuple):
+    """What the kernel gets for one parameter.
 
     Attributes:
         parameter: what the optimizer holds.
         weight: what is written: the parameter itself, or the weight that it holds values of.
         mask: the selected entries of ``weight``.
-        original: their values at attach(); None where the parameter is its own weight.
+        selected: how the parameter's weight is attached; None where the parameter is its own weight.
     """
 
     parameter: Tensor
     weight: Tensor
     mask: Mask
-    original: Tensor | None
+    selected: Selected | None
 
     @property
     def is_compact(self) -> bool:
-        """The parameter holds the selected entries only, as do its gradient and moments."""
+        """Whether the parameter holds the selected entries only, as its gradient and moments then do."""
         return self.weight is not self.parameter
 
 
-def route_of(parameter: Tensor, masks: Mapping[Tensor, Mask]) -> Route:
-    """The route of a parameter. ``masks`` counts where it holds no values of an attached weight."""
+def target_of(parameter: Tensor, masks: Mapping[Tensor, Mask]) -> Target:
+    """The target of a parameter. Values of an attached weight know their mask; for others it is in ``masks``."""
     owner = owner_of(parameter)
     if owner is None:
-        return Route(parameter, parameter, masks[parameter].to(parameter.device), None)
+        return Target(parameter, parameter, masks[parameter].to(parameter.device), None)
     weight, selected = owner
-    return Route(parameter, weight, selected.mask, selected.original)
+    return Target(parameter, weight, selected.mask, selected)
 
 
 class Call:
     """The tensors of one call of ``masked_adam_``: those of a group on one device.
 
     Args:
-        numbers: places of the routes' gradients among those of the group.
-        routes: at least one entry is selected in each.
+        numbers: the position of each target's parameter in the group.
+        targets: each with at least one selected entry.
         states: complete states, see ``complete``.
-        complete: brings the state of a route up to date: the master copy of a weight that others have written.
-        versions: of the low-precision parameters as of the last step; kept up to date.
-        seed: for rounding stochastically what has no master copy and is in low precision; None: to nearest.
+        complete: brings the state of a target up to date, such as the master copy of a weight that was written.
+        versions: of the low-precision parameters after the last step; updated after every step.
+        seed: for stochastic rounding of low-precision parameters without a master copy; None rounds to nearest.
     """
 
     def __init__(
         self,
         numbers: Sequence[int],
-        routes: Sequence[Route],
+        targets: Sequence[Target],
         states: Sequence[State],
-        complete: Callable[[Route], State],
+        complete: Callable[[Target], State],
         versions: dict[Tensor, tuple[int, int]],
         seed: int | None,
     ) -> None:
         self.numbers = numbers
-        self.routes = routes
+        self.targets = targets
         self.states = states
-        self.device = routes[0].parameter.device
+        self.device = targets[0].parameter.device
         self._complete = complete
         self._versions = versions
-        places = [route.mask.place(route.weight) for route in routes]
+        places = [target.mask.place(target.weight) for target in targets]
         self.weights: list[Tensor | None] = [place.weight for place in places]
         self.indices = [place.indices for place in places]
         self.layouts = [place.layout for place in places]
-        self.values = [route.parameter if route.is_compact else None for route in routes]
-        #: Entries with more than two dimensions, or seen through an alias: it is good for one memory only.
+        self.values = [target.parameter if target.is_compact else None for target in targets]
+        #: Targets with more than two dimensions or with an alias for a weight, which depend on where the weight lies.
         self.moving = [
-            (j, route, _memory(route.weight))
-            for j, (route, place) in enumerate(zip(routes, places, strict=True))
-            if place.weight is not route.weight or route.weight.ndim > 2
+            (j, target, _memory(target.weight))
+            for j, (target, place) in enumerate(zip(targets, places, strict=True))
+            if place.weight is not target.weight or target.weight.ndim > 2
         ]
-        self.seeds = None if seed is None else list(map(self._seeds, numbers, routes, states, repeat(seed)))
-        #: Whether any keeps what rounding left behind.
+        self.seeds = None if seed is None else list(map(self._seeds, numbers, targets, states, repeat(seed)))
+        #: Whether any state keeps rounding errors.
         self.compensated = any("compensation" in state for state in states)
-        #: Entries whose gradients lie in mask order.
-        self.compact = [j for j, route in enumerate(routes) if route.is_compact]
-        #: Entries that train a master copy.
-        self.rounded = [(j, route) for j, route in enumerate(routes) if "master" in states[j]]
+        #: Targets whose gradients are in mask order.
+        self.compact = [j for j, target in enumerate(targets) if target.is_compact]
+        #: Targets that train a master copy.
+        self.rounded = [(j, target) for j, target in enumerate(targets) if "master" in states[j]]
 
     @staticmethod
-    def _seeds(number: int, route: Route, state: State, seed: int) -> int | None:
-        rounds = not route.is_compact and route.parameter.dtype != trained_dtype(route.parameter)
+    def _seeds(number: int, target: Target, state: State, seed: int) -> int | None:
+        rounds = not target.is_compact and target.parameter.dtype != trained_dtype(target.parameter)
         return seed + number if rounds and "master" not in state else None
 
     def lists(self, grads: Sequence[Tensor | None], amsgrad: bool, anchored: bool) -> dict[str, Any]:
@@ -110,16 +110,19 @@ class Call:
 
         Args:
             grads: of all parameters of the group.
-            amsgrad, anchored: whether the step needs running maxima, and originals.
+            amsgrad, anchored: whether the step needs running maxima and originals, respectively.
         """
         mine: list[Any] = [grads[number] for number in self.numbers]
+        for target in self.targets:
+            if target.selected is not None:
+                target.selected.refresh(target.weight)
         self._follow(mine)
         for j in self.compact:
             mine[j] = mine[j].contiguous()
         states = self.states
-        for j, route in self.rounded:
-            if self._versions.get(route.parameter) != version_of(route.parameter):
-                self._complete(route)
+        for j, target in self.rounded:
+            if self._versions.get(target.parameter) != version_of(target.parameter):
+                self._complete(target)
             self.values[j] = states[j]["master"]
         return {
             "weights": self.weights,
@@ -137,31 +140,34 @@ class Call:
         }
 
     def done(self) -> None:
-        """After the kernel has run."""
-        for _, route in self.rounded:
-            self._versions[route.parameter] = version_of(route.parameter)
+        """Records what the kernel has written. To be called after it has run."""
+        for target in self.targets:
+            if target.selected is not None:
+                target.selected.mark(target.weight, target.parameter)
+        for _, target in self.rounded:
+            self._versions[target.parameter] = version_of(target.parameter)
 
     def _follow(self, grads: list[Tensor]) -> None:
-        """Brings aliases up to date, and ``grads`` into the form that goes with them."""
-        for number, (j, route, memory) in enumerate(self.moving):
-            now = _memory(route.weight)
+        """Updates aliases, and views ``grads`` in the same way."""
+        for number, (j, target, memory) in enumerate(self.moving):
+            now = _memory(target.weight)
             if now != memory:
-                self.weights[j], self.indices[j], self.layouts[j] = route.mask.place(route.weight)
-                self.moving[number] = (j, route, now)
-            if not route.is_compact:
+                self.weights[j], self.indices[j], self.layouts[j] = target.mask.place(target.weight)
+                self.moving[number] = (j, target, now)
+            if not target.is_compact:
                 place = Place(self.weights[j], self.indices[j], self.layouts[j])  # type: ignore[arg-type]
-                grads[j] = route.mask.grad_at(place, route.weight, grads[j])
+                grads[j] = target.mask.grad_at(place, target.weight, grads[j])
 
 
 class Plan:
     """The calls of one parameter group.
 
     Args:
-        parameters: all of the group.
-        grads: theirs.
-        options: whatever else decides which tensors the calls take.
+        parameters: all parameters of the group.
+        grads: their gradients.
+        options: the options that decide which tensors the calls take.
         calls: for the parameters with a gradient and a selected entry.
-        states: the optimizer's, in which those of the calls are found.
+        states: all states of the optimizer.
     """
 
     def __init__(
@@ -181,9 +187,9 @@ class Plan:
         self._found_states = [state for call in calls for state in call.states]
         links: list[tuple[dict, Any, Any]] = []
         for call in calls:
-            for route, state in zip(call.routes, call.states, strict=True):
-                links.append((states, route.parameter, state))
-                links += links_of(route.parameter)
+            for target, state in zip(call.targets, call.states, strict=True):
+                links.append((states, target.parameter, state))
+                links += links_of(target.parameter)
         self._dicts, self._keys, self._found = ([link[i] for link in links] for i in range(3))
 
     def holds(
@@ -193,7 +199,7 @@ class Plan:
         options: tuple,
         states: dict[Tensor, State],
     ) -> bool:
-        """Whether nothing but gradients, and the memory and contents of tensors, is new."""
+        """Whether nothing has changed except gradients and the memory and contents of tensors."""
         return (
             options == self._options
             and states is self._states
@@ -202,24 +208,28 @@ class Plan:
             and len(parameters) == len(self._parameters)
             and all(map(is_, parameters, self._parameters))
             and [grad is None for grad in grads] == self._absent
-            and all(map(is_, map(dict.get, self._dicts, self._keys), self._found))
-            and all(call.routes[0].parameter.device == call.device for call in self.calls)
+            and self._links_hold()
+            and all(call.targets[0].parameter.device == call.device for call in self.calls)
         )
+
+    def _links_hold(self) -> bool:
+        """Whether every dictionary entry that was read still is the same object."""
+        return all(map(is_, map(dict.get, self._dicts, self._keys), self._found))
 
 
 def calls_by_device(
-    routes: Iterable[tuple[int, Route]],
-    complete: Callable[[Route], State],
+    targets: Iterable[tuple[int, Target]],
+    complete: Callable[[Target], State],
     versions: dict[Tensor, tuple[int, int]],
     seed: int | None,
 ) -> list[Call]:
-    """One call for each device that numbered routes are on; see :class:`Call`."""
-    found: dict[torch.device, tuple[list[int], list[Route], list[State]]] = {}
-    for number, route in routes:
-        numbers, there, states = found.setdefault(route.parameter.device, ([], [], []))
+    """One call for each device that numbered targets are on; see :class:`Call`."""
+    found: dict[torch.device, tuple[list[int], list[Target], list[State]]] = {}
+    for number, target in targets:
+        numbers, there, states = found.setdefault(target.parameter.device, ([], [], []))
         numbers.append(number)
-        there.append(route)
-        states.append(complete(route))
+        there.append(target)
+        states.append(complete(target))
     return [Call(*parts, complete, versions, seed) for parts in found.values()]
 
 
@@ -230,7 +240,7 @@ def refuse_sparse(grads: Iterable[Tensor]) -> None:
 
 
 def version_of(parameter: Tensor) -> tuple[int, int]:
-    """What changes when anybody writes a parameter, except in place through ``.data``."""
+    """Changes with every write to a parameter, except in place through ``.data``."""
     return parameter._version, parameter.data_ptr()
 
 

@@ -1,4 +1,4 @@
-"""The parameter groups of MaskedAdam: their masks, and what torch's Adam demands of their options."""
+"""The parameter groups of MaskedAdam: their masks, and the checks of their options and parameters."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _get_capturable_supported_devices
 
 from gradsel.attached import SUFFIX, owner_of
 from gradsel.masks import Mask, Whole
 from gradsel.parameters.names import strip_wrappers
 from gradsel.selection.selection import lookup
+from gradsel_kernels._warnings import user_stacklevel
 
-#: What a parameter group of an older version of torch's Adam, or of ours, may lack,
+#: Options that a parameter group from an older version of torch's Adam, or of MaskedAdam, may lack.
 _LATER_OPTIONS: dict[str, Any] = {
     "amsgrad": False,
     "maximize": False,
@@ -26,7 +28,7 @@ _LATER_OPTIONS: dict[str, Any] = {
     "fused": None,
     "decoupled_weight_decay": False,
 }
-#: and what torch's does not have at all.
+#: Options that torch's Adam does not have.
 _OWN_OPTIONS: dict[str, Any] = {
     "anchor": 0.0,
     "anchor_decoupled": False,
@@ -38,7 +40,7 @@ _OWN_OPTIONS: dict[str, Any] = {
 
 
 def complete_options(options: dict[str, Any], group: Mapping[str, Any] = MappingProxyType({})) -> None:
-    """Gives a group, or the defaults, what it lacks; of our own options what ``group`` says, if it does."""
+    """Adds missing options to a group or the defaults. Those that only MaskedAdam has are copied from ``group``."""
     for name, value in _LATER_OPTIONS.items():
         options.setdefault(name, value)
     for name, value in _OWN_OPTIONS.items():
@@ -46,7 +48,7 @@ def complete_options(options: dict[str, Any], group: Mapping[str, Any] = Mapping
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name without the prefixes of wrappers; for values of an attached weight, that of the weight."""
+    """A parameter's name without the prefixes of wrappers. Values of an attached weight have the weight's name."""
     return strip_wrappers(name).removesuffix(SUFFIX)
 
 
@@ -86,9 +88,32 @@ def check_masks(masks: Any) -> None:
         )
 
 
-def check_tensors(options: dict[str, Any], foreach: bool) -> None:
-    """What torch demands of hyper-parameters that are tensors."""
-    for name, value in options.items():
+def check_torch_options(options: dict[str, Any]) -> None:
+    """Checks the options that torch's Adam has, with torch's messages."""
+    lr, (beta1, beta2) = options["lr"], options["betas"]
+    _check_tensors({"lr": lr}, options)
+    if not lr >= 0.0:
+        raise ValueError(f"Invalid learning rate: {lr}")
+    if not options["eps"] >= 0.0:
+        raise ValueError(f"Invalid epsilon value: {options['eps']}")
+    for i, beta in enumerate((beta1, beta2)):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
+    if not options["weight_decay"] >= 0.0:
+        raise ValueError(f"Invalid weight_decay value: {options['weight_decay']}")
+    if isinstance(beta1, Tensor) != isinstance(beta2, Tensor):
+        raise ValueError("betas must be either both floats or both Tensors")
+    _check_tensors({"betas[0]": beta1, "betas[1]": beta2}, options)
+    if options["fused"] and options["differentiable"]:
+        raise RuntimeError("`fused` does not support `differentiable`")
+    if options["fused"] and options["foreach"]:
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+
+
+def _check_tensors(values: dict[str, Any], options: dict[str, Any]) -> None:
+    """Checks hyperparameters that are tensors."""
+    foreach = bool(options["foreach"]) and not options["capturable"]
+    for name, value in values.items():
         if isinstance(value, Tensor):
             if foreach:
                 raise ValueError(f"{name} as a Tensor is not supported for capturable=False and foreach=True")
@@ -97,7 +122,7 @@ def check_tensors(options: dict[str, Any], foreach: bool) -> None:
 
 
 def check_options(options: dict[str, Any]) -> None:
-    """Of a group: those that torch's Adam does not have, or we do not."""
+    """Checks the options that only MaskedAdam has, and refuses the one that only torch's Adam has."""
     if options["differentiable"]:
         raise ValueError(
             "MaskedAdam does not support differentiable=True, its kernels write in place; to differentiate through "
@@ -117,7 +142,7 @@ def check_options(options: dict[str, Any]) -> None:
 
 
 def check_anchor(options: dict[str, Any]) -> None:
-    """At every step, too: schedules change it."""
+    """Called at every step too, because schedules change the anchor."""
     if not 0.0 <= options["anchor"] < math.inf:
         raise ValueError(f"Invalid anchor value: {options['anchor']}")
     if options["anchor_norm"] not in (1, 2):
@@ -129,12 +154,28 @@ def warn_of_rounded_moments(options: dict[str, Any]) -> None:
         warnings.warn(
             f"with state_dtype=torch.bfloat16 and beta2 = {float(options['betas'][1])} second moments never fall, "
             "because rounding gives back what one step takes; use betas up to 0.99",
-            stacklevel=5,
+            stacklevel=user_stacklevel(),
+        )
+
+
+def check_parameter(parameter: Tensor, capturable: bool) -> None:
+    """Refuses parameters that the kernels cannot update."""
+    if hasattr(parameter, "device_mesh"):
+        raise RuntimeError(
+            "MaskedAdam does not support DTensors, so neither FSDP2 nor tensor parallelism; use "
+            "DistributedDataParallel, or torch.optim.Adam for a model that is trained whole"
+        )
+    if parameter.is_complex():
+        raise RuntimeError("MaskedAdam does not support complex parameters; use torch.view_as_real")
+    if capturable and parameter.device.type not in _get_capturable_supported_devices():
+        raise AssertionError(
+            "If capturable=True, params and state_steps must be on supported devices: "
+            f"{_get_capturable_supported_devices()}."
         )
 
 
 def check_sizes(groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]]) -> None:
-    """In torch's words."""
+    """Compares the sizes of groups, with torch's messages."""
     if len(groups) != len(saved_groups):
         raise ValueError("loaded state dict has a different number of parameter groups")
     sizes = ((len(group["params"]), len(saved["params"])) for group, saved in zip(groups, saved_groups, strict=True))

@@ -2,101 +2,102 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from copy import deepcopy
-from itertools import chain
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
-from torch.optim.optimizer import _get_capturable_supported_devices
 
 import gradsel_kernels as gk
 from gradsel.attached import owner_of
-from gradsel.dtypes import trained_dtype
 from gradsel.masks import Mask, Whole
-from gradsel.optim.call import Call, Plan, Route, State, calls_by_device, refuse_sparse, route_of, version_of
+from gradsel.optim.call import Call, Plan, State, Target, calls_by_device, refuse_sparse, target_of, version_of
+from gradsel.optim.completing import complete
 from gradsel.optim.groups import (  # fmt: skip
     bind,
     check_anchor,
     check_masks,
     check_options,
-    check_sizes,
-    check_tensors,
+    check_parameter,
+    check_torch_options,
     complete_options,
-    plain_name,
     warn_of_rounded_moments,
 )
-from gradsel.optim.state import FINGERPRINT, MOMENTS, dense, fingerprint, fitted, is_dense, migrated
+from gradsel.optim.loading import dense_state_dict, loaded
+from gradsel.optim.state import migrated
 from gradsel.selection.selection import Selection
 
-#: Options of a group that decide which tensors its kernel calls take.
-_OF_PLANS = ("amsgrad", "capturable", "differentiable", "low_precision", "seed", "state_dtype")
+#: Options of a group that decide which tensors its kernel calls take, so that a plan holds for their values only.
+_PLAN_OPTIONS = ("amsgrad", "capturable", "differentiable", "low_precision", "seed", "state_dtype")
 
 
 class MaskedAdam(Optimizer):
     """Adam (Kingma and Ba 2015) and AdamW (Loshchilov and Hutter 2019) that train only what a selection says.
 
     Argument order, defaults and behaviour are those of :class:`torch.optim.Adam`; without ``masks`` it is Adam. With
-    them, unselected entries never change by a bit, and the state has the size of the selection: two float32 (float64
-    for float64 parameters) for each selected entry, and a float32 master copy where the parameter is bfloat16 or
-    float16.
-    An anchor, of a group's own if it says so, holds the selected entries near their pre-trained values as GRFT does; it
-    keeps these in the state, one more float32 (float64) for each entry.
-    Weights written by others between steps are taken over, except in place through ``.data``, which nobody can see, and
-    except in attached models, where the values count.
-    The whole parameter group is updated by one kernel call; on a model prepared by :func:`gradsel.attach`, for which no
-    ``masks`` are passed, that call writes values, moments and the weights themselves.
+    them, unselected entries never change by a bit, and the state has the size of the selection. For each selected entry
+    it holds two float32 numbers (float64 for float64 parameters), and a float32 master copy if the parameter is
+    bfloat16 or float16.
+
+    An anchor holds the selected entries near their pre-trained values, as in GRFT. It may differ between groups. The
+    pre-trained values are kept in the state: one more number of the same dtype for each selected entry.
+
+    If something else writes a weight between two steps, the next step starts from the new value. Only writes in place
+    through ``.data`` cannot be noticed; where there is a master copy, they are lost.
+
+    One kernel call updates a whole parameter group. On a model prepared by :func:`gradsel.attach`, which needs no
+    ``masks`` here, that call writes the values, the moments and the weights themselves.
 
     Args:
         params: parameters, named parameters (``model.named_parameters()``, required with ``masks``) or groups. A group
-            may have ``"masks"`` of its own in place of the argument's; None trains it whole.
+            may have its own ``"masks"``, which replace the argument's; None trains it whole.
         lr: learning rate; a 1-element tensor is read at every step, which waits for its device.
         betas: decay rates of the two moments; floats or 1-element tensors.
         eps: added to the denominator.
         weight_decay: decay of the selected entries; an L2 term in the gradient unless ``decoupled_weight_decay``.
         amsgrad: use the running maximum of the second moment (Reddi et al. 2018).
         masks: a :class:`~gradsel.selection.Selection`, or a dict of masks, keyed by parameter name; prefixes of
-            DistributedDataParallel and torch.compile are looked through. Parameters it calls frozen are never touched.
-        foreach: recorded in the groups as torch does. There is one implementation, the fused one, whatever it says.
-        fused: likewise; but True, as in torch, lets a :class:`torch.amp.GradScaler` leave unscaling and skipping to the
-            kernel, which spares the host a synchronisation.
-        capturable: accepted on devices that torch allows it on. A step can be captured in a CUDA graph by the backend
-            ``"cuda"`` of gradsel_kernels, with the hyperparameters it then has; Triton's refuses.
-        differentiable: must be False: the kernels write in place.
-        maximize: ascend.
+            DistributedDataParallel and torch.compile are ignored. Parameters with the mask Frozen never change.
+        foreach: recorded in the groups as torch does. It changes nothing: the only implementation is fused.
+        fused: likewise, except that with True, as in torch, a :class:`torch.amp.GradScaler` leaves unscaling and
+            skipping to the kernel, which saves a synchronisation.
+        capturable: accepted on devices on which torch allows it. The backend ``"cuda"`` of gradsel_kernels can capture
+            a step in a CUDA graph, with the hyperparameters at capture; ``"triton"`` refuses to.
+        differentiable: must be False, because the kernels write in place.
+        maximize: maximise the objective.
         decoupled_weight_decay: decay as in AdamW.
         anchor: strength of the pull of selected entries towards their original values: ``anchor * ||w - w_pre||_2^2``
-            is added to the loss ("Gradient-based and Regularized Fine-Tuning", under review 2026, Alg. 1 line 8), so
-            ``2 * anchor * (w - w_pre)`` to the gradient, after that of weight decay, also with ``maximize``. Originals
-            are the values at attach() where a model is attached; elsewhere, heads and biases trained whole included,
-            those that the weights have at the first step with an anchor, so that a checkpoint may be loaded in
-            between. A schedule that raises ``anchor`` from 0 later anchors to the weights of then. They are in the
-            state_dict, and a resumed run keeps them.
-        anchor_decoupled: the pull moves the entries themselves ahead of Adam, after decoupled weight decay, and does
-            not enter the moments: ``w -= 2 * lr * anchor * (w - w_pre)``, which wants ``lr * anchor`` below 1/2.
-        anchor_norm: 2, or 1 for ``anchor * ||w - w_pre||_1``: a gradient of ``anchor * sign(w - w_pre)``, or decoupled
-            a step of ``lr * anchor`` towards the original that ends there (soft thresholding).
-        low_precision: what keeps the small steps of weights in bfloat16 and float16, of which 8 or 11 digits remain:
-            ``"master"``, a float32 copy of the selected entries, 4 bytes each; ``"kahan"``, what rounding left behind,
-            in the dtype of the weight, 2 bytes each; ``"stochastic"``, rounding up or down at random so that the mean
-            is right, no bytes. The values of an attached model are float32 and need none of them.
-        seed: of stochastic rounding, 0 to 2**31 - 1. A resumed run draws what it would have drawn.
-        state_dtype: of the moments: None for float32 (float64 for float64 parameters), or ``torch.bfloat16``, which
-            halves them and rounds them at every step. Use betas up to 0.99 with it: above, second moments never fall.
+            is added to the loss ("Gradient-based and Regularized Fine-Tuning", under review 2026, Alg. 1 line 8). This
+            adds ``2 * anchor * (w - w_pre)`` to the gradient, after weight decay, also with ``maximize``. For attached
+            weights the originals are the values at attach(). For all others, including heads and biases that are
+            trained whole, they are the values at the first step with an anchor; a checkpoint can be loaded before that
+            step. They are in the state_dict, and a resumed run keeps them.
+        anchor_decoupled: the pull moves the entries themselves before Adam's update, after decoupled weight decay, and
+            does not enter the moments: ``w -= 2 * lr * anchor * (w - w_pre)``. Keep ``lr * anchor`` below 1/2, or the
+            entries overshoot.
+        anchor_norm: 2, or 1 for ``anchor * ||w - w_pre||_1``: a gradient of ``anchor * sign(w - w_pre)``, or, if
+            decoupled, a step of ``lr * anchor`` towards the original that stops there (soft thresholding).
+        low_precision: how small steps survive rounding in bfloat16 and float16 weights (8 and 11 significant bits):
+            ``"master"`` keeps a float32 copy of the selected entries, 4 bytes each; ``"kahan"`` keeps each rounding
+            error in the dtype of the weight, 2 bytes each; ``"stochastic"`` rounds up or down at random, right on
+            average, and keeps nothing. The values of an attached model are float32 and need none of them.
+        seed: for stochastic rounding, 0 to 2**31 - 1. A resumed run draws the same numbers as an uninterrupted one.
+        state_dtype: dtype of the moments: None for float32 (float64 for float64 parameters), or ``torch.bfloat16``,
+            which halves their memory and rounds them at every step. Use betas of at most 0.99 with it: above that,
+            second moments never decrease.
 
     Raises:
         ValueError: a hyper-parameter out of range; ``masks`` with unnamed parameters; a mask of another shape;
             ``differentiable``.
-        TypeError: ``masks`` that are none.
+        TypeError: ``masks`` is not a mapping, or one of its values is not a mask.
         KeyError: a parameter that ``masks`` does not know.
         RuntimeError: ``fused`` and ``foreach`` together.
     """
 
-    #: attach()'s hook for other optimizers has nothing left to do after a step.
+    #: Tells the hook that attach() installs for other optimizers that a step has already written the weights.
     writes_weights = True
 
     def __init__(
@@ -122,28 +123,11 @@ class MaskedAdam(Optimizer):
         seed: int = 0,
         state_dtype: torch.dtype | None = None,
     ) -> None:
-        check_tensors({"lr": lr}, bool(foreach) and not capturable)
-        if not lr >= 0.0:
-            raise ValueError(f"Invalid learning rate: {lr}")
-        if not eps >= 0.0:
-            raise ValueError(f"Invalid epsilon value: {eps}")
-        for i, beta in enumerate(betas):
-            if not 0.0 <= beta < 1.0:
-                raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
-        if not weight_decay >= 0.0:
-            raise ValueError(f"Invalid weight_decay value: {weight_decay}")
-        if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
-            raise ValueError("betas must be either both floats or both Tensors")
-        check_tensors({"betas[0]": betas[0], "betas[1]": betas[1]}, bool(foreach) and not capturable)
-        if fused and differentiable:
-            raise RuntimeError("`fused` does not support `differentiable`")
-        if fused and foreach:
-            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         check_masks(masks)
         self._selection = masks
         self._masks: dict[Tensor, Mask] = {}
-        self._own_masks: dict[Tensor, Mask] = {}  # those that a group brought along
-        # Versions and addresses of low-precision parameters, as of our last step.
+        self._own_masks: dict[Tensor, Mask] = {}  # from groups with masks of their own
+        # Versions and addresses of low-precision parameters after the last step of this optimizer.
         self._versions: dict[Tensor, tuple[int, int]] = {}
         self._plans: dict[int, Plan] = {}  # by number of the group
         defaults = {
@@ -165,6 +149,7 @@ class MaskedAdam(Optimizer):
             "seed": seed,
             "state_dtype": state_dtype,
         }
+        check_torch_options(defaults)
         check_options(defaults)
         super().__init__(params, defaults)
 
@@ -172,12 +157,12 @@ class MaskedAdam(Optimizer):
     def _step_supports_amp_scaling(self) -> bool:
         """Whether GradScaler sets ``grad_scale`` and ``found_inf`` and leaves the rest to :meth:`step`.
 
-        As torch's Adam only where asked for: Lightning, for one, then refuses to clip gradients.
+        As in torch's Adam it is False unless ``fused=True``: where it is True, Lightning refuses to clip gradients.
         """
         return bool(self.defaults.get("fused"))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; the group may have ``"masks"`` of its own, and is left out if they do not fit."""
+        """As in torch, except that the group may have its own ``"masks"``. If they do not fit, it is not added."""
         masks = self._selection
         if isinstance(param_group, dict) and "masks" in param_group:
             masks = param_group["masks"]
@@ -219,10 +204,14 @@ class MaskedAdam(Optimizer):
 
     @torch._disable_dynamo
     def _update(self) -> None:
-        """Under torch.compile it is a graph break: one kernel call has nothing to fuse, and plans guard themselves."""
+        """A graph break under torch.compile: one kernel call has nothing to fuse, and plans check themselves."""
+        with torch._C.DisableTorchFunctionSubclass():  # reads the weights of attached models as plain tensors
+            self._update_groups()
+
+    def _update_groups(self) -> None:
         for number, group in enumerate(self.param_groups):
             grads = [parameter.grad for parameter in group["params"]]
-            options = (bool(group["anchor"]), *map(group.__getitem__, _OF_PLANS))
+            options = (bool(group["anchor"]), *map(group.__getitem__, _PLAN_OPTIONS))
             plan = self._plans.get(number)
             if plan is None or not plan.holds(group["params"], grads, options, self.state):
                 plan = Plan(group["params"], grads, options, self._calls(number, grads), self.state)
@@ -250,35 +239,32 @@ class MaskedAdam(Optimizer):
                 found_inf=self._from_scaler("found_inf", call.device),
             )
         except (TypeError, ValueError, RuntimeError):
-            # The likely reason, in torch's words; looking ahead of every step would take its time.
+            # Probably a sparse gradient, which torch's message explains. Checking before every step would cost time.
             refuse_sparse(grads[number] for number in call.numbers)  # type: ignore[misc]
             raise
         call.done()
 
     def _from_scaler(self, name: str, device: torch.device) -> Tensor | None:
-        """What a GradScaler has set for this step."""
+        """The scalar that a GradScaler has set for this step."""
         scalar: Tensor | None = getattr(self, name, None)
         return None if scalar is None else scalar.to(device, torch.float32)
 
     def _calls(self, number: int, grads: list[Tensor | None]) -> list[Call]:
         group = self.param_groups[number]
         check_options(group)
-        routes = [(n, route) for n, route in enumerate(self._routes(group)) if grads[n] is not None and route.mask.nnz]
-        refuse_sparse(grads[n] for n, _ in routes)  # type: ignore[misc]
-        for _, route in routes:
-            if route.parameter.is_complex():
-                raise RuntimeError("MaskedAdam does not support complex parameters; use torch.view_as_real")
-            if group["capturable"] and route.parameter.device.type not in _get_capturable_supported_devices():
-                raise AssertionError(
-                    "If capturable=True, params and state_steps must be on supported devices: "
-                    f"{_get_capturable_supported_devices()}."
-                )
+        targets = [
+            (n, target) for n, target in enumerate(self._targets(group)) if grads[n] is not None and target.mask.nnz
+        ]
+        refuse_sparse(grads[n] for n, _ in targets)  # type: ignore[misc]
+        for _, target in targets:
+            check_parameter(target.parameter, group["capturable"])
         seed = None
-        if group["low_precision"] == "stochastic":  # another one for each parameter, by its place in the optimizer
+        if group["low_precision"] == "stochastic":  # a different one for each parameter, by its place in the optimizer
             seed = (group["seed"] << 32) + sum(len(earlier["params"]) for earlier in self.param_groups[:number])
-        return calls_by_device(routes, lambda route: self._state(route, group), self._versions, seed)
+        own = weakref.proxy(self)  # plans must not keep the optimizer, and with it the model, alive
+        return calls_by_device(targets, lambda target: own._state(target, group), self._versions, seed)
 
-    def _routes(self, group: dict[str, Any]) -> Iterator[Route]:
+    def _targets(self, group: dict[str, Any]) -> Iterator[Target]:
         for parameter in group["params"]:
             if parameter not in self._masks:
                 if self._selection is not None:
@@ -287,95 +273,53 @@ class MaskedAdam(Optimizer):
                         "mask; use add_param_group() or a new optimizer"
                     )
                 self._masks[parameter] = Whole(parameter.shape)
-            yield route_of(parameter, self._masks)
+            yield target_of(parameter, self._masks)
 
-    def _state(self, route: Route, group: dict[str, Any]) -> State:
-        """The state of a parameter, completed: all of it at first, a master after loading that of a float32 run.
-
-        Originals that attach() keeps share their memory with the state where they can.
-        """
-        parameter, _, mask, kept = route
+    def _state(self, target: Target, group: dict[str, Any]) -> State:
+        """The state of a parameter, complete and up to date."""
+        parameter = target.parameter
         state: State = self.state[parameter]
-        dtype = trained_dtype(parameter)
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        moments = dtype if dtype is torch.float64 else group["state_dtype"] or dtype
-        for name in MOMENTS if group["amsgrad"] else MOMENTS[:2]:
-            if name not in state:
-                state[name] = torch.zeros(mask.compact_shape, dtype=moments, device=parameter.device)
-            elif state[name].dtype != moments:  # the option was another one
-                state[name] = state[name].to(moments)
-        if FINGERPRINT not in state and not mask.is_whole:
-            state[FINGERPRINT] = fingerprint(mask)
-        if group["anchor"] and "original" not in state:
-            state["original"] = (mask.gather(parameter) if kept is None else kept).to(dtype)
-        if "original" in state and state["original"].dtype != dtype:  # the model was cast
-            state["original"] = state["original"].to(dtype)
-        if parameter.dtype != dtype:
-            self._keep_digits(state, parameter, mask, group["low_precision"])
-        else:
-            for name in ("master", "compensation"):
-                state.pop(name, None)
+        complete(state, target, group, self._versions.get(parameter) != version_of(parameter))
         return state
-
-    def _keep_digits(self, state: State, parameter: Tensor, mask: Mask, how: str) -> None:
-        """Completes what stands by a weight in low precision, and drops what another ``how`` has left."""
-        digits = trained_dtype(parameter)
-        left = state.get("compensation")
-        if how != "kahan":
-            state.pop("compensation", None)
-        if how != "master":
-            master = state.pop("master", None)
-            if how == "kahan" and (left is None or left.dtype != parameter.dtype):
-                weight = mask.gather(parameter)
-                trained = weight.to(digits) if master is None else master
-                state["compensation"] = (trained - weight.to(digits)).nan_to_num(0.0, 0.0, 0.0).to(parameter.dtype)
-        elif "master" not in state:
-            state["master"] = mask.gather(parameter).to(digits)
-            if left is not None:
-                state["master"] += left
-        elif self._versions.get(parameter) != version_of(parameter):
-            # Somebody else may have written the weight, a loaded checkpoint for example: what they wrote counts.
-            written = mask.gather(parameter)
-            ours = state["master"].to(parameter.dtype)
-            theirs = (written != ours) & ~(written.isnan() & ours.isnan())
-            state["master"] = torch.where(theirs, written.to(digits), state["master"])
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
         """Clips the norm of the gradients of all selected entries, taken as one vector.
 
-        :func:`torch.nn.utils.clip_grad_norm_` would count the gradients of frozen entries too, and clip more. On models
-        prepared by :func:`gradsel.attach` there are none, and the two are the same.
+        :func:`torch.nn.utils.clip_grad_norm_` would also count the gradients of frozen entries, and clip more. Models
+        prepared by :func:`gradsel.attach` have no such gradients, and there the two functions do the same.
 
         Args:
-            max_norm: the largest norm that is left as it is.
-            norm_type: may be ``"inf"`` or any number.
+            max_norm: the largest norm that is not clipped.
+            norm_type: ``"inf"`` or any number.
             error_if_nonfinite: raise if the norm is NaN or infinite.
 
         Returns:
-            The norm before, a scalar.
+            The norm before clipping, a scalar.
 
         Raises:
-            RuntimeError: the norm is not finite, and ``error_if_nonfinite``.
+            RuntimeError: the norm is not finite, and ``error_if_nonfinite`` is True.
         """
         found = [
-            (route, grad)
+            (target, grad)
             for group in self.param_groups
-            for route in self._routes(group)
-            if (grad := route.parameter.grad) is not None and route.mask.nnz
+            for target in self._targets(group)
+            if (grad := target.parameter.grad) is not None and target.mask.nnz
         ]
-        grads = [grad if route.is_compact or route.mask.is_whole else route.mask.gather(grad) for route, grad in found]
+        grads = [
+            grad if target.is_compact or target.mask.is_whole else target.mask.gather(grad) for target, grad in found
+        ]
         norm = get_total_norm(grads, norm_type, error_if_nonfinite)
-        clip_grads_with_norm_([route.parameter for route, _ in found], max_norm, norm)
+        clip_grads_with_norm_([target.parameter for target, _ in found], max_norm, norm)
         return norm
 
     @torch.no_grad()
     def reselect(self, selection: Selection | Mapping[str, Mask]) -> None:
-        """Goes on with other masks, for all groups but those that brought masks of their own.
+        """Replaces the masks of all groups except those with their own masks.
 
-        Entries that stay selected keep their state bit for bit, and the step count of their parameter; entries that
-        come in have moments of zero, and are anchored to their values of now; those that leave are frozen as they are.
+        Entries that stay selected keep their state bit for bit, and the step count of their parameter. New entries
+        start with moments of zero and are anchored to their current values. Entries that are no longer selected stay
+        frozen at their current values.
 
         Args:
             selection: as ``masks`` of the constructor.
@@ -413,162 +357,46 @@ class MaskedAdam(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what :meth:`state_dict` returned, without rounding, onto the parameters' devices.
 
-        A state of ``torch.optim.Adam`` or ``AdamW`` for the same parameters is taken too: a dense run goes on as a
-        masked one, with the moments of the selected entries, and with the options of ours that it lacks. Where both
-        optimizers have names of parameters, these say what belongs together, else the order; a dense state for an
-        attached model needs them.
+        A state of ``torch.optim.Adam`` or ``AdamW`` for the same parameters works too. A dense run then continues as a
+        masked one, with the moments of the selected entries; options that torch's Adam does not have keep their values.
+        States are matched by name if both optimizers have parameter names, and otherwise by order. A dense state for
+        an attached model needs names.
 
         Args:
-            state_dict: nothing of it is shared.
+            state_dict: is copied.
 
         Raises:
-            ValueError: other groups, or a state trained with another selection; nothing has changed.
+            ValueError: the groups differ, or the state was trained with another selection. Nothing has changed.
         """
         state_dict = state_dict.copy()
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = before(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         # From here on as Optimizer.load_state_dict, which would round moments to the dtype of the parameter.
-        saved_groups = deepcopy(state_dict["param_groups"])
-        check_sizes(self.param_groups, saved_groups)
-        routes: dict[Any, tuple[Route, str]] = {}
-        for group, saved in zip(self.param_groups, saved_groups, strict=True):
-            routes.update(zip(saved["params"], self._in_order_of(saved, group, state_dict["state"]), strict=True))
-        state: defaultdict[Any, Any] = defaultdict(dict)
-        for key, saved in state_dict["state"].items():
-            if key not in routes:
-                state[key] = deepcopy(saved)
-            elif found := fitted(saved, *routes[key]):
-                state[routes[key][0].parameter] = found
-        for group, saved in zip(self.param_groups, saved_groups, strict=True):
-            if _by_name(saved, group):
-                saved["param_names"] = group["param_names"]
-            elif "param_names" in group:
-                saved.setdefault("param_names", group["param_names"])
-            saved["params"] = group["params"]
-            complete_options(saved, group)
-        self.__setstate__({"state": state, "param_groups": saved_groups})
+        self.__setstate__(loaded(state_dict, self.param_groups, map(self._targets, self.param_groups)))
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
-
-    def _in_order_of(
-        self, saved: dict[str, Any], group: dict[str, Any], states: Mapping[Any, Any]
-    ) -> list[tuple[Route, str]]:
-        """The named routes of a group in the order of a saved one: by name where both have names, else by place."""
-        routes = list(self._named_routes(group))
-        if names := _by_name(saved, group):
-            by_name = dict(zip(map(plain_name, group["param_names"]), routes, strict=True))
-            return [by_name[name] for name in names]
-        for key, (route, name) in zip(saved["params"], routes, strict=True):
-            if route.is_compact and is_dense(states.get(key), route.mask):
-                raise ValueError(
-                    f"{name} belongs to an attached model, which takes a dense state by name only, because attach() "
-                    "orders parameters anew: give names to both optimizers, as in "
-                    "[(name, p) for name, p in model.named_parameters() if p.requires_grad]"
-                )
-        return routes
-
-    def _named_routes(self, group: dict[str, Any]) -> Iterator[tuple[Route, str]]:
-        """With the names of parameters; without names their numbers in the group."""
-        names = group.get("param_names") or [f"parameter {number}" for number in range(len(group["params"]))]
-        for route, name in zip(self._routes(group), names, strict=True):
-            owner = owner_of(route.parameter)
-            yield route, name if owner is None else owner[1].name
 
     @torch.no_grad()
     def dense_state_dict(self) -> dict[str, Any]:
         """A state_dict for ``torch.optim.Adam``: moments in the shape of the parameters, zero at frozen entries.
 
-        The parameters are this optimizer's, in their order; for values of an attached model, their weights. The
-        moments are float32 (float64), and nothing is shared. Masters and originals are left out.
+        The parameters are those of this optimizer, in the same order; values of an attached model stand for their
+        weights. The moments are float32 (float64 for float64 parameters) and are copies. Masters and originals are left
+        out.
         """
-        parameters = list(chain.from_iterable(group["params"] for group in self.param_groups))
-        numbers = {parameter: number for number, parameter in enumerate(parameters)}
-        routes = (route_of(parameter, self._masks) for parameter in parameters if parameter in self.state)
-        state = {numbers[route.parameter]: dense(self.state[route.parameter], route.mask) for route in routes}
-        groups = [{**group, "params": [numbers[p] for p in group["params"]]} for group in self.param_groups]
-        for group in groups:
-            if "param_names" in group:
-                group["param_names"] = [plain_name(name) for name in group["param_names"]]
-        return {"state": state, "param_groups": deepcopy(groups)}
+        return dense_state_dict(self.param_groups, self.state, self._masks)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for options in (self.defaults, *self.param_groups):
             complete_options(options)
         for parameter, own in self.state.items():
-            if "step" in own and not isinstance(own["step"], Tensor):  # of torch before 1.12
+            if "step" in own and not isinstance(own["step"], Tensor):  # from torch before 1.12
                 own["step"] = torch.tensor(float(own["step"]), device=parameter.device)
         self._plans, self._versions = {}, {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # Optimizer takes three attributes through pickle and deepcopy; a copy without its masks would train everything.
+        # Optimizer pickles and copies only its own three attributes. A copy without masks would train everything.
         own = {"_selection": self._selection, "_masks": self._masks, "_own_masks": self._own_masks}
         return {**super().__getstate__(), **own}
-
-
-def _by_name(saved: dict[str, Any], group: dict[str, Any]) -> list[str] | None:
-    """The plain names of a saved group, if they are those of the group in any order."""
-    if "param_names" not in saved or "param_names" not in group:
-        return None
-    names, own = ([plain_name(name) for name in each["param_names"]] for each in (saved, group))
-    return names if len(set(own)) == len(own) and set(names) == set(own) else None
-
-
-class MaskedAdamW(MaskedAdam):
-    """:class:`MaskedAdam` with the defaults of :class:`torch.optim.AdamW`: decoupled weight decay of 0.01."""
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        masks: Selection | Mapping[str, Mask] | None = None,
-        anchor: float = 0.0,
-        anchor_decoupled: bool = False,
-        anchor_norm: int = 2,
-        low_precision: str = "master",
-        seed: int = 0,
-        state_dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            foreach=foreach,
-            maximize=maximize,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
-            decoupled_weight_decay=True,
-            masks=masks,
-            anchor=anchor,
-            anchor_decoupled=anchor_decoupled,
-            anchor_norm=anchor_norm,
-            low_precision=low_precision,
-            seed=seed,
-            state_dtype=state_dtype,
-        )
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:  # whatever a loaded state_dict says, as in torch
-            group["decoupled_weight_decay"] = True
-
-
-def state_bytes(optimizer: Optimizer) -> int:
-    """Bytes of all tensors in an optimizer's state."""
-    tensors: Iterable[Any] = chain.from_iterable(state.values() for state in optimizer.state.values())
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if isinstance(tensor, Tensor))

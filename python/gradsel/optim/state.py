@@ -1,56 +1,45 @@
-"""The state of MaskedAdam for one parameter: from and to checkpoints, dense runs and other selections.
+"""The state of MaskedAdam for one parameter: converted from and to checkpoints, dense runs and other selections.
 
-Tensors of a state lie in mask order. A mask's fingerprint goes with them, because moments of another selection may well
-have the same shape.
+The tensors of a state are in mask order. They are saved with the mask's fingerprint, because moments of another
+selection may have the same shape.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from gradsel.dtypes import trained_dtype
-from gradsel.masks import Mask
-from gradsel.optim.call import Route, State
+from gradsel.masks import Mask, fingerprint
+from gradsel.optim.call import State, Target
 from gradsel.tables import shape_text
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 #: One value for each selected entry.
 _IN_MASK_ORDER = (*MOMENTS, "original", "master", "compensation")
-#: The key of a mask's fingerprint, in the state of parameters that are trained in part.
+#: The key of the mask's fingerprint in the state of a parameter that is trained in part.
 FINGERPRINT = "mask_fingerprint"
 
 
-def fingerprint(mask: Mask) -> int:
-    """63 bits that depend on the selected entries and their order.
-
-    A number, because torch takes numbers in a state through ``load_state_dict`` as they are: integer tensors it casts
-    to the dtype of the parameter, strings it takes to pieces.
-    """
-    digest = hashlib.blake2b(f"{mask.kind} {mask.shape} {mask.describe()}".encode(), digest_size=8)
-    for tensor in mask.tensors().values():
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    return int.from_bytes(digest.digest(), "big") >> 1
-
-
-def fitted(saved: Mapping[str, Any], route: Route, name: str) -> State:
-    """What a state_dict holds of one parameter as a state of our own; nothing of it is shared.
+def fitted(saved: Mapping[str, Any], target: Target, name: str) -> State:
+    """A saved state of one parameter, fitted to its mask. It shares nothing with ``saved``.
 
     Args:
-        saved: the state that MaskedAdam saved, or a dense one of ``torch.optim.Adam``, of which the selected entries
-            are taken.
-        route: of the parameter.
-        name: the parameter's, for messages.
+        saved: a state from MaskedAdam, or a dense one from ``torch.optim.Adam``, of which the selected entries are
+            taken.
+        target: the parameter with its mask.
+        name: of the parameter, for messages.
 
     Raises:
-        ValueError: it belongs to another selection.
+        ValueError: the state belongs to another selection.
     """
-    mask, device, dtype = route.mask, route.parameter.device, trained_dtype(route.weight)
+    mask, device, dtype = target.mask, target.parameter.device, trained_dtype(target.weight)
     known = FINGERPRINT in saved
     if known and (mask.is_whole or saved[FINGERPRINT] != fingerprint(mask)):
         raise ValueError(
@@ -64,15 +53,15 @@ def fitted(saved: Mapping[str, Any], route: Route, name: str) -> State:
         if key == "step":
             state[key] = torch.as_tensor(value).detach().to(device, torch.float32, copy=True)
         elif key in _IN_MASK_ORDER:
-            own = route.weight.dtype if key == "compensation" else dtype
+            own = target.weight.dtype if key == "compensation" else dtype
             state[key] = _selected(torch.as_tensor(value).detach(), mask, not known, f"{key} of {name}", device, own)
         else:
             state[key] = value.detach().to(device, copy=True) if isinstance(value, Tensor) else deepcopy(value)
     if not mask.is_whole:
         state[FINGERPRINT] = fingerprint(mask)
-    if route.is_compact or route.parameter.dtype is dtype:
+    if target.is_compact or target.parameter.dtype is dtype:
         for key in ("master", "compensation"):
-            state.pop(key, None)  # of a run in lower precision; these weights are exact
+            state.pop(key, None)  # from a run in lower precision; here nothing is rounded
     return state
 
 
@@ -92,14 +81,14 @@ def _selected(
 
 
 def is_dense(state: Mapping[str, Any] | None, mask: Mask) -> bool:
-    """Whether a saved state has moments, and not for the entries of a mask."""
+    """Whether a saved state has moments of all entries instead of those that a mask selects."""
     if not state or FINGERPRINT in state or "exp_avg" not in state:
         return False
     return tuple(torch.as_tensor(state["exp_avg"]).shape) != mask.compact_shape
 
 
 def dense(state: State, mask: Mask) -> State:
-    """The state as torch's Adam has it: step and moments, zero where nothing is selected. A copy."""
+    """A copy of the state for torch's Adam: the step, and moments that are zero at entries that are not selected."""
     return {
         key: value.clone() if key == "step" else scattered(mask, value.to(trained_dtype(value)))
         for key, value in state.items()
@@ -115,10 +104,10 @@ def scattered(mask: Mask, values: Tensor) -> Tensor:
 
 
 def migrated(state: State, old: Mask, new: Mask, weight: Tensor) -> State:
-    """The state for another mask: what both select is kept to the bit, the rest begins as a first step would.
+    """The state for another mask: entries that both masks select keep their bits, new ones start as in a first step.
 
     Args:
-        weight: whose entries are the masters and originals of those that nobody has trained.
+        weight: its entries are the masters and originals of the new entries.
     """
     if not state or not new.nnz:
         return {}
@@ -131,3 +120,9 @@ def migrated(state: State, old: Mask, new: Mask, weight: Tensor) -> State:
             moved[key] = new.gather(everywhere).contiguous()
     moved.pop(FINGERPRINT, None)
     return moved if new.is_whole else {**moved, FINGERPRINT: fingerprint(new)}
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    """Bytes of all tensors in an optimizer's state."""
+    tensors: Iterable[Any] = chain.from_iterable(state.values() for state in optimizer.state.values())
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if isinstance(tensor, Tensor))

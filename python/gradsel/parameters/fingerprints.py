@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gradsel.parameters.names import named_parameters
+from gradsel.parameters.trainable import has_memory
 from gradsel.tables import shape_text
 
 #: Number of entries of a parameter that go into its fingerprint individually.
@@ -42,4 +43,4 @@ def kind_of(parameter: Tensor) -> str:
 
 def fingerprints(model: nn.Module) -> dict[str, str]:
     """The fingerprints of all parameters, by name without the prefixes of DistributedDataParallel and torch.compile."""
-    return {name: fingerprint(parameter) for name, parameter in named_parameters(model).items()}
+    return {name: fingerprint(p) for name, p in named_parameters(model).items() if has_memory(p)}

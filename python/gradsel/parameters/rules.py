@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 from typing_extensions import Unpack
 
-from gradsel.attached import selected_in
+from gradsel.attached import is_attached
 from gradsel.parameters.blocks import is_inside, numbered
 from gradsel.parameters.names import (
     Use,
@@ -23,6 +23,7 @@ from gradsel.parameters.names import (
     strings,
     strip_wrappers,
 )
+from gradsel.parameters.trainable import is_reduced, why_untrainable
 from gradsel.views import NeuronView
 
 #: Modules with one of these names anywhere in their path are the head.
@@ -41,6 +42,7 @@ KINDS = {
     "token": "freeze",  # class tokens, mask tokens, registers, queries
     "embedding": "freeze",
     "output embedding": "freeze",
+    "router": "freeze",  # of a mixture of experts
     "other": "freeze",
 }
 _ACTIONS = ("rank", "whole", "freeze")
@@ -66,6 +68,8 @@ _INPUTS_FIRST = (
     "Gemma3MultiModalProjector",
     "T5Gemma2MultiModalProjector",
 )
+#: What the router is called in the modules that hold experts.
+_ROUTERS = ("gate", "router", "shared_expert_gate")
 #: Bare parameters [in, out] that CLIP and its successors multiply by from the right.
 _PROJECTION = re.compile(r"((text|image|visual|prompts_visual)_projection|proj)$")
 
@@ -79,12 +83,14 @@ class Rule:
         reason: why, in a few words.
         view: its neuron view, for ``"rank"``.
         named: the caller named the parameter, so a rule that cannot be followed is an error.
+        blocked: it would be ranked, but is quantised or sharded; ``reason`` says how.
     """
 
     action: str
     reason: str
     view: NeuronView = field(default_factory=NeuronView)
     named: bool = False
+    blocked: bool = False
 
 
 class RuleOptions(TypedDict, total=False):
@@ -133,7 +139,7 @@ def parameter_rules(
         ValueError: a pattern matches no parameter; ``head`` names nothing; a kind, action or block does not exist; two
             parameters have the same name; or the model is attached.
     """
-    if any(selected_in(module) for module in model.modules()):
+    if is_attached(model):
         raise ValueError("the model is attached to a selection; call gradsel.detach(model) before selecting again")
     owners = parameter_uses(model)
     overrides = {"rank": strings(rank), "whole": strings(whole), "freeze": strings(freeze)}
@@ -145,11 +151,11 @@ def parameter_rules(
     actions = {**KINDS, **_checked_kinds(kinds or {})}
     kept = None if blocks is None else [strip_wrappers(path) for path in numbered(model, blocks, "blocks")]
     skipped = [strip_wrappers(path) for path in numbered(model, skip_blocks, "skip_blocks")]
-    outputs = _output_embeddings(model)
+    outputs, routers = _output_embeddings(model), _routers(model)
     rules = {}
     for canonical, uses in owners.items():
         names = [name for name, _, _ in uses]
-        kind = _kind(uses, heads, outputs)
+        kind = _kind(uses, heads, outputs, routers)
         rule = _default(kind, uses, actions)
         left_out = kept is not None and kind != "head" and not any(is_inside(name, kept) for name in names)
         if left_out or any(is_inside(name, skipped) for name in names):
@@ -199,8 +205,8 @@ def _checked_kinds(kinds: Mapping[str, str]) -> Mapping[str, str]:
 def _named(action: str, uses: list[Use]) -> Rule:
     name, module, short = uses[0]
     parameter = getattr(module, short)
-    if action != "freeze" and not parameter.is_floating_point():
-        raise ValueError(f"{action} names {name}, which cannot be trained: it is {parameter.dtype}, not floating-point")
+    if action != "freeze" and (found := why_untrainable(parameter)) is not None:
+        raise ValueError(f"{action} names {name}, which cannot be trained: it is {found}")
     return Rule(_feasible(action, parameter), "named", _view(uses), named=True)
 
 
@@ -208,7 +214,7 @@ def _feasible(action: str, parameter: Tensor) -> str:
     return "whole" if action == "rank" and parameter.ndim == 0 else action
 
 
-def _kind(uses: list[Use], heads: tuple[str, ...], outputs: list[nn.Module]) -> str:
+def _kind(uses: list[Use], heads: tuple[str, ...], outputs: list[nn.Module], routers: list[nn.Module]) -> str:
     """The kind of a parameter, a key of :data:`KINDS`."""
     modules = [module for _, module, _ in uses]
     if any(_is_norm(module) for module in modules):
@@ -227,6 +233,8 @@ def _kind(uses: list[Use], heads: tuple[str, ...], outputs: list[nn.Module]) -> 
         return "embedding"
     if any(has_part(name, heads) for name, _, _ in uses):
         return "head"
+    if any(module in routers for module in modules):
+        return "router"
     parameter = getattr(modules[0], uses[0][2])
     if any(_is_bias(parameter, module, short) for _, module, short in uses):
         return "bias"
@@ -257,11 +265,21 @@ def _output_embeddings(model: nn.Module) -> list[nn.Module]:
     return found
 
 
+def _routers(model: nn.Module) -> list[nn.Module]:
+    """The layers that send tokens to experts: named as such, beside the experts of one module."""
+    found = [module for module in model.modules() if type(module).__name__.endswith("Router")]
+    for module in model.modules():
+        if isinstance(getattr(module, "experts", None), nn.Module):
+            children = dict(module.named_children())
+            found += [children[name] for name in _ROUTERS if name in children]
+    return [inner for router in found for inner in router.modules()]
+
+
 def _default(kind: str, uses: list[Use], actions: Mapping[str, str]) -> Rule:
     _, module, short = uses[0]
     parameter = getattr(module, short)
-    if not parameter.is_floating_point():
-        return Rule("freeze", f"{parameter.dtype}".removeprefix("torch."))
+    if (found := why_untrainable(parameter)) is not None:
+        return Rule("freeze", found, blocked=actions[kind] == "rank" and is_reduced(parameter, short))
     reason = "neither weight nor bias" if kind == "other" else kind
     if kind == "embedding" and len(uses) > 1:
         reason += ", tied"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -75,7 +75,8 @@ def contrastive(
     temperature: float = 0.07,
     augment: Callable[[Any], Any] | None = None,
 ) -> Callable[[Any, Any], Tensor]:
-    """The loss of GPS and GRFT for :func:`gradsel.select`: :class:`SupConLoss` on batches of (inputs, labels).
+    """The loss of GPS and GRFT for :func:`gradsel.select`: :class:`SupConLoss` on batches of (inputs, labels), or of
+    mappings with ``"labels"`` as the data collators of transformers make them.
 
     Args:
         features: ``features(model, inputs)``, which returns the input of the head, [batch, dim]; or the name of a
@@ -89,11 +90,11 @@ def contrastive(
     supcon = SupConLoss(temperature)
 
     def loss(model: Any, batch: Any) -> Tensor:
-        inputs, labels = batch
+        inputs, labels = _split(batch)
         views = [inputs] if augment is None else [augment(inputs), augment(inputs)]
         if isinstance(features, str):
             method = getattr(unwrapped(model), features)
-            found = [method(view) for view in views]
+            found = [method(**view) if isinstance(view, Mapping) else method(view) for view in views]
         else:
             found = [features(model, view) for view in views]
         return supcon(torch.stack(found, dim=1), labels)
@@ -102,10 +103,28 @@ def contrastive(
 
 
 def cross_entropy(model: Any, batch: Any) -> Tensor:
-    """Cross-entropy through the head on batches of (inputs, labels), as in GPS, Tab. 6c: ``loss(model, batch)``.
+    """Cross-entropy through the head, as in GPS, Tab. 6c: ``loss(model, batch)``.
 
-    The model returns logits [batch, classes], or an object with these as ``logits``.
+    Args:
+        model: returns logits [batch, classes], or an object with these as ``logits``.
+        batch: (inputs, labels), or a mapping with ``"labels"`` as the data collators of transformers make it. Of a
+            mapping, the model's own ``loss`` counts if it returns one: that of a language model, for example.
     """
-    inputs, labels = batch
-    outputs = model(inputs)
+    inputs, labels = _split(batch)
+    if not isinstance(batch, Mapping):
+        outputs = model(inputs)
+    else:
+        outputs = model(**batch)
+        if isinstance(own := getattr(outputs, "loss", None), Tensor):
+            return own
     return F.cross_entropy(getattr(outputs, "logits", outputs), labels)
+
+
+def _split(batch: Any) -> tuple[Any, Tensor]:
+    """Inputs and labels of a batch."""
+    if not isinstance(batch, Mapping):
+        inputs, labels = batch
+        return inputs, labels
+    if "labels" not in batch:
+        raise ValueError(f"the batch has no 'labels', only {', '.join(map(repr, batch))}")
+    return {key: value for key, value in batch.items() if key != "labels"}, batch["labels"]

@@ -25,6 +25,7 @@ from gradsel.ranking.planning import make_plan
 from gradsel.ranking.policies import PerNeuron, Policy, Ranking, Scores
 from gradsel.ranking.preserving import preserved
 from gradsel.selection.selection import Selection
+from gradsel_kernels._warnings import user_stacklevel
 
 
 def select(
@@ -89,6 +90,7 @@ def select(
         raise ValueError(f"loss_scale must be positive and finite, got {loss_scale}")
     rule_of = parameter_rules(model, **rules)
     parameters = named_parameters(model)
+    _require_ranked(rule_of, parameters)
     ranked = {name: parameters[name] for name, rule in rule_of.items() if rule.action == "rank"}
     chosen.reset()
     ranker = Ranker(policy, chosen, rule_of, ranked, loss_scale)
@@ -97,6 +99,12 @@ def select(
         if batches is None or loss is None:
             raise ValueError(f"criterion {chosen.name!r} needs gradients: pass batches and loss")
         group = process_group or process_group_of(model)
+        if group is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise ValueError(
+                f"{dist.get_world_size()} processes run, and each would rank gradients of its own data, which gives "
+                "different masks: pass process_group=torch.distributed.group.WORLD to add the gradients of all, or "
+                "select in one process and load the selection in the others"
+            )
         plan = make_plan(ranked, batches, memory, max_gradient_bytes, offload, group)
         with preserved(model):
             seen = collect(
@@ -104,9 +112,7 @@ def select(
                 each_batch=chosen.each_batch, loss_scale=loss_scale, group=group, quiet=_quiet(progress),
             )  # fmt: skip
         notes |= {"batches": seen.batches, "memory": plan.sentence}
-        for name in ranked:
-            if name not in seen.names and rule_of[name].named:
-                raise ValueError(f"{name} was named to be ranked, but got no gradient: the loss does not depend on it")
+        _report_missing([name for name in ranked if name not in seen.names], rule_of)
     else:
         for name in tqdm(ranked, desc="ranking", unit="tensor", disable=_quiet(progress), leave=False):
             ranker.add(name, None)
@@ -119,6 +125,38 @@ def select(
     if not any(mask.nnz for mask in masks.values()):
         raise ValueError("nothing would be trained: the rules leave no parameter to rank or to train whole")
     return Selection(masks, notes, fingerprints(model))
+
+
+def _require_ranked(rules: Mapping[str, Rule], parameters: Mapping[str, Tensor]) -> None:
+    """Refuses weights that cannot be ranked because of how or where they are stored."""
+    absent = [name for name, rule in rules.items() if rule.action != "freeze" and parameters[name].is_meta]
+    if absent:
+        raise ValueError(
+            f"{len(absent)} parameters are on the meta device, first {absent[0]}: they are not loaded, or offloaded by "
+            "accelerate; load the whole model before selecting, or freeze them by name"
+        )
+    blocked = [name for name, rule in rules.items() if rule.blocked]
+    if blocked:
+        raise ValueError(
+            f"{len(blocked)} weights would be ranked but cannot be, first {blocked[0]}: it is "
+            f"{rules[blocked[0]].reason}. Select on the model before it is quantised or sharded, or freeze these "
+            f"weights by name: select(..., freeze=[{blocked[0]!r}])"
+        )
+
+
+def _report_missing(missing: list[str], rules: Mapping[str, Rule]) -> None:
+    """Ranked parameters that got no gradient: an error for one that the caller named, a warning for the others."""
+    for name in missing:
+        if rules[name].named:
+            raise ValueError(f"{name} was named to be ranked, but got no gradient: the loss does not depend on it")
+    if missing:
+        names = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        warnings.warn(
+            f"{len(missing)} ranked parameters got no gradient and are frozen: {names}. Either the loss does not "
+            "depend on them, or their gradient is lost on the way, as in activation checkpointing with "
+            "use_reentrant=True where no input of the checkpointed part requires grad (use_reentrant=False keeps it)",
+            stacklevel=user_stacklevel(),
+        )
 
 
 def _unranked(rule: Rule, shape: tuple[int, ...]) -> Mask:
@@ -204,7 +242,7 @@ class Ranker:
             warnings.warn(
                 f"{count} neurons score zero everywhere (most in {worst}: {self._silent[worst]}), so all of their "
                 f"inputs tie.{hint}",
-                stacklevel=3,
+                stacklevel=user_stacklevel(),
             )
         return notes
 

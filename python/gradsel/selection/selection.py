@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from gradsel import masks as kinds
-from gradsel.attached import selected_in
+from gradsel.attached import is_attached
 from gradsel.masks import Frozen, Mask
 from gradsel.parameters.fingerprints import fingerprint, kind_of
 from gradsel.parameters.names import named_parameters, strip_wrappers
@@ -230,7 +230,7 @@ class Selection(Mapping[str, Mask]):
         Raises:
             ValueError: parameters are missing or unknown, or have other shapes or values.
         """
-        if any(selected_in(module) for module in model.modules()):
+        if is_attached(model):
             raise ValueError("the model is attached to a selection; call gradsel.detach(model) before checking another")
         parameters = named_parameters(model)
         shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}

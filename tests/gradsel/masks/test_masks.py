@@ -71,9 +71,11 @@ def test_rows_of_a_transposed_convolution_are_its_output_channels(groups):
     assert silent.nonzero().view(-1).tolist() == [5]
 
 
-def test_memory_offsets_of_a_tensor_with_gaps_are_refused():
-    with pytest.raises(ValueError, match="not dense"):
-        memory_offsets(torch.zeros(4, 6)[:, :3])
+def test_memory_offsets_count_gaps_and_refuse_overlaps():
+    assert memory_offsets(torch.zeros(2, 6)[:, ::2]).tolist() == [[0, 2, 4], [6, 8, 10]]
+    assert memory_offsets(torch.zeros(0, 6)).shape == (0, 6)
+    with pytest.raises(ValueError, match="share memory"):
+        memory_offsets(torch.zeros(4, 1).expand(4, 3))
 
 
 def layouts(weight):

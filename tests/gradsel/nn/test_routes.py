@@ -118,3 +118,30 @@ def test_values_without_a_gradient_are_reported_once():
         with pytest.warns(UserWarning, match=r"1 of 2 .*no gradient .*unused\.weight"):
             optimizer.step()
         optimizer.step()
+
+
+def test_a_weight_that_is_read_in_place_gets_its_gradient():
+    """In-place functions of another tensor, operators by name, and nn.init of the weight itself."""
+    layer = nn.Linear(3, 3)
+    dense = copy.deepcopy(layer)
+    selection = random_selection(layer, rank=["weight"])
+    gradsel.attach(layer, selection)
+
+    def read(module: nn.Linear) -> Tensor:
+        total = torch.zeros(3, 3)
+        total.add_(module.weight)
+        total += 2 * module.weight
+        torch._foreach_add_([total], [module.weight])
+        torch.ops.aten.add_.Tensor(total, module.weight)
+        return (total + torch.ops.aten.mul.Tensor(module.weight, 3.0)).square().sum()
+
+    read(layer).backward()
+    read(dense).backward()
+    assert torch.equal(layer.weight_values.grad, selection["weight"].gather(dense.weight.grad))
+    torch.manual_seed(0)
+    nn.init.normal_(layer.weight)
+    assert torch.equal(layer(torch.eye(3)) - layer.bias, layer.weight.T)
+    assert torch.equal(layer.weight_values, selection["weight"].gather(layer.weight))
+    torch.ops.aten.mul_.Scalar(layer.weight, 2.0)
+    layer(torch.eye(3))
+    assert torch.equal(layer.weight_values, selection["weight"].gather(layer.weight))

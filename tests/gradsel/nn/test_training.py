@@ -210,3 +210,23 @@ def test_torch_compile_has_no_graph_breaks():
     torch._dynamo.reset()
     for left, right in zip(expected, grads(torch.compile(model, fullgraph=True, backend="aot_eager")), strict=True):
         torch.testing.assert_close(left, right)
+
+
+def test_optimizers_that_would_leave_values_out_are_reported():
+    model, selection = toy("irregular")
+    early = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    cross_entropy(model, data()[0]).backward()
+    early.step()
+    gradsel.attach(model, selection)
+    cross_entropy(model, data()[0]).backward()
+    with pytest.warns(UserWarning, match=r"holds patch_embed.weight.*patch_embed.weight_values.*trainable_parameters"):
+        early.step()
+    trained = gradsel.trainable_parameters(model)
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": 0.1},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    later = gradsel.MaskedAdamW(groups, lr=1e-2)
+    cross_entropy(model, data()[0]).backward()
+    with pytest.warns(UserWarning, match=r"patch_embed.weight.*one dimension.*by names"):
+        later.step()

@@ -62,8 +62,7 @@ def test_what_a_step_remembers_is_forgotten_when_it_no_longer_holds(dtype):
         if not hasattr(model[0], "weight_values"):
             model.load_state_dict({k: v * 0.5 for k, v in model.state_dict().items()})
             return
-        weight = model[0]._parameters["weight"]
-        model[0]._parameters["weight"] = nn.Parameter(weight.detach().clone(), requires_grad=False)
+        model[0].weight = nn.Parameter(model[0].weight.detach().clone())
 
     def freeze_one(model, optimizer):
         next(iter(optimizer.state)).grad = None

@@ -138,7 +138,7 @@ def test_values_of_an_attached_model_need_nothing():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     assert all("master" not in state for state in optimizer.state.values())
-    assert torch.equal(model.weight[0, model._gradsel_selected["weight"].mask.cols[0].long()].float(),
+    assert torch.equal(model.weight[0, gradsel.attached.selected_in(model)["weight"].mask.cols[0].long()].float(),
                        model.weight_values[0].detach().bfloat16().float())  # fmt: skip
 
 

@@ -9,6 +9,10 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from gradsel.parameters.rules import parameter_rules
 
 
+class TopKRouter(nn.Linear):
+    """Sends tokens to experts."""
+
+
 class Every(nn.Module):
     """One parameter of every kind."""
 
@@ -24,6 +28,7 @@ class Every(nn.Module):
         self.words = nn.Embedding(7, 4)
         self.lm_head = nn.Linear(4, 7, bias=False)
         self.sinks = nn.Parameter(torch.randn(4))
+        self.router = TopKRouter(4, 3, bias=False)
 
 
 OF_KIND = {
@@ -37,6 +42,7 @@ OF_KIND = {
     "token": ["cls_token"],
     "embedding": ["words.weight"],
     "output embedding": ["lm_head.weight"],
+    "router": ["router.weight"],
     "other": ["sinks"],
 }
 

@@ -1,0 +1,237 @@
+"""What modules of an attached model look after: that nothing replaces their parameters unnoticed, and loading."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from gradsel.attached import (
+    LINK,
+    STATE,
+    SUFFIX,
+    Attachments,
+    Selected,
+    SelectedValues,
+    attachments_of,
+)
+from gradsel.dtypes import trained_dtype
+from gradsel.nn import functional
+from gradsel.nn.loading import after_root_load, after_state_dict, before_load, before_root_load
+from gradsel.nn.weights import SelectedWeight
+from gradsel.parameters.trainable import why_untrainable
+
+
+def hook(module: nn.Module, attachments: Attachments) -> None:
+    """Registers the hooks of one module."""
+    _watch_registration()
+    if attachments.partial:
+        module.register_forward_pre_hook(before_forward)
+    if attachments.partial or attachments.whole:
+        module.register_state_dict_post_hook(after_state_dict)
+        module.register_load_state_dict_pre_hook(before_load)
+
+
+def hook_root(root: nn.Module) -> None:
+    """Registers those of the module that attach() was called on."""
+    root.register_load_state_dict_pre_hook(before_root_load)
+    root.register_load_state_dict_post_hook(after_root_load)
+
+
+_HOOKS = (before_root_load, after_root_load, before_load, after_state_dict)
+
+
+def unhook(module: nn.Module) -> None:
+    """Takes all of them off again, also those of a copied module."""
+    for hooks in (
+        module._forward_pre_hooks,
+        module._state_dict_hooks,
+        module._load_state_dict_pre_hooks,
+        module._load_state_dict_post_hooks,
+    ):
+        for key, found in list(hooks.items()):
+            if getattr(found, "hook", found) in (before_forward, *_HOOKS):
+                del hooks[key]
+
+
+def before_forward(module: nn.Module, args: Any) -> None:
+    """Refuses, or mends, a module whose weight or values are no longer those that attach() set up."""
+    if torch.compiler.is_compiling():  # torch.export has put fake tensors in their place
+        return
+    attachments: Attachments = vars(module)[STATE]
+    if not attachments.record.ranks_agree:
+        _compare_ranks(attachments)
+    own = module._parameters
+    for short, selected in attachments.partial.items():
+        weight, values = own.get(short), own.get(short + SUFFIX)
+        if (
+            type(weight) is not SelectedWeight
+            or type(values) is not SelectedValues
+            or vars(weight)[LINK] is not selected
+        ):
+            _mend(module, short, selected, weight, values)
+    if any(type(arg) is not Tensor and isinstance(arg, Tensor) for arg in args):
+        _hand_out_plain(module, attachments)
+
+
+def _hand_out_plain(module: nn.Module, attachments: Attachments) -> None:
+    """For inputs with torch functions of their own (jagged tensors), which do not ask the weight for its own."""
+
+    def taken_back(module: nn.Module, args: Any, output: Any) -> None:
+        handle.remove()
+        for short in attachments.partial:
+            vars(module).pop(short, None)
+
+    handle = module.register_forward_hook(taken_back, always_call=True)
+    with torch._C.DisableTorchFunctionSubclass():
+        for short, selected in attachments.partial.items():
+            weight = module._parameters.get(short)
+            values = None if weight is None else selected.refresh(weight)
+            if weight is not None and values is not None:
+                vars(module)[short] = functional.harvest(weight.detach(), values, selected.mask)
+
+
+def _mend(module: nn.Module, short: str, selected: Selected, weight: Tensor | None, values: Tensor | None) -> None:
+    name, kind = selected.name, type(module).__name__
+    if getattr(module, "_is_replica", False):
+        _replicate(module, short, selected)
+        return
+    if weight is None and selected.weight() is None:
+        raise RuntimeError(
+            f"{name} has been taken out of its {kind}, or renamed in it, since attach(): {name}{SUFFIX} would no "
+            "longer train anything. Call gradsel.detach(model) first, and attach anew afterwards"
+        )
+    for tensor, called in ((weight, name), (values, name + SUFFIX)):
+        if tensor is None and called != name:
+            raise RuntimeError(f"{called} has been taken out of its {kind}; call gradsel.detach(model) first")
+        if tensor is not None and (reason := why_untrainable(tensor)) is not None:
+            raise RuntimeError(
+                f"{called} has become {reason}. Attached models cannot be sharded (FSDP, tensor parallelism) or "
+                "quantised: use DistributedDataParallel, or call gradsel.detach(model) first"
+            )
+    if weight is not None and selected.is_swapped(weight):  # torch.__future__.set_swap_module_params_on_conversion
+        adopt_weight(weight, selected)
+    if weight is not None and vars(weight).get(LINK) is not selected:
+        raise RuntimeError(
+            f"{name} has been replaced by another {type(weight).__name__} since attach(), past nn.Module's own ways "
+            "(FSDP, functional_call and set_overwrite_module_params_on_conversion do so), and no gradient would reach "
+            f"{name}{SUFFIX}. Pass {name}{SUFFIX} to functional_call instead; do not shard an attached model; to "
+            "change the weight, write to it: weight.copy_(new); to convert it, call gradsel.detach(model) first"
+        )
+    assert values is not None
+    if (
+        type(values) is nn.Parameter and selected.seen is not None and selected.seen[0] == id(values)
+    ):  # swapped likewise
+        adopt_values(values, selected, weight)
+
+
+def _replicate(module: nn.Module, short: str, selected: Selected) -> None:
+    """nn.DataParallel: a replica holds plain copies as attributes, values with a history."""
+    weight, values = (vars(module)[key] for key in (short, short + SUFFIX))
+    mask = selected.mask.to(weight.device)
+    with torch.no_grad():
+        mask.scatter_(weight, values)
+    vars(module)[short] = functional.harvest(weight, values, mask)
+
+
+def adopt_weight(weight: Tensor, selected: Selected) -> None:
+    """Makes a parameter the weight of a selection."""
+    weight.requires_grad_(False)
+    weight.__class__ = SelectedWeight
+    vars(weight)[LINK] = selected
+    with torch._C.DisableTorchFunctionSubclass():
+        selected.follow(weight)
+
+
+def adopt_values(values: nn.Parameter, selected: Selected, weight: Tensor | None) -> None:
+    """Makes a parameter the values of a weight."""
+    values.__class__ = SelectedValues
+    vars(values)[LINK] = selected
+    dtype = trained_dtype(values if weight is None else weight)
+    if values.dtype is not dtype:
+        values.data = values.detach().to(dtype)
+    selected.seen = None
+
+
+@cache
+def _watch_registration() -> None:
+    register_module_parameter_registration_hook(_registered)
+
+
+def _registered(module: nn.Module, short: str, parameter: nn.Parameter | None) -> None:
+    """A parameter is assigned to a module: of an attached one, it takes the place of a weight or of values."""
+    attachments = attachments_of(module)
+    if attachments is None or parameter is None:
+        return
+    plain = short.removesuffix(SUFFIX)
+    selected = attachments.partial.get(plain)
+    original = attachments.whole.get(short) if selected is None else selected
+    if original is None or (selected is not None and vars(parameter).get(LINK) is selected):
+        return
+    key = short.removeprefix(plain)
+    others = [(other._parameters, there + key) for other, there in original.elsewhere(module)]
+    others = [(own, there) for own, there in others if own.get(there) is not None and own[there] is not parameter]
+    if others and attachments.record.loading is None:
+        raise RuntimeError(
+            f"{original.name} is attached and shared by {len(others) + 1} modules, so it cannot be replaced in one of "
+            "them; write to it (weight.copy_(new)), or call gradsel.detach(model) first, and attach anew afterwards"
+        )
+    if selected is not None:
+        _take_place(short, plain, selected, parameter)
+    for own, there in others:  # load_state_dict(assign=True) keeps them tied
+        own[there] = parameter
+
+
+def _take_place(short: str, plain: str, selected: Selected, parameter: nn.Parameter) -> None:
+    name = selected.name + (SUFFIX if short != plain else "")
+    expected = selected.mask.shape if short == plain else selected.mask.compact_shape
+    reason = why_untrainable(parameter)
+    if LINK in vars(parameter):
+        reason = f"{vars(parameter)[LINK].name}, which is trained on its own"
+    if reason is not None or tuple(parameter.shape) != expected:
+        found = reason or f"of shape {list(parameter.shape)}, not {list(expected)}"
+        raise RuntimeError(
+            f"{name} is attached and cannot be replaced by a parameter that is {found}; call gradsel.detach(model) "
+            "first, and select and attach anew afterwards"
+        )
+    if short == plain:
+        adopt_weight(parameter, selected)
+        seen = selected.seen  # the weight has changed, values have not
+        selected.seen = None if seen is None else (*seen[:3], None, None, None)
+    else:
+        adopt_values(parameter, selected, selected.weight())
+
+
+# --- Ranks -------------------------------------------------------------------------------------------------------
+
+
+def _compare_ranks(attachments: Attachments) -> None:
+    """At the first forward in DistributedDataParallel: all ranks must train the same entries."""
+    parallel = DistributedDataParallel._active_ddp_module
+    if parallel is None or not dist.is_initialized():
+        return
+    group = parallel.process_group
+    own: Mapping[str, int] = {
+        f"{path}.{short}": selected.fingerprint()
+        for path, module in parallel.module.named_modules()
+        if (there := attachments_of(module)) is not None
+        for short, selected in there.partial.items()
+    }
+    everywhere: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everywhere, own, group=group)
+    attachments.record.ranks_agree = True
+    different = [name for name in own if any(other.get(name) != own[name] for other in everywhere)]
+    if different or any(other.keys() != own.keys() for other in everywhere):
+        attachments.record.ranks_agree = False
+        first = f", first {different[0]}" if different else ""
+        raise RuntimeError(
+            f"ranks are attached to different selections ({len(different)} parameters differ{first}), so they would "
+            "train different models. Pass process_group=torch.distributed.group.WORLD to gradsel.select(), or save the "
+            "selection on one rank and load it on all"
+        )

@@ -1,0 +1,135 @@
+"""load_state_dict() of an attached model: values win over weights, and a plain checkpoint becomes the new base."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from gradsel.attached import RECORD, SUFFIX, Attachments, Original, Selected, attachments_of
+from gradsel.dtypes import trained_dtype
+from gradsel_kernels._warnings import user_stacklevel
+
+#: The key of a module's metadata in a state_dict with the fingerprints of its masks. safetensors files drop it.
+METADATA = "gradsel_masks"
+
+StateDict = dict[str, Any]
+
+
+def after_state_dict(module: nn.Module, state_dict: StateDict, prefix: str, local_metadata: StateDict) -> None:
+    """Puts the fingerprints of a module's masks beside its values."""
+    attachments = attachments_of(module)
+    if attachments is not None:
+        local_metadata[METADATA] = {short: s.fingerprint() for short, s in attachments.partial.items()}
+
+
+def before_root_load(root: nn.Module, state_dict: StateDict, prefix: str, *rest: Any) -> None:
+    """Decides what kind of checkpoint is loaded, before anything is.
+
+    Raises:
+        RuntimeError: its values belong to another selection.
+    """
+    record = vars(root)[RECORD]
+    metadata = getattr(state_dict, "_metadata", None) or {}
+    brought, continues, matches = False, True, False
+    for path, module in root.named_modules():
+        attachments = attachments_of(module)
+        brought |= METADATA in metadata.get((prefix + path).removesuffix("."), {})
+        for short, selected in {} if attachments is None else attachments.partial.items():
+            start = prefix + (f"{path}." if path else "") + short
+            values, weight = (_given(state_dict, key, selected) for key in (start + SUFFIX, start))
+            known = metadata.get((prefix + path).removesuffix("."), {}).get(METADATA, {}).get(short)
+            if values is not None:
+                brought = True
+                if known is not None:
+                    fits = known == selected.fingerprint()
+                else:  # a file of safetensors: what the weight holds tells whose values these are
+                    fits = weight is None or _agree(selected.mask.to(weight.device).gather(weight), values)
+                if not fits:
+                    raise RuntimeError(
+                        f"{start}{SUFFIX} holds the values of another selection than the one that the model is "
+                        "attached to; attach the model to the selection that the checkpoint was trained with, or load "
+                        "the plain weights (gradsel.export) before attach()"
+                    )
+                own = selected.weight()
+                if weight is None and selected.replaced is not None and own is not None:
+                    matches |= _agree(selected.mask.gather(own.detach()), values)
+            elif weight is not None and (own := selected.values()) is not None:
+                continues &= _agree(selected.mask.to(weight.device).gather(weight), own)
+    record.resuming = brought or (record.resuming and continues)
+    record.loading = "attached" if record.resuming else "plain"
+    if brought:  # shards with weights may have come first, and have been taken for a plain checkpoint
+        for kept in _kept_in(root):
+            if matches and kept.replaced is not None:
+                kept.entries = kept.replaced
+            kept.replaced = None
+
+
+def after_root_load(root: nn.Module, incompatible_keys: Any) -> None:
+    vars(root)[RECORD].loading = None
+
+
+def before_load(module: nn.Module, state_dict: StateDict, prefix: str, *rest: Any) -> None:
+    """Completes a checkpoint of the plain model by values; its entries are the new originals."""
+    attachments = attachments_of(module)
+    if attachments is None:
+        return
+    brought = any(prefix + short + SUFFIX in state_dict for short in attachments.partial)
+    if (attachments.record.loading or ("attached" if brought else "plain")) == "attached":
+        return
+    changed = False
+    for short, selected in attachments.partial.items():
+        weight = _given(state_dict, prefix + short, selected)
+        if weight is not None:
+            entries = selected.mask.to(weight.device).gather(weight.detach())
+            own = selected.values()
+            if own is not None and _agree(entries, own):  # of a shard; the values of another one have more digits
+                state_dict[prefix + short + SUFFIX] = own.detach().clone()
+            else:
+                state_dict[prefix + short + SUFFIX] = entries.to(trained_dtype(weight), copy=True)
+            changed |= _begin_with(selected, entries)
+    for short, original in attachments.whole.items():
+        whole = state_dict.get(prefix + short)
+        if isinstance(whole, Tensor) and whole.shape == original.entries.shape:
+            changed |= _begin_with(original, whole.detach())
+    if changed:
+        warnings.warn(
+            "a checkpoint of the plain model was loaded into an attached one: from now on its weights are the base to "
+            "which gradsel.detach(restore=True) returns, anchors pull and deltas refer",
+            stacklevel=user_stacklevel(),
+        )
+
+
+def _begin_with(kept: Selected | Original, entries: Tensor) -> bool:
+    """Whether these entries are new as originals."""
+    before = kept.entries
+    new = entries.to(before.device, before.dtype, copy=True)
+    if _agree(new, before):
+        return False
+    kept.replaced, kept.entries = before, new
+    return True
+
+
+def _kept_in(root: nn.Module) -> Iterator[Selected | Original]:
+    for module in root.modules():
+        attachments: Attachments | None = attachments_of(module)
+        if attachments is not None:
+            yield from attachments.partial.values()
+            yield from attachments.whole.values()
+
+
+def _given(state_dict: Mapping[str, Any], key: str, selected: Selected) -> Tensor | None:
+    """A tensor of a checkpoint, if it is there and fits; what does not fit torch refuses by itself."""
+    tensor = state_dict.get(key)
+    shape = selected.mask.compact_shape if key.endswith(SUFFIX) else selected.mask.shape
+    fits = isinstance(tensor, Tensor) and tuple(tensor.shape) == shape and not tensor.is_meta
+    return tensor if fits and not hasattr(tensor, "device_mesh") else None
+
+
+def _agree(entries: Tensor, values: Tensor) -> bool:
+    """Whether entries of a weight are these values, rounded."""
+    values = values.detach().to(entries.device, entries.dtype)
+    entries = entries.detach()
+    return bool(((entries == values) | (entries.isnan() & values.isnan())).all())

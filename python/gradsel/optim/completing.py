@@ -1,0 +1,74 @@
+"""The state of MaskedAdam for one parameter, completed before a step: what is missing is added, the rest adapted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradsel.dtypes import trained_dtype
+from gradsel.masks import Mask, fingerprint
+from gradsel.optim.call import State, Target
+from gradsel.optim.state import FINGERPRINT, MOMENTS
+
+
+def complete(state: State, target: Target, group: dict[str, Any], may_be_written: bool) -> None:
+    """Adds what a state lacks, and adapts it to the options of its group and to the dtype of its parameter.
+
+    A new state lacks everything; the loaded state of a float32 run lacks a master. Originals that attach() keeps share
+    their memory with the state where the dtypes are the same.
+
+    Args:
+        may_be_written: something other than this optimizer may have written the parameter since the last step.
+    """
+    parameter, _, mask, selected = target
+    dtype = trained_dtype(parameter)
+    if "step" not in state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+    moments = dtype if dtype is torch.float64 else group["state_dtype"] or dtype
+    for name in MOMENTS if group["amsgrad"] else MOMENTS[:2]:
+        if name not in state:
+            state[name] = torch.zeros(mask.compact_shape, dtype=moments, device=parameter.device)
+        elif state[name].dtype != moments:  # state_dtype was another one
+            state[name] = state[name].to(moments)
+    if FINGERPRINT not in state and not mask.is_whole:
+        state[FINGERPRINT] = fingerprint(mask)
+    if group["anchor"] and "original" not in state:
+        state["original"] = (mask.gather(parameter) if selected is None else selected.entries).to(dtype)
+    if "original" in state and state["original"].dtype != dtype:  # the model was cast
+        state["original"] = state["original"].to(dtype)
+    if parameter.dtype != dtype:
+        _complete_low_precision(state, parameter, mask, group["low_precision"], may_be_written)
+    else:
+        for name in ("master", "compensation"):
+            state.pop(name, None)
+
+
+def _complete_low_precision(state: State, parameter: Tensor, mask: Mask, mode: str, may_be_written: bool) -> None:
+    """Adds the master or the compensation that ``mode`` needs, and drops those of another mode.
+
+    Args:
+        mode: the option ``low_precision``.
+    """
+    dtype = trained_dtype(parameter)
+    lost = state.get("compensation")
+    if mode != "kahan":
+        state.pop("compensation", None)
+    if mode != "master":
+        master = state.pop("master", None)
+        if mode == "kahan" and (lost is None or lost.dtype != parameter.dtype):
+            weight = mask.gather(parameter)
+            trained = weight.to(dtype) if master is None else master
+            state["compensation"] = (trained - weight.to(dtype)).nan_to_num(0.0, 0.0, 0.0).to(parameter.dtype)
+    elif "master" not in state:
+        state["master"] = mask.gather(parameter).to(dtype)
+        if lost is not None:
+            state["master"] += lost
+    elif may_be_written:
+        # Where the weight is no longer the rounded master, somebody has written it (by loading a checkpoint, for
+        # example), and the master takes over the new value.
+        weight = mask.gather(parameter)
+        rounded = state["master"].to(parameter.dtype)
+        written = (weight != rounded) & ~(weight.isnan() & rounded.isnan())
+        state["master"] = torch.where(written, weight.to(dtype), state["master"])

@@ -1,0 +1,57 @@
+"""Which tensors can be ranked and trained: plain, dense ones of a floating-point dtype, in memory here."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+#: float8 and smaller have no arithmetic in torch.
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def why_untrainable(parameter: Tensor) -> str | None:
+    """Why no entries of a parameter can be ranked or trained, in a few words; None if they can."""
+    kind = type(parameter.data if type(parameter) is nn.Parameter else parameter)
+    if nn.parameter.is_lazy(parameter):
+        return "not initialised"
+    if hasattr(parameter, "device_mesh"):
+        return "a DTensor, sharded by FSDP or tensor parallelism"
+    if hasattr(parameter, "quant_state") or hasattr(parameter, "CB") or _is_wrapper(parameter):
+        return f"quantised or wrapped ({kind.__name__})"
+    if parameter.dtype not in _DTYPES:
+        return str(parameter.dtype).removeprefix("torch.")
+    if parameter.layout is not torch.strided:
+        return str(parameter.layout).removeprefix("torch.")
+    if parameter.is_nested:
+        return "nested"
+    return None
+
+
+def _is_wrapper(parameter: Tensor) -> bool:
+    """Whether it is a tensor made of others, as those of torchao are."""
+    return torch.utils._python_dispatch.is_traceable_wrapper_subclass(parameter)
+
+
+def has_memory(parameter: Tensor) -> bool:
+    """Whether its entries can be looked at: it is strided, here, and not made of other tensors."""
+    wrapped = _is_wrapper(parameter) or hasattr(parameter, "device_mesh") or nn.parameter.is_lazy(parameter)
+    return not wrapped and parameter.layout is torch.strided and not parameter.is_nested and not parameter.is_meta
+
+
+def is_reduced(parameter: Tensor, short: str) -> bool:
+    """Whether an untrainable parameter stands for a weight that could be trained: it is quantised or sharded."""
+    integers = parameter.dtype in (torch.uint8, torch.int8) and short.endswith(("weight", "proj"))
+    small = integers or (parameter.is_floating_point() and parameter.dtype not in _DTYPES)
+    return small or _is_wrapper(parameter) or hasattr(parameter, "device_mesh")
+
+
+def require_trainable(name: str, parameter: Tensor) -> None:
+    """
+    Raises:
+        ValueError: entries of this parameter cannot be trained.
+    """
+    reason = why_untrainable(parameter)
+    if reason is not None:
+        raise ValueError(f"{name} is {reason}, which cannot be trained; freeze it, as in select(freeze=[{name!r}])")
+    if parameter.is_meta:
+        raise ValueError(f"{name} is on the meta device, where it has no entries; load its weights first")
