@@ -18,8 +18,8 @@ PACKAGES = {"gradsel": ROOT / "python" / "gradsel", "gradsel_kernels": ROOT / "g
 #: The rooms of ``gradsel`` from the top floor to the ground. A room may import those on the floors below it.
 FLOORS = [
     {"cli"},
-    {"demo"},
-    {"papers"},
+    {"demo", "training"},
+    {"papers", "methods"},
     {"delta", "optim"},
     {"nn"},
     {"ranking"},

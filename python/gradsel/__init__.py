@@ -1,31 +1,86 @@
 """Sparse fine-tuning: choose the weights that matter, and train only those.
 
 :func:`select` finds them from gradients, :func:`attach` makes a model compute no other gradients, and
-:class:`MaskedAdam` trains them. The kernels are in :mod:`gradsel_kernels`.
+:class:`MaskedAdam` trains them; :func:`finetune` does all of it on a data set. The kernels are in
+:mod:`gradsel_kernels`.
+
+Names are imported when they are first used, so that ``gradsel --help`` need not wait for torch.
 """
 
-from gradsel.delta import Delta, TaskBank, export, load_delta, save_delta
-from gradsel.nn import AttachReport, attach, detach, sync, trainable_parameters
-from gradsel.optim import MaskedAdam, MaskedAdamW, anchored_groups, state_bytes
-from gradsel.papers import presets, trainable_count
-from gradsel.parameters import ranked_sizes
-from gradsel.ranking import (
-    Columns,
-    Criterion,
-    Global,
-    PerLayer,
-    PerNeuron,
-    Rows,
-    SupConLoss,
-    contrastive,
-    cross_entropy,
-    easiest_subset,
-    equal_budget,
-    random_scores,
-    select,
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gradsel.delta import Delta, TaskBank, export, load_delta, save_delta
+    from gradsel.nn import AttachReport, attach, detach, sync, trainable_parameters
+    from gradsel.optim import MaskedAdam, MaskedAdamW, anchored_groups, state_bytes
+    from gradsel.papers import presets, trainable_count
+    from gradsel.parameters import ranked_sizes
+    from gradsel.ranking import (
+        Columns,
+        Criterion,
+        Global,
+        PerLayer,
+        PerNeuron,
+        Rows,
+        SupConLoss,
+        contrastive,
+        cross_entropy,
+        easiest_subset,
+        equal_budget,
+        features,
+        random_scores,
+        select,
+    )
+    from gradsel.selection import Selection, freeze
+    from gradsel.training import evaluate, finetune, predict, resume
+    from gradsel_kernels import __version__
+
+_NAMES = {
+    "gradsel.delta": ("Delta", "TaskBank", "export", "load_delta", "save_delta"),
+    "gradsel.nn": ("AttachReport", "attach", "detach", "sync", "trainable_parameters"),
+    "gradsel.optim": ("MaskedAdam", "MaskedAdamW", "anchored_groups", "state_bytes"),
+    "gradsel.papers": ("presets", "trainable_count"),
+    "gradsel.parameters": ("ranked_sizes",),
+    "gradsel.ranking": (
+        "Columns",
+        "Criterion",
+        "Global",
+        "PerLayer",
+        "PerNeuron",
+        "Rows",
+        "SupConLoss",
+        "contrastive",
+        "cross_entropy",
+        "easiest_subset",
+        "equal_budget",
+        "features",
+        "random_scores",
+        "select",
+    ),
+    "gradsel.selection": ("Selection", "freeze"),
+    "gradsel.training": ("evaluate", "finetune", "predict", "resume"),
+    "gradsel_kernels": ("__version__",),
+}
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
+_ROOMS = (
+    "attached",
+    "delta",
+    "dtypes",
+    "interrupts",
+    "masks",
+    "methods",
+    "nn",
+    "optim",
+    "papers",
+    "parameters",
+    "ranking",
+    "sealed",
+    "selection",
+    "tables",
+    "training",
+    "views",
 )
-from gradsel.selection import Selection, freeze
-from gradsel_kernels import __version__
 
 __all__ = [
     "AttachReport",
@@ -49,12 +104,17 @@ __all__ = [
     "detach",
     "easiest_subset",
     "equal_budget",
+    "evaluate",
     "export",
+    "features",
+    "finetune",
     "freeze",
     "load_delta",
+    "predict",
     "presets",
     "random_scores",
     "ranked_sizes",
+    "resume",
     "save_delta",
     "select",
     "state_bytes",
@@ -62,3 +122,17 @@ __all__ = [
     "trainable_count",
     "trainable_parameters",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        found = getattr(import_module(_HOME[name]), name)
+        globals()[name] = found
+        return found
+    if name in _ROOMS:
+        return import_module(f"gradsel.{name}")
+    raise AttributeError(f"module 'gradsel' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME, *_ROOMS})

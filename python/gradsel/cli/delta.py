@@ -27,11 +27,9 @@ _CHECKPOINT = "a .safetensors file, an index of shards (*.safetensors.index.json
 _MODEL = "a folder with the config.json of their model"
 
 
-def add_to(commands: argparse._SubParsersAction) -> None:
+def add_to(commands: argparse._SubParsersAction, text: str) -> None:
     """Adds the command to those of ``gradsel``."""
-    delta = commands.add_parser(
-        "delta", help="the difference that fine-tuning makes to a checkpoint: make, inspect, apply and revert it"
-    )
+    delta = commands.add_parser("delta", help=text)
     verbs = delta.add_subparsers(required=True, metavar="verb")
 
     info = _verb(verbs, "info", _info, "show what a delta sets, and how it was made")

@@ -3,6 +3,7 @@
 from gradsel.ranking.criteria import Criterion, random_scores
 from gradsel.ranking.losses import SupConLoss, contrastive, cross_entropy
 from gradsel.ranking.policies import Columns, Global, PerLayer, PerNeuron, Rows, equal_budget
+from gradsel.ranking.pooling import features
 from gradsel.ranking.selecting import select
 from gradsel.ranking.subsets import easiest_subset
 
@@ -18,6 +19,7 @@ __all__ = [
     "cross_entropy",
     "easiest_subset",
     "equal_budget",
+    "features",
     "random_scores",
     "select",
 ]

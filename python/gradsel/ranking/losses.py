@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradsel.parameters.names import unwrapped
+from gradsel.ranking.pooling import features as features_of
 
 
 class SupConLoss(nn.Module):
@@ -70,36 +71,54 @@ class SupConLoss(nn.Module):
 
 
 def contrastive(
-    features: Callable[[Any, Any], Tensor] | str = "forward_features",
+    features: Callable[[Any, Any], Tensor] | str | None = None,
     *,
     temperature: float = 0.07,
     augment: Callable[[Any], Any] | None = None,
+    views: bool = False,
 ) -> Callable[[Any, Any], Tensor]:
     """The loss of GPS and GRFT for :func:`gradsel.select`: :class:`SupConLoss` on batches of (inputs, labels), or of
     mappings with ``"labels"`` as the data collators of transformers make them.
 
     Args:
         features: ``features(model, inputs)``, which returns the input of the head, [batch, dim]; or the name of a
-            method of the model that returns it, given the inputs.
+            method of the model that returns it, given the inputs. None: those of :func:`gradsel.features`.
         temperature: as in :class:`SupConLoss`.
         augment: makes one view of the inputs; if given, the loss compares two views of every sample.
+        views: the features are [batch, views, dim]. Without it three dimensions are refused: they are usually tokens
+            that nobody pooled, each of which would count as a view of its own.
 
     Returns:
-        ``loss(model, batch)``.
+        ``loss(model, batch)``, which raises a ValueError if the features have another shape.
     """
+    if views and augment is not None:
+        raise ValueError("views=True says that the features have views already; leave out augment")
     supcon = SupConLoss(temperature)
 
     def loss(model: Any, batch: Any) -> Tensor:
         inputs, labels = _split(batch)
-        views = [inputs] if augment is None else [augment(inputs), augment(inputs)]
-        if isinstance(features, str):
-            method = getattr(unwrapped(model), features)
-            found = [method(**view) if isinstance(view, Mapping) else method(view) for view in views]
-        else:
-            found = [features(model, view) for view in views]
-        return supcon(torch.stack(found, dim=1), labels)
+        compute = _compute(features, model)
+        seen = [inputs] if augment is None else [augment(inputs), augment(inputs)]
+        found = [compute(model, view) for view in seen]
+        for each in found:
+            if each.ndim != 2 + views:
+                raise ValueError(
+                    f"features must be {'[batch, views, dim]' if views else '[batch, dim]'}, got {list(each.shape)}; "
+                    + ("" if views else "pool them, as gradsel.features(model) does, or pass views=True if they are ")
+                    + ("pass views=False for features without views" if views else "several views of each sample")
+                )
+        return supcon(found[0] if views else torch.stack(found, dim=1), labels)
 
     return loss
+
+
+def _compute(given: Callable[[Any, Any], Tensor] | str | None, model: Any) -> Callable[[Any, Any], Tensor]:
+    if given is None:
+        return features_of(model)
+    if not isinstance(given, str):
+        return given
+    method = getattr(unwrapped(model), given)
+    return lambda _, inputs: method(**inputs) if isinstance(inputs, Mapping) else method(inputs)
 
 
 def cross_entropy(model: Any, batch: Any) -> Tensor:

@@ -1,0 +1,35 @@
+"""``gradsel predict``: classifies images or texts with a result of ``gradsel finetune``."""
+
+from __future__ import annotations
+
+import argparse
+
+from gradsel.cli.running import run
+
+
+def add_to(commands: argparse._SubParsersAction, text: str) -> None:
+    """Adds the command to those of ``gradsel``."""
+    parser = commands.add_parser("predict", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    parser.add_argument("folder", metavar="FOLDER", help="what gradsel finetune wrote")
+    parser.add_argument("inputs", metavar="INPUT", nargs="+", help="an image, or a text; a pair of texts with --pair")
+    parser.add_argument("--pair", action="store_true", help="inputs are pairs: first, second, first, second, ...")
+    parser.add_argument("--top", type=int, default=3, metavar="N", help="classes to print; default: 3")
+    parser.set_defaults(command=_predict)
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    def command() -> None:
+        inputs = list(arguments.inputs)
+        if arguments.top < 1:
+            raise ValueError(f"--top must be at least 1, got {arguments.top}")
+        if arguments.pair:
+            if len(inputs) % 2:
+                raise ValueError(f"--pair takes an even number of texts, got {len(inputs)}")
+            inputs = list(zip(inputs[::2], inputs[1::2], strict=True))
+        from gradsel.training import predict
+
+        for given, classes in zip(inputs, predict(arguments.folder, inputs, arguments.top), strict=True):
+            shown = given if isinstance(given, str) else " | ".join(given)
+            print(f"{shown}\t" + "\t".join(f"{name} {100 * share:.1f} %" for name, share in classes))
+
+    return run("predict", command)

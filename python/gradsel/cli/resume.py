@@ -1,0 +1,23 @@
+"""``gradsel resume``: goes on with a run of ``gradsel finetune`` that was stopped or killed."""
+
+from __future__ import annotations
+
+import argparse
+
+from gradsel.cli.running import run
+
+
+def add_to(commands: argparse._SubParsersAction, text: str) -> None:
+    """Adds the command to those of ``gradsel``."""
+    parser = commands.add_parser("resume", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    parser.add_argument("folder", metavar="FOLDER", help="the folder of the run")
+    parser.set_defaults(command=_resume)
+
+
+def _resume(arguments: argparse.Namespace) -> int:
+    def command() -> None:
+        from gradsel.training import resume
+
+        resume(arguments.folder)
+
+    return run("resume", command)

@@ -1,0 +1,262 @@
+"""transformers' Trainer for models that train a part of themselves: its checkpoints hold that part alone."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers.trainer_callback import TrainerCallback
+
+from gradsel.attached import is_attached, is_values
+from gradsel.delta.trained import trained_in
+from gradsel.masks import Frozen, same
+from gradsel.methods import Method
+from gradsel.methods.base import SELECTION, saved_buffers
+from gradsel.optim.adamw import MaskedAdamW
+from gradsel.parameters.names import strip_wrappers, unwrapped
+from gradsel.selection.selection import Selection
+from gradsel.training.models import logits_of
+from gradsel.training.recipe import Recipe
+
+#: The values of everything that is trained, and of the buffers.
+TRAINED = "trained.safetensors"
+STATE = "trainer_state.json"
+#: The sum of the losses since the last one that was logged, and the step of that.
+LOSS = "loss.json"
+
+
+class Trainer(transformers.Trainer):
+    """:class:`transformers.Trainer` whose checkpoints hold what is trained instead of the whole model.
+
+    For a model that is attached, adapted by PEFT or partly frozen. A checkpoint has the values of the trained
+    parameters and of the buffers, the selection if the model is attached, the optimizer, the schedule and the state of
+    all random numbers: a run that is resumed from it goes on as if it had not stopped, bit for bit. To resume in a new
+    process, prepare the model as before (``attach(model, Selection.load(checkpoint + "/selection.safetensors"))``) and
+    call ``train(resume_from_checkpoint=...)``. ``load_best_model_at_end`` works as usual.
+
+    Without an optimizer an attached model gets :class:`gradsel.MaskedAdamW`, with the rate, betas, epsilon and weight
+    decay of the arguments.
+
+    Args:
+        method: makes the optimizer; see :mod:`gradsel.methods`.
+        recipe: schedule, mixing and loss. With it the model may be one of timm, which takes a tensor, not a mapping.
+        **kwargs: as for :class:`transformers.Trainer`.
+    """
+
+    optimizer: Any
+    lr_scheduler: Any
+
+    def __init__(self, *args: Any, method: Method | None = None, recipe: Recipe | None = None, **kwargs: Any) -> None:
+        self.method, self.recipe = method, recipe
+        if recipe is not None:
+            self.loss_is_scaled_for_ga = False
+        super().__init__(*args, **kwargs)
+        self._resumed: dict[str, Any] | None = None
+        self.add_callback(_LossSoFar(self))
+
+    # --- Optimizer and loss
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        model = self.model if model is None else model
+        if self.optimizer is None:
+            if self.method is not None and self.recipe is not None:
+                config = self.recipe.config
+                decoupled = config.optimizer == "adamw"
+                self.optimizer = self.method.optimizer(model, self.recipe.rate, config.weight_decay, decoupled)
+            elif self.method is not None:
+                self.optimizer = self.method.optimizer(model, self.args.learning_rate, self.args.weight_decay)
+            elif is_attached(model):
+                self.optimizer = MaskedAdamW(
+                    [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad],
+                    lr=self.args.learning_rate,
+                    betas=(self.args.adam_beta1, self.args.adam_beta2),
+                    eps=self.args.adam_epsilon,
+                    weight_decay=self.args.weight_decay,
+                )
+        return super().create_optimizer(model)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        if self.recipe is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.recipe.factor(num_training_steps))
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if self.recipe is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        if model.training:
+            inputs, labels = self.recipe.mix(inputs, labels)
+        logits = logits_of(model, inputs)
+        loss = self.recipe.loss(logits, labels)
+        return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
+
+    # --- Checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        if not self.args.should_save:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        model = unwrapped(self.model)
+        save_file({name: _stored(tensor) for name, tensor in trained_state(model).items()}, str(folder / TRAINED))
+        if is_attached(model):
+            selection_of(model).save(folder / SELECTION)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            loss = {"sum": float(self._tr_loss), "step": self._globalstep_last_logged}
+            (folder / LOSS).write_text(json.dumps(loss))
+        super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        load_trained(unwrapped(self.model if model is None else model), folder)
+        self._resumed = json.loads((folder / LOSS).read_text())
+
+    def _load_best_model(self) -> None:
+        load_trained(unwrapped(self.model), Path(self.state.best_model_checkpoint))
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """What training changes: parameters that require gradients, and buffers that checkpoints contain, by name."""
+    trained = {strip_wrappers(name): p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return {**trained, **saved_buffers(model)}
+
+
+def selection_of(model: nn.Module) -> Selection:
+    """The selection that a model is attached to, without fingerprints of its base."""
+    trained = trained_in(model)
+    plain = {strip_wrappers(name): p for name, p in model.named_parameters() if not is_values(p)}
+    masks = {
+        name: trained[name].mask if name in trained else Frozen(tuple(parameter.shape), "not trained")
+        for name, parameter in plain.items()
+    }
+    return Selection(masks, {"policy": "that of a checkpoint"})
+
+
+def load_trained(model: nn.Module, folder: Path) -> None:
+    """Loads what a checkpoint of :class:`Trainer` holds into a model that is prepared as the saved one was.
+
+    Raises:
+        ValueError: it holds something else, or was trained with another selection; nothing has changed.
+    """
+    if not (folder / TRAINED).is_file():
+        raise ValueError(f"{folder} is not a checkpoint of gradsel's Trainer: it has no {TRAINED}")
+    saved, own = load_file(str(folder / TRAINED)), trained_state(model)
+    if different := sorted(set(saved) ^ set(own)):
+        raise ValueError(
+            f"{folder} was saved by a model that trains other parameters: {len(different)} differ, first {different[0]}"
+        )
+    for name, tensor in saved.items():
+        if tensor.shape != own[name].shape:
+            raise ValueError(f"{name} is {list(tensor.shape)} in {folder}, {list(own[name].shape)} in the model")
+    if is_attached(model):
+        selection = Selection.load(folder / SELECTION)
+        for name, trained in trained_in(model).items():
+            if name not in selection or not same(selection[name], trained.mask.to(torch.device("cpu"))):
+                raise ValueError(f"{folder} was trained with another selection: {name} differs")
+    with torch.no_grad():
+        for name, tensor in saved.items():
+            own[name].copy_(tensor)
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().clone()
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The last complete checkpoint of a run: its state is written last, so one that was interrupted has none."""
+    found = []
+    for each in folder.glob("checkpoint-*"):
+        number = each.name.rpartition("-")[2]
+        try:
+            json.loads((each / STATE).read_text())
+        except (OSError, ValueError):
+            continue
+        if number.isdecimal():
+            found.append((int(number), each))
+    return max(found)[1] if found else None
+
+
+class _LossSoFar(TrainerCallback):
+    """Lets the first loss that a resumed run logs count the steps before it stopped, as if it had not."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer, found = self._trainer, self._trainer._resumed
+        if found is not None:
+            trainer._tr_loss += found["sum"]
+            trainer._total_loss_scalar = -found["sum"]  # the loss of the whole call is that of its own steps
+            trainer._globalstep_last_logged = found["step"]
+            trainer._resumed = None
+
+
+class Epochs(TrainerCallback):
+    """Tells the training set which epoch it is, for its augmentation."""
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        dataset: Any = getattr(kwargs.get("train_dataloader"), "dataset", None)
+        if hasattr(dataset, "epoch"):
+            dataset.epoch = state.global_step // max(round(state.max_steps / state.num_train_epochs), 1)
+
+
+class StopCleanly(TrainerCallback):
+    """On Ctrl-C or SIGTERM, finishes the step, saves a checkpoint and stops; a second one stops at once.
+
+    Attributes:
+        stopped: whether training was stopped so.
+    """
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._before: dict[int, Any] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {each: signal.signal(each, self._ask) for each in (signal.SIGINT, signal.SIGTERM)}
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.stopped:
+            raise KeyboardInterrupt
+        self.stopped = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        # At the end of an epoch, its evaluation comes first.
+        if self.stopped and state.global_step % max(round(state.max_steps / state.num_train_epochs), 1):
+            control.should_save = control.should_training_stop = True
+            control.should_log = False
+        return control
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if self.stopped:
+            whole = not state.global_step % max(round(state.max_steps / state.num_train_epochs), 1)
+            control.should_training_stop = True
+            control.should_save = whole
+            control.should_evaluate &= whole
+            control.should_log &= whole
+        return control
+
+    def release(self) -> None:
+        """Gives the signals back to whoever had them."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}

@@ -1,0 +1,213 @@
+"""Reading data: layouts, splits, and everything that is wrong named before training."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from gradsel.training import DataConfig
+from gradsel.training.data import hold_out, read_data
+from gradsel.training.datasets import Images, SelectionBatches
+from tests.support import runs
+
+
+def read(path, **options):
+    return read_data(DataConfig(path=str(path), **options))
+
+
+def sizes(data):
+    return {name: len(split.labels) for name, split in data.splits.items()}
+
+
+# --- Images
+
+
+def test_folders_of_images(images):
+    data = read(images)
+    assert (data.kind, data.classes) == ("images", sorted(runs.COLOURS))
+    assert sizes(data) == {"train": 18, "validation": 9, "test": 12}
+    for path, label in zip(*data.splits["train"], strict=True):
+        assert f"/train/{data.classes[label]}/" in path
+
+
+def test_one_further_folder_is_the_test_set(tmp_path):
+    assert sizes(read(runs.image_folder(tmp_path, train=3, val=2))) == {"train": 9, "test": 6}
+
+
+def test_a_plain_folder_is_split_by_the_seed(tmp_path):
+    runs.image_folder(tmp_path)
+    data, again = read(tmp_path), read(tmp_path)
+    assert sizes(data) == {"train": 15, "test": 3}
+    assert data.splits == again.splits
+    assert sorted(data.splits["test"].labels) == [0, 1, 2]
+    assert not set(data.splits["train"].inputs) & set(data.splits["test"].inputs)
+    assert "no test set: 3 samples are held out, with seed 0" in data.notes[0]
+    assert read_data(DataConfig(path=str(tmp_path)), seed=1).splits != data.splits
+
+
+def test_a_class_with_one_sample_stays_in_training():
+    from gradsel.training.data import Split
+
+    train, test = hold_out(Split(list("abcde"), [0, 1, 1, 1, 1]), 0.5, 0)
+    assert 0 in train.labels
+    assert test.labels == [1, 1]
+
+
+def test_unreadable_images_are_named_or_left_out(tmp_path):
+    runs.image_folder(tmp_path, train=4, test=2)
+    good = (tmp_path / "train/red/0.png").read_bytes()
+    (tmp_path / "train/red/0.png").write_bytes(good[: len(good) // 2])
+    (tmp_path / "test/blue/1.png").write_bytes(b"nothing")
+    with pytest.raises(
+        ValueError, match=r"2 images cannot be read: .*red/0.png.*blue/1.png.*--skip-unreadable"
+    ) as raised:
+        read(tmp_path)
+    assert "\n" not in str(raised.value)
+    data = read(tmp_path, skip_unreadable=True)
+    assert sizes(data) == {"train": 11, "test": 5}
+    assert "left out: 2 images" in data.notes[0]
+
+
+def test_empty_and_unknown_classes(tmp_path):
+    runs.image_folder(tmp_path, train=2, test=2)
+    (tmp_path / "train" / "yellow").mkdir()
+    with pytest.raises(ValueError, match="1 classes have no training sample: yellow"):
+        read(tmp_path)
+    (tmp_path / "train" / "yellow").rmdir()
+    (tmp_path / "test" / "violet").mkdir()
+    with pytest.raises(ValueError, match="1 classes of the test set have no folder in training: violet"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda root: root / "birds", "there is no file or folder"),
+        (lambda root: root, "has no folders, one for each class"),
+        (lambda root: runs.image_folder(root, test=1), "has test, but no folder train"),
+    ],
+)
+def test_bad_folders(tmp_path, make, message):
+    with pytest.raises(ValueError, match=message):
+        read(make(tmp_path))
+
+
+def test_augmentation_depends_on_seed_epoch_and_sample_alone(images):
+    split = read(images).splits["train"]
+
+    def noisy(image):
+        return torch.rand(2)
+
+    before = torch.get_rng_state()
+    data = Images(split, noisy, seed=3)
+    first, other = data[4]["pixel_values"], data[5]["pixel_values"]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(data[4]["pixel_values"], first)
+    assert not torch.equal(first, other)
+    data.epoch = 1
+    assert not torch.equal(data[4]["pixel_values"], first)
+    assert not torch.equal(Images(split, noisy, seed=2**31 - 1)[4]["pixel_values"], first)
+    views = Images(split, noisy, seed=3, views=2)[4]["pixel_values"]
+    assert torch.equal(views[0], first)
+    assert not torch.equal(views[1], first)
+
+
+def test_images_in_any_mode_become_rgb(tmp_path):
+    from gradsel.training.datasets import open_image
+
+    for mode in ("L", "P", "RGBA", "1", "I;16"):
+        Image.new(mode, (4, 5)).save(tmp_path / "x.png")
+        assert (open_image(tmp_path / "x.png").mode, open_image(tmp_path / "x.png").size) == ("RGB", (4, 5))
+
+
+def test_batches_to_select_on_are_the_same_in_every_pass_and_have_pairs():
+    data = [{"x": torch.tensor(n), "labels": n // 2} for n in range(8)]
+
+    def stack(samples):
+        return {name: torch.tensor([int(s[name]) for s in samples]) for name in ("x", "labels")}
+
+    batches = SelectionBatches(data, 3, stack, torch.device("cpu"), seed=0)
+    passes = [[batch["x"].tolist() for batch in batches] for _ in range(2)]
+    assert passes[0] == passes[1]
+    assert batches.left_out == 3 - len(passes[0])
+    assert all(len({x // 2 for x in batch}) < len(batch) for batch in passes[0])
+    everything = SelectionBatches(data, 3, stack, torch.device("cpu"), seed=0, pairs=False)
+    assert sorted(x for batch in everything for x in batch["x"].tolist()) == list(range(8))
+
+
+# --- Texts
+
+
+def write(path, rows):
+    lines = [",".join(rows[0]), *(",".join(str(row[name]) for name in rows[0]) for row in rows)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_a_table_of_texts(table):
+    data = read(table)
+    assert (data.kind, data.classes) == ("texts", ["bad", "good"])
+    assert sizes(data) == {"train": 20, "test": 4}
+    assert "texts from text, classes from label" in data.notes
+
+
+def test_a_folder_of_tables_with_pairs_of_texts(tmp_path):
+    for name, count in (("train", 6), ("dev", 2), ("test", 4)):
+        rows = [{"sentence1": f"a{n}", "sentence2": "b", "label": n % 2, "idx": n} for n in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = read(tmp_path)
+    assert sizes(data) == {"train": 6, "validation": 2, "test": 4}
+    assert data.classes == ["0", "1"]
+    assert data.splits["train"].inputs[1] == ("a1", "b")
+
+
+def test_columns_can_be_named(tmp_path):
+    rows = [{"id": f"x{n}", "left": f"l{n}", "right": "r", "note": "n", "kind": n % 3} for n in range(9)]
+    write(tmp_path / "t.csv", rows)
+    data = read(tmp_path / "t.csv", text_columns=["right", "left"], label_column="kind")
+    assert data.classes == ["0", "1", "2"]
+    assert all(row[0] == "r" for row in data.splits["train"].inputs)
+    with pytest.raises(ValueError, match=r"which column has the class.*id, left, right, note, kind"):
+        read(tmp_path / "t.csv")
+    with pytest.raises(ValueError, match=r"which columns have the texts.*--text-column"):
+        read(tmp_path / "t.csv", label_column="kind")
+    with pytest.raises(ValueError, match="no column 'kinds'; did you mean kind"):
+        read(tmp_path / "t.csv", label_column="kinds")
+    with pytest.raises(ValueError, match="no column 'lefty'; did you mean left"):
+        read(tmp_path / "t.csv", label_column="kind", text_columns=["lefty"])
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        (
+            [("a", 0), ("b", -1), ("c", 1), ("d", -1)],
+            None,
+            r"2 labels of the train set are out of range.*-1; first in row 2",
+        ),
+        ([("a", 0), ("b", ""), ("c", 1)], None, "1 labels of the train set are out of range or missing"),
+        ([("a", 0), ("b", 1)], [("c", 2), ("d", 2)], r"1 classes are in the test set only \(2 rows\): 2"),
+        ([("a", 0), ("", 1)], [("c", 1)], "1 rows of the train set have no text in text, first row 2"),
+        ([("a", 0), ("b", 0)], None, "one class only, '0'"),
+        ([("a", n) for n in range(30)], None, "30 different values, so it is not a class"),
+    ],
+)
+def test_bad_rows_are_counted(tmp_path, train, test, message):
+    for name, rows in (("train", train), ("test", test)):
+        if rows is not None:
+            write(tmp_path / f"{name}.csv", [{"text": text, "label": label} for text, label in rows])
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path)
+
+
+def test_a_file_that_is_no_table(tmp_path):
+    (tmp_path / "x.jsonl").write_text("{not json")
+    with pytest.raises(ValueError, match=r"x.jsonl cannot be read as json") as raised:
+        read(tmp_path / "x.jsonl")
+    assert "\n" not in str(raised.value)
+    (tmp_path / "x.doc").write_text("")
+    with pytest.raises(ValueError, match=r"x\.doc is not a table"):
+        read(tmp_path / "x.doc")
