@@ -56,6 +56,11 @@ class Mask(ABC):
         """How the parameter is trained, or why it is not, in a few words for tables."""
         return self.kind if self.nnz else "nothing selected"
 
+    @property
+    def how(self) -> str:
+        """Another name of :attr:`label`."""
+        return self.label
+
     @abstractmethod
     def gather(self, weight: Tensor) -> Tensor:
         """The selected entries of ``weight``, a new tensor of ``compact_shape``."""

@@ -343,3 +343,8 @@ def int32(*rows):
 def test_bad_input(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_a_masks_label_goes_by_two_names():
+    for mask in (Whole((2, 3)), Frozen((2, 3), "embedding")):
+        assert mask.how == mask.label
