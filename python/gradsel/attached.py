@@ -170,6 +170,11 @@ class Selected(Original):
         """Whether this is the weight as it was, but for what torch.utils.swap_tensors has exchanged in it."""
         return self.seen is not None and self.seen[-1] == id(weight) and type(weight) is nn.Parameter
 
+    def write(self, weight: Tensor, values: Tensor) -> None:
+        """Writes the values to the weight."""
+        self.mask.scatter_(weight, values)
+        self.mark(weight, values)
+
     def mark(self, weight: Tensor, values: Tensor) -> None:
         """Weight and values agree now."""
         self.seen = self.state_of(weight, values)
@@ -430,8 +435,7 @@ def _owned(optimizer: Optimizer) -> Iterator[tuple[Tensor, Tensor, Selected]]:
 def _write(optimizer: Optimizer) -> None:
     with torch._C.DisableTorchFunctionSubclass():
         for values, weight, selected in _owned(optimizer):
-            selected.mask.scatter_(weight, values)
-            selected.mark(weight, values)
+            selected.write(weight, values)
 
 
 def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:

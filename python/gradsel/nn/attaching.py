@@ -291,5 +291,4 @@ def sync(model: nn.Module, writing: bool = True) -> None:
                     continue
                 selected.refresh(weight)
                 if writing:
-                    selected.mask.scatter_(weight, values)
-                    selected.mark(weight, values)
+                    selected.write(weight, values)

@@ -36,11 +36,12 @@ def before_root_load(root: nn.Module, state_dict: StateDict, prefix: str, *rest:
     brought, continues, matches = False, True, False
     for path, module in root.named_modules():
         attachments = attachments_of(module)
-        brought |= METADATA in metadata.get((prefix + path).removesuffix("."), {})
+        own_metadata = metadata.get((prefix + path).removesuffix("."), {})
+        brought |= METADATA in own_metadata
         for short, selected in {} if attachments is None else attachments.partial.items():
             start = prefix + (f"{path}." if path else "") + short
             values, weight = (_given(state_dict, key, selected) for key in (start + SUFFIX, start))
-            known = metadata.get((prefix + path).removesuffix("."), {}).get(METADATA, {}).get(short)
+            known = own_metadata.get(METADATA, {}).get(short)
             if values is not None:
                 brought = True
                 if known is not None:

@@ -54,8 +54,6 @@ def weights(model: nn.Module):
 
 # --- LoRA --------------------------------------------------------------------------------------------------------
 
-TARGETS = ["linear", "plane", "tokens", "read_by_parent", "conv1d"]
-
 
 @pytest.mark.parametrize("safe", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
