@@ -34,7 +34,7 @@ CUDA_TARGETS = {"compute_80": "[sm_80,compute_80]", "compute_90": "sm_90", "comp
 
 SOURCES = Path("csrc")
 KERNELS = SOURCES / "cuda" / "kernels.cu"
-BINDINGS = [SOURCES / "bindings.cpp", SOURCES / "cuda" / "bindings.cpp"]
+BINDINGS = [SOURCES / "bindings.cpp", SOURCES / "cuda" / "bindings.cpp", *sorted((SOURCES / "python").glob("*.cpp"))]
 DRIVER = SOURCES / "cuda" / "driver.cpp"
 #: What the CUDA kernels are made of. Fatbin and extension carry its hash, so that no stale fatbin is ever loaded.
 CUDA_SOURCES = sorted([*KERNELS.parent.glob("*.cu*"), *KERNELS.parent.glob("*.h"), *(SOURCES / "common").glob("*.h")])

@@ -17,6 +17,7 @@
 #include "cpu/weight_grad/weight_grad.h"
 #include "cuda/bindings.h"
 #include "cuda/driver.h"
+#include "python/bindings.h"
 
 namespace py = pybind11;
 
@@ -25,7 +26,7 @@ namespace {
 using gradsel::pointer;
 
 // Raised whenever a signature or the Adam table changes; native.py refuses a module with another number.
-constexpr int kAbi = 6;
+constexpr int kAbi = 7;
 
 gradsel::Dtype dtype_of(int64_t code) { return static_cast<gradsel::Dtype>(code); }
 
@@ -201,4 +202,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_load", [](const py::bytes& fatbin) { gradsel::cuda_load(fatbin); });
   m.def("cuda_why_off", &gradsel::cuda_why_off);
   bind_cuda(m);
+  bind_python(m);
 }

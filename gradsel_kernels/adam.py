@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,26 +108,14 @@ def masked_adam_(
         return
     if anchor and originals is None:
         raise ValueError(f"anchor={anchor} needs originals, the values to pull towards, one tensor for each weight")
-    given = [t for t in (*exp_avgs, *grads, *weights, *(values or ())) if t is not None]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*weights, *(values or ()))):
         raise RuntimeError("masked_adam_ writes to tensors that require grad; call it under torch.no_grad()")
-    numbers, stochastic = split_seeds(seeds or ())
-    nothing = _nothing(given[0] if given else torch.empty(0))
-    if indices is None:
-        indices = [None] * len(weights)
-    if layouts is None:
-        layouts = [Layout.ALL] * len(weights)
+    tensors, keywords = operands(
+        weights, grads, exp_avgs, exp_avg_sqs, steps, indices=indices, layouts=layouts, values=values,
+        max_exp_avg_sqs=max_exp_avg_sqs, originals=originals, seeds=seeds, compensations=compensations,
+    )  # fmt: skip
     OPS.masked_adam_.default(
-        [nothing if weight is None else weight for weight in weights],
-        [] if values is None else [nothing if value is None else value for value in values],
-        list(grads),
-        list(exp_avgs),
-        list(exp_avg_sqs),
-        [] if max_exp_avg_sqs is None else list(max_exp_avg_sqs),
-        [] if originals is None else list(originals),
-        list(steps),
-        [nothing if index is None else index for index in indices],
-        [int(layout) for layout in layouts],
+        *tensors,
         lr=lr,
         beta1=beta1,
         beta2=beta2,
@@ -139,10 +128,53 @@ def masked_adam_(
         anchor_decoupled=anchor_decoupled,
         grad_scale=grad_scale,
         found_inf=found_inf,
-        seeds=numbers,
-        stochastic=stochastic,
-        compensations=None if compensations is None else [nothing if t is None else t for t in compensations],
+        **keywords,
     )
+
+
+def operands(
+    weights: Sequence[Tensor | None],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    indices: Sequence[Tensor | None] | None = None,
+    layouts: Sequence[Layout | int] | None = None,
+    values: Sequence[Tensor | None] | None = None,
+    max_exp_avg_sqs: Sequence[Tensor] | None = None,
+    originals: Sequence[Tensor] | None = None,
+    seeds: Sequence[int | None] | None = None,
+    compensations: Sequence[Tensor | None] | None = None,
+) -> tuple[list[Any], dict[str, Any]]:
+    """The lists of :func:`masked_adam_` as the operator takes them: by position, and by keyword.
+
+    Empty tensors stand for entries that are None, and empty lists for missing ones.
+    """
+    given = [t for t in (*exp_avgs, *grads, *weights, *(values or ())) if t is not None]
+    nothing = _nothing(given[0] if given else torch.empty(0))
+    numbers, stochastic = split_seeds(seeds or ())
+    if indices is None:
+        indices = [None] * len(weights)
+    if layouts is None:
+        layouts = [Layout.ALL] * len(weights)
+    tensors = [
+        [nothing if weight is None else weight for weight in weights],
+        [] if values is None else [nothing if value is None else value for value in values],
+        list(grads),
+        list(exp_avgs),
+        list(exp_avg_sqs),
+        [] if max_exp_avg_sqs is None else list(max_exp_avg_sqs),
+        [] if originals is None else list(originals),
+        list(steps),
+        [nothing if index is None else index for index in indices],
+        [int(layout) for layout in layouts],
+    ]
+    return tensors, {
+        "seeds": numbers,
+        "stochastic": stochastic,
+        "compensations": None if compensations is None else [nothing if t is None else t for t in compensations],
+    }
 
 
 _empty: dict[torch.device, Tensor] = {}

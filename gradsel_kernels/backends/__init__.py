@@ -45,7 +45,7 @@ def backend(name: str) -> ModuleType:
     return importlib.import_module(f"gradsel_kernels.backends.{name}")
 
 
-def _resolve(device: torch.device) -> ModuleType:
+def resolve(device: torch.device) -> ModuleType:
     """The backend in use for a device. The answer is remembered until :func:`use_backend` is called."""
     module = _resolved.get(device)
     if module is None:
@@ -134,21 +134,21 @@ def _checked(op: str) -> Callable[..., Any]:
 
     def kernel(*args):
         check(*args)
-        return getattr(_resolve(args[0].device), op)(*args)
+        return getattr(resolve(args[0].device), op)(*args)
 
     return kernel
 
 
 def _scatter_rows_(weight: Tensor, cols: Tensor, values: Tensor) -> None:
     _checks.scatter_rows_(weight, cols, values)
-    _resolve(weight.device).scatter_rows_(weight, cols, values)
+    resolve(weight.device).scatter_rows_(weight, cols, values)
     _bump_versions([weight])
 
 
 def _masked_adam_(*args, **kwargs) -> None:
     call, options = records(*args, **kwargs)
     if call.weights:
-        _resolve((call.exp_avgs or call.weights)[0].device).masked_adam_(call, options)
+        resolve((call.exp_avgs or call.weights)[0].device).masked_adam_(call, options)
         _bump_versions([*call.weights, *call.values])
 
 

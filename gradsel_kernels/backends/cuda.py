@@ -91,7 +91,10 @@ def masked_adam_(call: AdamCall, options: AdamOptions) -> None:
 
     It can be captured in a CUDA graph, whose replays use the same tensors and hyperparameters.
     """
-    table = table_of(call)
+    adam_of_table(table_of(call), call, options)
+
+
+def adam_of_table(table: AdamTable, call: AdamCall, options: AdamOptions) -> None:
     device = call.exp_avgs[0].device
     stream = stream_of(device)
     # What a graph captures is written again in every replay, so it belongs to the graph and must not be found outside.

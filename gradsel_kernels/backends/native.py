@@ -16,10 +16,10 @@ from gradsel_kernels import panels
 from gradsel_kernels._checks import sum_dtype, words
 from gradsel_kernels.adam_call import AdamCall, AdamOptions
 from gradsel_kernels.adam_item import CODES, ITEM_LAYOUT
-from gradsel_kernels.adam_table import table_of
+from gradsel_kernels.adam_table import AdamTable, table_of
 
 #: Must equal the number compiled into the extension (csrc/bindings.cpp).
-ABI = 6
+ABI = 7
 
 _REBUILD = (
     "Install a C++17 compiler and the Python headers, then install again from the checkout: "
@@ -62,6 +62,11 @@ def why_off(device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"native kernels run on CPU tensors, and these are on {device}."
     return broken
+
+
+def module() -> ModuleType:
+    """The extension. To be called only where :data:`broken` is None."""
+    return _C
 
 
 def about() -> str:
@@ -249,7 +254,10 @@ def _check_columns(name: str, columns: Tensor, end: int) -> None:
 
 
 def masked_adam_(call: AdamCall, options: AdamOptions) -> None:
-    table = table_of(call)
+    adam_of_table(table_of(call), call, options)
+
+
+def adam_of_table(table: AdamTable, call: AdamCall, options: AdamOptions) -> None:
     if call.found_inf is not None and call.found_inf.item() != 0:
         return
     scale = 1.0 if call.grad_scale is None else call.grad_scale.item()

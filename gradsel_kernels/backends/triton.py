@@ -9,7 +9,7 @@ try:
     import triton
 
     from gradsel_kernels.triton import topk
-    from gradsel_kernels.triton.adam import masked_adam_
+    from gradsel_kernels.triton.adam import adam_of_table, masked_adam_
     from gradsel_kernels.triton.bitmask import bits_to_cols, pack_bits, unpack_bits
     from gradsel_kernels.triton.common import INTERPRETED
     from gradsel_kernels.triton.rows import gather_rows, scatter_rows_
@@ -21,6 +21,7 @@ except ImportError as error:
 
 __all__ = [
     "about",
+    "adam_of_table",
     "bits_to_cols",
     "gather_rows",
     "masked_adam_",

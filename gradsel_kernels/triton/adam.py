@@ -126,7 +126,10 @@ def masked_adam_(call: AdamCall, options: AdamOptions) -> None:
     Describing 150 tensors takes the host longer than their step takes the device, so what was prepared for the same
     addresses on the same stream is used again.
     """
-    table = table_of(call)
+    adam_of_table(table_of(call), call, options)
+
+
+def adam_of_table(table: AdamTable, call: AdamCall, options: AdamOptions) -> None:
     device = call.exp_avgs[0].device
     if is_capturing(device):
         raise RuntimeError(

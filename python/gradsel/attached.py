@@ -36,6 +36,8 @@ STATE = "_gradsel_attached"
 RECORD = "_gradsel_record"
 #: The attribute by which a weight and its values know their :class:`Selected`.
 LINK = "_gradsel_selected"
+#: Where :meth:`Selected.state_of` has the versions.
+VALUES_VERSION, WEIGHT_VERSION = 1, 3
 
 
 @dataclass(eq=False)
@@ -81,7 +83,7 @@ class Selected(Original):
     mask: Mask = field(kw_only=True)
     kind: type = nn.Parameter
     direct: dict[str, Any] = field(default_factory=dict)
-    seen: tuple | None = None
+    seen: list[int] | None = None
     _fingerprint: int | None = None
 
     def fingerprint(self) -> int:
@@ -158,13 +160,13 @@ class Selected(Original):
                 self.replaced = self.replaced.to(device)
 
     @staticmethod
-    def state_of(weight: Tensor, values: Tensor) -> tuple:
+    def state_of(weight: Tensor, values: Tensor) -> list[int]:
         """What changes when anybody writes values or weight: three numbers of the values, three of the weight."""
         try:
             versions = values._version, weight._version
         except RuntimeError:  # made in inference mode
             versions = _version(values), _version(weight)
-        return id(values), versions[0], values.data_ptr(), versions[1], weight.data_ptr(), id(weight)
+        return [id(values), versions[0], values.data_ptr(), versions[1], weight.data_ptr(), id(weight)]
 
     def is_swapped(self, weight: Tensor) -> bool:
         """Whether this is the weight as it was, but for what torch.utils.swap_tensors has exchanged in it."""

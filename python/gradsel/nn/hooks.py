@@ -203,7 +203,7 @@ def _take_place(short: str, plain: str, selected: Selected, parameter: nn.Parame
     if short == plain:
         adopt_weight(parameter, selected)
         seen = selected.seen  # the weight has changed, values have not
-        selected.seen = None if seen is None else (*seen[:3], None, None, None)
+        selected.seen = None if seen is None else [*seen[:3], -1, -1, -1]
     else:
         adopt_values(parameter, selected, selected.weight())
 

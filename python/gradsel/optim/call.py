@@ -1,27 +1,28 @@
 """The kernel calls of MaskedAdam: their arguments are worked out once and reused while nothing has changed.
 
-Finding weights, indices and states of 150 tensors takes longer than updating the entries of a small selection. So a
-:class:`Plan` is kept for each parameter group, and every step checks whether the objects it was made from are the same.
+Finding weights, indices and states of 150 tensors takes longer than updating the entries of a small selection. So after
+a step, a :class:`Plan` of each parameter group is kept, and the next step asks it first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import repeat
-from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gradsel.attached import Selected, links_of, owner_of
+from gradsel.attached import VALUES_VERSION, WEIGHT_VERSION, Selected, links_of, owner_of
 from gradsel.dtypes import trained_dtype
-from gradsel.masks import Mask, Place
+from gradsel.masks import Mask
+from gradsel_kernels.adam_call import AdamOptions
+from gradsel_kernels.adam_repeat import RepeatedAdam, Source, Written, can_repeat
 
 State = dict[str, Any]
-_DTYPE = attrgetter("dtype")
-#: A place in the memory of a tensor: its address, shape and strides.
-Memory = tuple[int, torch.Size, tuple[int, ...]]
+#: Entries of dicts by which something was found: (dict, key, object).
+Links = list[tuple[dict, Any, Any]]
 
 
 class Target(NamedTuple):
@@ -81,140 +82,151 @@ class Call:
         self.device = targets[0].parameter.device
         self._complete = complete
         self._versions = versions
-        places = [target.mask.place(target.weight) for target in targets]
-        self.weights: list[Tensor | None] = [place.weight for place in places]
-        self.indices = [place.indices for place in places]
-        self.layouts = [place.layout for place in places]
-        self.values = [target.parameter if target.is_compact else None for target in targets]
-        #: Targets with more than two dimensions or with an alias for a weight, which depend on where the weight lies.
-        self.moving = [
-            (j, target, _memory(target.weight))
-            for j, (target, place) in enumerate(zip(targets, places, strict=True))
-            if place.weight is not target.weight or target.weight.ndim > 2
-        ]
-        self.seeds = None if seed is None else list(map(self._seeds, numbers, targets, states, repeat(seed)))
-        #: Whether any state keeps rounding errors.
-        self.compensated = any("compensation" in state for state in states)
-        #: Targets whose gradients are in mask order.
-        self.compact = [j for j, target in enumerate(targets) if target.is_compact]
+        self._seeds = None if seed is None else list(map(self._seed_of, numbers, targets, states, repeat(seed)))
         #: Targets that train a master copy.
-        self.rounded = [(j, target) for j, target in enumerate(targets) if "master" in states[j]]
+        self._rounded = [j for j, state in enumerate(states) if "master" in state]
 
     @staticmethod
-    def _seeds(number: int, target: Target, state: State, seed: int) -> int | None:
+    def _seed_of(number: int, target: Target, state: State, seed: int) -> int | None:
         rounds = not target.is_compact and target.parameter.dtype != trained_dtype(target.parameter)
         return seed + number if rounds and "master" not in state else None
 
-    def lists(self, grads: Sequence[Tensor | None], amsgrad: bool, anchored: bool) -> dict[str, Any]:
+    def lists(self, amsgrad: bool, anchored: bool) -> dict[str, Any]:
         """The arguments of ``masked_adam_`` that are lists.
 
         Args:
-            grads: of all parameters of the group.
             amsgrad, anchored: whether the step needs running maxima and originals, respectively.
         """
-        mine: list[Any] = [grads[number] for number in self.numbers]
         for target in self.targets:
             if target.selected is not None:
                 target.selected.refresh(target.weight)
-        self._follow(mine)
-        for j in self.compact:
-            mine[j] = mine[j].contiguous()
+        self._places = [target.mask.place(target.weight) for target in self.targets]
+        values: list[Tensor | None] = [target.parameter if target.is_compact else None for target in self.targets]
         states = self.states
-        for j, target in self.rounded:
+        for j in self._rounded:
+            target = self.targets[j]
             if self._versions.get(target.parameter) != version_of(target.parameter):
                 self._complete(target)
-            self.values[j] = states[j]["master"]
-        return {
-            "weights": self.weights,
-            "grads": mine,
+            values[j] = states[j]["master"]
+        self._grads = [self._grad(j, target.parameter.grad) for j, target in enumerate(self.targets)]
+        compensated = any("compensation" in state for state in states)
+        self._lists = {
+            "weights": [place.weight for place in self._places],
+            "grads": self._grads,
             "exp_avgs": [state["exp_avg"] for state in states],
             "exp_avg_sqs": [state["exp_avg_sq"] for state in states],
             "steps": [state["step"] for state in states],
-            "indices": self.indices,
-            "layouts": self.layouts,
-            "values": self.values,
+            "indices": [place.indices for place in self._places],
+            "layouts": [place.layout for place in self._places],
+            "values": values,
             "max_exp_avg_sqs": [state["max_exp_avg_sq"] for state in states] if amsgrad else None,
             "originals": [state["original"] for state in states] if anchored else None,
-            "seeds": self.seeds,
-            "compensations": [state.get("compensation") for state in states] if self.compensated else None,
+            "seeds": self._seeds,
+            "compensations": [state.get("compensation") for state in states] if compensated else None,
         }
+        return self._lists
+
+    def _grad(self, j: int, grad: Any) -> Tensor:
+        """The gradient of a target in the form that the kernel takes."""
+        target, place = self.targets[j], self._places[j]
+        if target.is_compact:
+            return grad.contiguous()
+        if place.weight is target.weight and target.weight.ndim <= 2:
+            return grad
+        return target.mask.grad_at(place, target.weight, grad)
 
     def done(self) -> None:
         """Records what the kernel has written. To be called after it has run."""
         for target in self.targets:
             if target.selected is not None:
                 target.selected.mark(target.weight, target.parameter)
-        for _, target in self.rounded:
-            self._versions[target.parameter] = version_of(target.parameter)
+        for j in self._rounded:
+            parameter = self.targets[j].parameter
+            self._versions[parameter] = version_of(parameter)
 
-    def _follow(self, grads: list[Tensor]) -> None:
-        """Updates aliases, and views ``grads`` in the same way."""
-        for number, (j, target, memory) in enumerate(self.moving):
-            now = _memory(target.weight)
-            if now != memory:
-                self.weights[j], self.indices[j], self.layouts[j] = target.mask.place(target.weight)
-                self.moving[number] = (j, target, now)
-            if not target.is_compact:
-                place = Place(self.weights[j], self.indices[j], self.layouts[j])  # type: ignore[arg-type]
-                grads[j] = target.mask.grad_at(place, target.weight, grads[j])
+    def repeated(self, more: Links, fixed: Sequence[list], without_grad: Sequence[Tensor]) -> RepeatedAdam | None:
+        """The call for later steps with the same tensors; None if it has to be made anew in every step.
+
+        To be called after :meth:`done`.
+
+        Args:
+            more: links besides those by which targets and states are found; see :class:`RepeatedAdam`.
+            fixed, without_grad: likewise.
+        """
+        sources, links, written = [], list(more), []
+        for j, (target, state) in enumerate(zip(self.targets, self.states, strict=True)):
+            parameter, selected = target.parameter, target.selected
+            grad = parameter.grad
+            assert grad is not None
+            viewed: Tensor = self._grads[j]
+            is_view = viewed is grad or viewed.untyped_storage().data_ptr() == grad.untyped_storage().data_ptr()
+            sources.append(Source(parameter, None if is_view else partial(self._grad, j)))
+            links += links_of(parameter)
+            links += [(state, key, tensor) for key, tensor in state.items()]
+            if selected is not None:
+                links.append((vars(selected), "seen", selected.seen))
+                written.append(Written(parameter, selected.seen, VALUES_VERSION))
+                written.append(Written(target.weight, selected.seen, WEIGHT_VERSION))
+            else:
+                written.append(Written(target.weight, self._versions if j in self._rounded else None))
+        lists, self._lists, self._grads = self._lists, {}, []  # gradients must not live on
+        try:
+            return RepeatedAdam(lists, sources, links, fixed, without_grad, written)
+        except (TypeError, ValueError, RuntimeError):  # tensors of inference mode have no versions, for example
+            return None
 
 
 class Plan:
-    """The calls of one parameter group.
+    """The calls of one parameter group, for as long as it trains the same tensors in the same way.
 
     Args:
-        parameters: all parameters of the group.
-        grads: their gradients.
-        options: the options that decide which tensors the calls take.
-        calls: for the parameters with a gradient and a selected entry.
+        group: the parameter group.
+        grads: of its parameters.
+        calls: as they have just been made.
         states: all states of the optimizer.
+        deciding: the options of the group that decide which tensors the calls take.
     """
 
     def __init__(
         self,
-        parameters: Sequence[Tensor],
+        group: dict[str, Any],
         grads: Sequence[Tensor | None],
-        options: tuple,
         calls: Sequence[Call],
         states: dict[Tensor, State],
+        deciding: Sequence[str],
     ) -> None:
-        self.calls = calls
-        self._parameters = list(parameters)
-        self._absent = [grad is None for grad in grads]
-        self._options = options
         self._states = states
-        self._dtypes = list(map(_DTYPE, parameters))
-        self._found_states = [state for call in calls for state in call.states]
-        links: list[tuple[dict, Any, Any]] = []
-        for call in calls:
-            for target, state in zip(call.targets, call.states, strict=True):
-                links.append((states, target.parameter, state))
-                links += links_of(target.parameter)
-        self._dicts, self._keys, self._found = ([link[i] for link in links] for i in range(3))
+        self._anchored = bool(group["anchor"])
+        links: Links = [(group, key, group[key]) for key in ("params", *deciding)]
+        links += [
+            (states, target.parameter, state) for c in calls for target, state in zip(c.targets, c.states, strict=True)
+        ]
+        without_grad = [p for p, grad in zip(group["params"], grads, strict=True) if grad is None]
+        repeated = [
+            call.repeated(*((links, [group["params"]], without_grad) if call is calls[0] else ([], [], [])))
+            for call in calls
+        ]
+        self._repeated = [each for each in repeated if each is not None]
+        self._is_whole = len(self._repeated) == len(calls) > 0
 
-    def holds(
-        self,
-        parameters: Sequence[Tensor],
-        grads: Sequence[Tensor | None],
-        options: tuple,
-        states: dict[Tensor, State],
-    ) -> bool:
-        """Whether nothing has changed except gradients and the memory and contents of tensors."""
+    def holds(self, group: dict[str, Any], states: dict[Tensor, State]) -> bool:
+        """Whether the next step is the same calls, with other gradients and hyperparameters."""
         return (
-            options == self._options
+            self._is_whole
             and states is self._states
-            and list(map(_DTYPE, parameters)) == self._dtypes
-            and all(map(len, self._found_states))
-            and len(parameters) == len(self._parameters)
-            and all(map(is_, parameters, self._parameters))
-            and [grad is None for grad in grads] == self._absent
-            and self._links_hold()
-            and all(call.targets[0].parameter.device == call.device for call in self.calls)
+            and bool(group["anchor"]) == self._anchored
+            and all(can_repeat(each.device) and each.holds() for each in self._repeated)
         )
 
-    def _links_hold(self) -> bool:
-        """Whether every dictionary entry that was read still is the same object."""
-        return all(map(is_, map(dict.get, self._dicts, self._keys), self._found))
+    def run(self, options: AdamOptions, scalar: Callable[[str, torch.device], Tensor | None]) -> None:
+        """Makes the calls; only after :meth:`holds`.
+
+        Args:
+            options: the hyperparameters.
+            scalar: finds what a gradient scaler has set, by name, on a device.
+        """
+        for each in self._repeated:
+            each.run(options, scalar("grad_scale", each.device), scalar("found_inf", each.device))
 
 
 def calls_by_device(
@@ -242,7 +254,3 @@ def refuse_sparse(grads: Iterable[Tensor]) -> None:
 def version_of(parameter: Tensor) -> tuple[int, int]:
     """Changes with every write to a parameter, except in place through ``.data``."""
     return parameter._version, parameter.data_ptr()
-
-
-def _memory(tensor: Tensor) -> Memory:
-    return tensor.data_ptr(), tensor.shape, tensor.stride()

@@ -29,9 +29,26 @@ from gradsel.optim.groups import (  # fmt: skip
 from gradsel.optim.loading import dense_state_dict, loaded
 from gradsel.optim.state import migrated
 from gradsel.selection.selection import Selection
+from gradsel_kernels.adam_call import AdamOptions
 
 #: Options of a group that decide which tensors its kernel calls take, so that a plan holds for their values only.
-_PLAN_OPTIONS = ("amsgrad", "capturable", "differentiable", "low_precision", "seed", "state_dtype")
+_DECIDING_OPTIONS = ("amsgrad", "capturable", "differentiable", "low_precision", "seed", "state_dtype")
+
+
+def _hyperparameters(group: dict[str, Any]) -> AdamOptions:
+    beta1, beta2 = group["betas"]
+    return AdamOptions(
+        float(group["lr"]),
+        float(beta1),
+        float(beta2),
+        group["eps"],
+        group["weight_decay"],
+        group["decoupled_weight_decay"],
+        group["maximize"],
+        float(group["anchor"]),
+        group["anchor_norm"] == 1,
+        group["anchor_decoupled"],
+    )
 
 
 class MaskedAdam(Optimizer):
@@ -210,38 +227,22 @@ class MaskedAdam(Optimizer):
 
     def _update_groups(self) -> None:
         for number, group in enumerate(self.param_groups):
-            grads = [parameter.grad for parameter in group["params"]]
-            options = (bool(group["anchor"]), *map(group.__getitem__, _PLAN_OPTIONS))
-            plan = self._plans.get(number)
-            if plan is None or not plan.holds(group["params"], grads, options, self.state):
-                plan = Plan(group["params"], grads, options, self._calls(number, grads), self.state)
-                self._plans[number] = plan
             check_anchor(group)
-            for call in plan.calls:
-                self._run(call, group, grads)
+            plan = self._plans.pop(number, None)
+            if plan is not None and plan.holds(group, self.state):
+                plan.run(_hyperparameters(group), self._from_scaler)
+            else:
+                grads = [parameter.grad for parameter in group["params"]]
+                calls = self._calls(number, grads)
+                for call in calls:
+                    self._run(call, group)
+                plan = Plan(group, grads, calls, self.state, _DECIDING_OPTIONS)
+            self._plans[number] = plan
 
-    def _run(self, call: Call, group: dict[str, Any], grads: list[Tensor | None]) -> None:
-        beta1, beta2 = group["betas"]
-        try:
-            gk.masked_adam_(
-                **call.lists(grads, group["amsgrad"], bool(group["anchor"])),
-                lr=float(group["lr"]),
-                beta1=float(beta1),
-                beta2=float(beta2),
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-                decoupled_weight_decay=group["decoupled_weight_decay"],
-                maximize=group["maximize"],
-                anchor=float(group["anchor"]),
-                anchor_l1=group["anchor_norm"] == 1,
-                anchor_decoupled=group["anchor_decoupled"],
-                grad_scale=self._from_scaler("grad_scale", call.device),
-                found_inf=self._from_scaler("found_inf", call.device),
-            )
-        except (TypeError, ValueError, RuntimeError):
-            # Probably a sparse gradient, which torch's message explains. Checking before every step would cost time.
-            refuse_sparse(grads[number] for number in call.numbers)  # type: ignore[misc]
-            raise
+    def _run(self, call: Call, group: dict[str, Any]) -> None:
+        scaler: dict[str, Any] = {name: self._from_scaler(name, call.device) for name in ("grad_scale", "found_inf")}
+        lists = call.lists(group["amsgrad"], bool(group["anchor"]))
+        gk.masked_adam_(**lists, **_hyperparameters(group)._asdict(), **scaler)
         call.done()
 
     def _from_scaler(self, name: str, device: torch.device) -> Tensor | None:
