@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "common/pointer.h"
 #include "cpu/adam/adam.h"
@@ -14,6 +15,7 @@
 #include "cpu/rows/rows.h"
 #include "cpu/simd.h"
 #include "cpu/topk/topk.h"
+#include "cpu/topk_adam/topk_adam.h"
 #include "cpu/weight_grad/weight_grad.h"
 #include "cuda/bindings.h"
 #include "cuda/driver.h"
@@ -26,7 +28,7 @@ namespace {
 using gradsel::pointer;
 
 // Raised whenever a signature or the Adam table changes; native.py refuses a module with another number.
-constexpr int kAbi = 7;
+constexpr int kAbi = 8;
 
 gradsel::Dtype dtype_of(int64_t code) { return static_cast<gradsel::Dtype>(code); }
 
@@ -46,11 +48,6 @@ void pack_bits(int64_t mask, int64_t rows, int64_t cols, int64_t row_stride, int
 void unpack_bits(int64_t bits, int64_t rows, int64_t cols, int64_t mask, int threads) {
   py::gil_scoped_release release;
   gradsel::unpack_bits(pointer<uint32_t>(bits), rows, cols, pointer<uint8_t>(mask), threads);
-}
-
-void bits_to_cols(int64_t bits, int64_t rows, int64_t words, int64_t k, int64_t cols, int threads) {
-  py::gil_scoped_release release;
-  gradsel::bits_to_cols(pointer<uint32_t>(bits), rows, words, k, pointer<int32_t>(cols), threads);
 }
 
 // None, or the smallest and largest column found when one is out of range.
@@ -133,7 +130,7 @@ py::tuple adam_item_layout() {
   return py::make_tuple(sizeof(gradsel::AdamItem), offsets);
 }
 
-// None, or (kind, item, low, high, end, count) of what is wrong with the indices; then nothing has changed.
+// None, or (item, low, high, end) of indices out of range; then nothing has changed.
 py::object masked_adam(int64_t table, int64_t count, double lr, double beta1, double beta2, double eps,
                        double weight_decay, bool decoupled_weight_decay, bool maximize, double anchor, bool anchor_l1,
                        bool anchor_decoupled, double grad_scale, int threads) {
@@ -145,9 +142,19 @@ py::object masked_adam(int64_t table, int64_t count, double lr, double beta1, do
                                   anchor_l1, anchor_decoupled, grad_scale},
                                  threads);
   }
-  if (fault.kind == gradsel::AdamFault::kNone) return py::none();
-  return py::make_tuple(static_cast<int>(fault.kind), fault.item, fault.found.low, fault.found.high, fault.end,
-                        fault.count);
+  if (!fault.any()) return py::none();
+  return py::make_tuple(fault.item, fault.found.low, fault.found.high, fault.end);
+}
+
+void topk_masked_adam(int64_t table, int64_t count, const std::vector<int64_t>& bits, double lr, double beta1,
+                      double beta2, double eps, double weight_decay, bool decoupled_weight_decay, bool maximize,
+                      double anchor, bool anchor_l1, bool anchor_decoupled, double grad_scale, bool skip,
+                      int threads) {
+  py::gil_scoped_release release;
+  gradsel::topk_masked_adam(pointer<gradsel::AdamItem>(table), count, bits.empty() ? nullptr : bits.data(),
+                            {lr, beta1, beta2, eps, weight_decay, decoupled_weight_decay, maximize, anchor, anchor_l1,
+                             anchor_decoupled, grad_scale},
+                            skip, threads);
 }
 
 std::string simd() { return gradsel::simd_name(gradsel::simd()); }
@@ -191,7 +198,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("topk_rows", &topk_rows);
   m.def("pack_bits", &pack_bits);
   m.def("unpack_bits", &unpack_bits);
-  m.def("bits_to_cols", &bits_to_cols);
   m.def("gather_rows", &gather_rows);
   m.def("scatter_rows", &scatter_rows);
   m.def("columns_fault", &columns_fault);
@@ -199,6 +205,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("take_columns", &take_columns);
   m.def("selected_weight_grad", &selected_weight_grad);
   m.def("masked_adam", &masked_adam);
+  m.def("topk_masked_adam", &topk_masked_adam);
   m.def("cuda_load", [](const py::bytes& fatbin) { gradsel::cuda_load(fatbin); });
   m.def("cuda_why_off", &gradsel::cuda_why_off);
   bind_cuda(m);

@@ -10,15 +10,16 @@ from gradsel_kernels._checks import Layout
 from gradsel_kernels._version import __version__
 from gradsel_kernels.adam import masked_adam_
 from gradsel_kernels.backends import show_config, use_backend
-from gradsel_kernels.bitmask import bits_to_cols, pack_bits, unpack_bits
+from gradsel_kernels.bitmask import pack_bits, unpack_bits
 from gradsel_kernels.rows import gather_rows, scatter_rows_
 from gradsel_kernels.topk import topk_rows, topk_rows_bits
+from gradsel_kernels.topk_adam import FirstStep, topk_masked_adam_
 from gradsel_kernels.weight_grad import selected_weight_grad, selected_weight_grad_bias, take_columns
 
 __all__ = [
+    "FirstStep",
     "Layout",
     "__version__",
-    "bits_to_cols",
     "gather_rows",
     "masked_adam_",
     "pack_bits",
@@ -27,6 +28,7 @@ __all__ = [
     "selected_weight_grad_bias",
     "show_config",
     "take_columns",
+    "topk_masked_adam_",
     "topk_rows",
     "topk_rows_bits",
     "unpack_bits",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradsel_kernels._checks import FLOATS, Layout, describe, floating, no_overlap, same_device, sum_dtype, words
+from gradsel_kernels._checks import FLOATS, Layout, describe, floating, no_overlap, same_device, sum_dtype
 from gradsel_kernels.adam_call import AdamCall, entry, grad_is_dense
 
 
@@ -78,7 +78,7 @@ def _one_tensor(call: AdamCall, i: int) -> None:
     if step.numel() != 1 or step.dtype not in (torch.float32, torch.float64) or step.device != exp_avg.device:
         raise ValueError(f"step must be one float on {exp_avg.device}, got {describe(step)}")
 
-    rows, row_words = _index(index, layout, shape, nnz)
+    rows = _index(index, layout, shape, nnz)
     if layout != Layout.ALL:
         same_device("indices", index, "exp_avg", exp_avg)
     if weight.numel() != 0:
@@ -86,7 +86,7 @@ def _one_tensor(call: AdamCall, i: int) -> None:
             raise TypeError(f"weight is {weight.dtype}, which a state of {dtype} cannot train")
         same_device("weight", weight, "exp_avg", exp_avg)
         no_overlap("weight", weight)
-        _dense_view("weight", weight, layout, rows, row_words, nnz)
+        _dense_view("weight", weight, layout, rows, nnz)
     elif nnz == 0:
         return  # nothing is selected: the step is counted, and nothing else is read
     elif value is None:
@@ -99,7 +99,7 @@ def _one_tensor(call: AdamCall, i: int) -> None:
     floating("grad", grad)
     same_device("grad", grad, "exp_avg", exp_avg)
     if grad_is_dense(grad, weight):
-        _dense_view("grad", grad, layout, rows, row_words, nnz)
+        _dense_view("grad", grad, layout, rows, nnz)
     elif grad.shape == shape:
         if not grad.is_contiguous():
             raise ValueError(f"a compact grad must be contiguous, got strides {grad.stride()}")
@@ -141,26 +141,26 @@ def _rounding(call: AdamCall, i: int) -> None:
         _in_mask_order("compensation", compensation, weight.dtype, exp_avg)
 
 
-def _index(index: Tensor, layout: int, shape: torch.Size, nnz: int) -> tuple[int | None, int | None]:
-    """Checks one index tensor; returns the mask's rows (COLS, BITS) and the words of each (BITS)."""
+def _index(index: Tensor, layout: int, shape: torch.Size, nnz: int) -> int | None:
+    """Checks one index tensor; returns the rows of the mask if it has any (COLS)."""
     if layout == Layout.ALL:
-        return None, None
+        return None
     if not index.is_contiguous():
         raise ValueError(f"indices must be contiguous, got strides {index.stride()}")
     if layout == Layout.FLAT:
         if index.dtype not in (torch.int32, torch.int64) or index.numel() != nnz:
             raise ValueError(f"flat indices must be {nnz} int32 or int64 (the size of exp_avg), got {describe(index)}")
-        return None, None
-    if layout not in (Layout.COLS, Layout.BITS):
+        return None
+    if layout != Layout.COLS:
         raise ValueError(f"unknown layout {layout}; layouts are {', '.join(f'{x.value} ({x.name})' for x in Layout)}")
     if index.dtype is not torch.int32 or index.ndim != 2:
-        raise ValueError(f"indices must be int32 [rows, k] (COLS) or [rows, words] (BITS), got {describe(index)}")
-    if layout == Layout.COLS and index.shape != shape:
+        raise ValueError(f"columns must be int32 [rows, k], got {describe(index)}")
+    if index.shape != shape:
         raise ValueError(f"columns must have the shape of exp_avg {list(shape)}, got {list(index.shape)}")
-    return index.shape[0], index.shape[1] if layout == Layout.BITS else None
+    return index.shape[0]
 
 
-def _dense_view(name: str, tensor: Tensor, layout: int, rows: int | None, row_words: int | None, nnz: int) -> None:
+def _dense_view(name: str, tensor: Tensor, layout: int, rows: int | None, nnz: int) -> None:
     """A dense tensor is contiguous, whatever its shape, or any 2-D view; the mask must fit its rows."""
     if tensor.ndim > 2 and not tensor.is_contiguous():
         raise ValueError(f"{name} has {tensor.ndim} dimensions and strides {tensor.stride()}; pass a 2-D view of it")
@@ -170,8 +170,3 @@ def _dense_view(name: str, tensor: Tensor, layout: int, rows: int | None, row_wo
         return
     if (tensor.shape[0] if tensor.ndim == 2 else rows) != rows or (rows and tensor.numel() % rows):
         raise ValueError(f"the mask is for {rows} rows, but {name} is {list(tensor.shape)}")
-    if row_words is not None and rows and words(tensor.numel() // rows) != row_words:
-        raise ValueError(
-            f"the mask has {row_words} words a row, but {name} has {tensor.numel() // rows} columns, "
-            f"which need {words(tensor.numel() // rows)}"
-        )

@@ -22,8 +22,7 @@ class Layout(IntEnum):
 
     ALL = 0  #: every entry; the index tensor is empty
     COLS = 1  #: int32 [rows, k], the columns of each row
-    BITS = 2  #: int32 [rows, ceil(cols / 32)], the packed bitmask
-    FLAT = 3  #: int32 or int64 [nnz], row * cols + column
+    FLAT = 2  #: int32 or int64 [nnz], row * cols + column
 
 
 def words(n: int) -> int:
@@ -92,13 +91,6 @@ def unpack_bits(bits: Tensor, n: int) -> None:
             f"n = {n} columns need {words(max(n, 0))} words a row, but bits has {bits.shape[1]}: "
             f"it holds {max(0, WORD * (bits.shape[1] - 1) + 1)} to {WORD * bits.shape[1]} columns"
         )
-
-
-def bits_to_cols(bits: Tensor, k: int) -> None:
-    _matrix("bits", bits, "packed bitmask [rows, words]")
-    _dtype("bits", bits, torch.int32)
-    if k < 0:
-        raise ValueError(f"k must not be negative, got {k}")
 
 
 def gather_rows(weight: Tensor, cols: Tensor) -> None:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from gradsel_kernels import _adam_checks, _checks
 from gradsel_kernels.adam_call import records
+from gradsel_kernels.topk_adam_call import check as check_first_step
+from gradsel_kernels.topk_adam_call import first_step_records
 
 NAMESPACE = "gradsel_kernels"
 library = torch.library.Library(NAMESPACE, "DEF")
@@ -22,7 +24,6 @@ SCHEMAS = {
     "topk_rows_bits": "(Tensor grad, SymInt k) -> (Tensor, Tensor)",
     "pack_bits": "(Tensor mask) -> Tensor",
     "unpack_bits": "(Tensor bits, SymInt n) -> Tensor",
-    "bits_to_cols": "(Tensor bits, SymInt k) -> Tensor",
     "gather_rows": "(Tensor weight, Tensor cols) -> Tensor",
     "scatter_rows_": "(Tensor(a!) weight, Tensor cols, Tensor values) -> ()",
     "take_columns": "(Tensor input, Tensor columns) -> Tensor",
@@ -38,6 +39,14 @@ SCHEMAS = {
         "float lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled_weight_decay, "
         "bool maximize, float anchor, bool anchor_l1, bool anchor_decoupled, Tensor? grad_scale=None, "
         "Tensor? found_inf=None, int[] seeds=[], bool[] stochastic=[], Tensor(g!)[]? compensations=None) -> ()"
+    ),
+    "topk_masked_adam_": (
+        "(Tensor(a!)[] weights, Tensor(b!)[] values, Tensor[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, "
+        "Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] originals, Tensor(g!)[] steps, Tensor(h!)[] cols, "
+        "Tensor(i!)[] bits, *, float lr, float beta1, float beta2, float eps, float weight_decay, "
+        "bool decoupled_weight_decay, bool maximize, float anchor, bool anchor_l1, bool anchor_decoupled, "
+        "Tensor? grad_scale=None, Tensor? found_inf=None, int[] seeds=[], bool[] stochastic=[], "
+        "Tensor(j!)[]? compensations=None) -> ()"
     ),
 }
 
@@ -76,12 +85,6 @@ def unpack_bits(bits: Tensor, n: int) -> Tensor:
 
 
 @_fake
-def bits_to_cols(bits: Tensor, k: int) -> Tensor:
-    _checks.bits_to_cols(bits, k)
-    return bits.new_empty((bits.shape[0], k), dtype=torch.int32)
-
-
-@_fake
 def gather_rows(weight: Tensor, cols: Tensor) -> Tensor:
     _checks.gather_rows(weight, cols)
     return weight.new_empty(cols.shape)
@@ -117,3 +120,9 @@ def selected_weight_grad_bias(
 @_fake
 def masked_adam_(*args, **kwargs) -> None:
     _adam_checks.masked_adam_(records(*args, **kwargs)[0])
+
+
+@_fake
+def topk_masked_adam_(*args, **kwargs) -> None:
+    call, _, bits = first_step_records(*args, **kwargs)
+    check_first_step(call, bits)

@@ -50,7 +50,7 @@ def masked_adam_(
         grads: the gradient, either dense (the shape of the weight) or compact, in mask order (the shape of
             ``exp_avgs``, contiguous). Where the two shapes are the same, it is dense.
         exp_avgs, exp_avg_sqs: first and second moments of the selected entries, in mask order, contiguous, float32
-            (float64 for float64 weights): [rows, k] for ``COLS``, [nnz] for ``BITS`` and ``FLAT``, any for ``ALL``.
+            (float64 for float64 weights): [rows, k] for ``COLS``, [nnz] for ``FLAT``, any for ``ALL``.
             bfloat16 instead of float32 halves them: the step is computed in float32, and they are stored rounded to
             nearest even, which keeps second moments from falling if 1 - beta2 is below 2^-9. The moments of one
             tensor have one dtype.
@@ -60,8 +60,8 @@ def masked_adam_(
             selected entries.
         maximize: ascend instead of descend.
         indices: which entries are selected, in the form that ``layouts`` says; distinct. None: all of them.
-        layouts: a :class:`Layout` for each tensor: ``ALL``, ``COLS`` (int32 [rows, k]), ``BITS`` (int32
-            [rows, ceil(n / 32)]) or ``FLAT`` (int32 or int64 [nnz], row * n + column). None: all ``ALL``.
+        layouts: a :class:`Layout` for each tensor: ``ALL``, ``COLS`` (int32 [rows, k]) or ``FLAT`` (int32 or
+            int64 [nnz], row * n + column). None: all ``ALL``.
         values: the selected entries as trained, float32 (float64), in mask order: master copies for weights in
             bfloat16 or float16, or a compact parameter in its own right. They are updated, and the weight, if there is
             one, receives them rounded to its dtype. None: the weight is read, updated in float32 and rounded back to

@@ -79,4 +79,4 @@ def neuron_view(tensor: Tensor, index: Tensor, layout: int) -> Tensor:
     """A dense tensor as [rows, cols]: itself if it is 2-D, otherwise its memory divided into the rows of the mask."""
     if tensor.ndim == 2:
         return tensor
-    return tensor.view(index.shape[0] if layout in (Layout.COLS, Layout.BITS) else 1, -1)
+    return tensor.view(index.shape[0] if layout == Layout.COLS else 1, -1)

@@ -24,7 +24,7 @@ class AdamItem(ctypes.Structure):
             "original",
             "state_dtype",
             *("step", "step_dtype"),
-            *("index", "index_is_64", "index_width"),  # index_width: columns (COLS) or words (BITS) of a row
+            *("index", "index_is_64", "index_width"),  # index_width: columns selected in a row (COLS)
             *("stochastic", "seed"),
             "compensation",
         )

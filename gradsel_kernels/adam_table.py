@@ -23,7 +23,7 @@ from gradsel_kernels.adam_call import AdamCall, grad_is_dense, neuron_view
 from gradsel_kernels.adam_item import CODES, ITEM_WORDS, WORD_OF, AdamItem
 
 # Plain integers: comparing enum members is slow enough to show.
-_COLS, _BITS = int(Layout.COLS), int(Layout.BITS)
+_COLS = int(Layout.COLS)
 _SHAPE, _DTYPE, _DEVICE = attrgetter("shape"), attrgetter("dtype"), attrgetter("device")
 #: Most preparations that a table keeps.
 PREPARED = 4
@@ -115,7 +115,7 @@ def _item(call: AdamCall, i: int) -> AdamItem:
         step_dtype=CODES[step.dtype],
         index=index.data_ptr(),
         index_is_64=index.dtype is torch.int64,
-        index_width=index.shape[1] if layout in (_COLS, _BITS) else 0,
+        index_width=index.shape[1] if layout == _COLS else 0,
         stochastic=bool(call.stochastic) and call.stochastic[i],
         seed=call.seeds[i] if call.seeds else 0,
         compensation=_address(call.compensations, i),

@@ -41,16 +41,6 @@ def unpack_bits(bits: Tensor, n: int) -> Tensor:
     return ((bits.unsqueeze(2) >> lanes) & 1).bool().view(bits.shape[0], bits.shape[1] * WORD)[:, :n].contiguous()
 
 
-def bits_to_cols(bits: Tensor, k: int) -> Tensor:
-    """The first ``k`` set columns of each row, ascending; -1 where a row has fewer."""
-    mask = unpack_bits(bits, bits.shape[1] * WORD)
-    rank = mask.cumsum(1) - 1
-    row, col = (mask & (rank < k)).nonzero(as_tuple=True)
-    cols = torch.full((bits.shape[0], k), -1, dtype=torch.int32, device=bits.device)
-    cols[row, rank[row, col]] = col.to(torch.int32)
-    return cols
-
-
 def check_range(name: str, index: Tensor, end: int) -> None:
     """Refuses indices outside 0 .. end - 1, before anything is read or written with them."""
     if index.numel() and (int(index.min()) < 0 or int(index.max()) >= end):
@@ -159,6 +149,24 @@ def _adam_step(call: AdamCall, options: AdamOptions, i: int, selected: tuple[Ten
     if compensation is not None:
         lost = param - rounded.to(dtype)
         compensation.view(-1).copy_(torch.where(lost.isfinite(), lost, 0.0))
+
+
+def topk_masked_adam_(call: AdamCall, options: AdamOptions, bits: list[Tensor]) -> None:
+    """Selects by the gradients, makes the states of the selected entries, and does their first step."""
+    for i, (weight, grad, cols) in enumerate(zip(call.weights, call.grads, call.indices, strict=True)):
+        found, packed = topk_rows_bits(grad, cols.shape[1])
+        cols.copy_(found)
+        if bits:
+            bits[i].copy_(packed)
+        zeros = [call.exp_avgs[i], call.exp_avg_sqs[i], *call.max_exp_avg_sqs[i : i + 1], call.steps[i]]
+        if call.compensations:
+            zeros.append(call.compensations[i])
+        for state in zeros:
+            state.zero_()
+        for copy in (entry(call.values, i), entry(call.originals, i)):
+            if copy is not None:
+                copy.copy_(weight.gather(1, found.long()))
+    masked_adam_(call, options)
 
 
 def adam_math(
@@ -275,14 +283,7 @@ def _selected(call: AdamCall, i: int) -> tuple[Tensor, Tensor] | None:
     elif layout == Layout.FLAT:
         check_range(name, index, rows * cols)
         flat = index.reshape(-1).long()
-    elif layout == Layout.COLS:
+    else:
         check_range(name, index, cols)
         flat = (torch.arange(rows, device=view.device).unsqueeze(1) * cols + index).reshape(-1)
-    else:
-        mask = unpack_bits(index, index.shape[1] * WORD)
-        if bool(mask[:, cols:].any()):
-            raise IndexError(f"{name} has bits set past the last of {cols} columns")
-        if int(mask.sum()) != nnz:
-            raise ValueError(f"{name} has {int(mask.sum())} bits set, but exp_avg has {nnz} entries")
-        flat = mask[:, :cols].reshape(-1).nonzero().reshape(-1)
     return flat // cols, flat % cols

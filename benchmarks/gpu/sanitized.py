@@ -29,7 +29,6 @@ def packing() -> None:
     for rows, cols in SHAPES:
         bits = gk.pack_bits(chosen(columns(rows, cols, 3), cols))
         gk.unpack_bits(bits, cols)
-        gk.bits_to_cols(bits, min(3, cols))
 
 
 def copying(dtype: torch.dtype) -> None:
@@ -54,11 +53,9 @@ def steps(dtype: torch.dtype) -> None:
     for rows, cols in SHAPES:
         index = columns(rows, cols, 3)
         flat = (torch.arange(rows, device=DEVICE)[:, None] * cols + index).flatten()
-        bits = gk.pack_bits(chosen(index, cols))
         kinds: list[tuple[Layout, Tensor | None, tuple[int, ...]]] = [
             (Layout.ALL, None, (rows, cols)),
             (Layout.COLS, index, tuple(index.shape)),
-            (Layout.BITS, bits, (index.numel(),)),
             (Layout.FLAT, flat.to(torch.int32), (index.numel(),)),
             (Layout.FLAT, flat, (index.numel(),)),
         ]

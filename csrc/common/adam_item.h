@@ -5,7 +5,7 @@
 
 namespace gradsel {
 
-enum Layout : int64_t { kAll = 0, kCols = 1, kBits = 2, kFlat = 3 };  // those of _checks.py
+enum Layout : int64_t { kAll = 0, kCols = 1, kFlat = 2 };  // those of _checks.py
 
 // One tensor of a masked Adam step. gradsel_kernels/adam_item.py has the same fields; native.py compares the two.
 struct AdamItem {
@@ -18,7 +18,7 @@ struct AdamItem {
   int64_t original;        // 0: no anchor
   int64_t state_dtype;
   int64_t step, step_dtype;
-  int64_t index, index_is_64, index_width;  // width of a row of the index: columns (COLS) or words (BITS)
+  int64_t index, index_is_64, index_width;  // width of a row of the index (COLS): its columns
   int64_t stochastic, seed;                 // stochastic 0: the weight is rounded to nearest
   int64_t compensation;                     // 0: what rounding the weight loses is lost
 };

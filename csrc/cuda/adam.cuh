@@ -47,7 +47,7 @@ __device__ __forceinline__ int64_t step_number(const AdamItem& item) {
 // Which code a tensor takes. It depends on where the parameters are and on the dtypes of weight and gradient; all but
 // kAny assume common values for everything else.
 enum Kind : int {
-  kAny,                    // any dtypes and options, in any layout
+  kAny,                    // any dtypes and options
   kWeightOnly,             // the weight is the parameter, in the dtype of the arithmetic
   kValues,                 // values, and possibly a weight, in the dtype of the arithmetic
   kBFloat16Weight,         // values and a bfloat16 weight; the gradient is in float32
@@ -60,7 +60,6 @@ template <class T>
 __device__ __forceinline__ Kind kind_of(const AdamItem& item) {
   const int64_t own = sizeof(T) == 8 ? kFloat64 : kFloat32;
   if (item.max_exp_avg_sq || item.compensation || item.stochastic || item.state_dtype != own) return kAny;
-  if (reads_bits(item)) return kAny;
   if (!item.weight || item.weight_dtype == own)
     return item.grad_dtype != own ? kAny : item.values ? kValues : item.weight ? kWeightOnly : kAny;
   if (sizeof(T) == 8 || !item.values) return kAny;
@@ -210,12 +209,10 @@ __device__ __forceinline__ void update_any(const CurrentItem<T>& now, const Entr
   write_any(item.weight_dtype, item.weight, p, place.weight, valid);
 }
 
-// A tile of a tensor; `rank` points to the entry of its first set bit if the mask is packed.
 template <class T>
-__device__ __forceinline__ void update_tile(const CurrentItem<T>& now, int64_t tile, const int64_t* rank,
-                                            unsigned* shared) {
+__device__ __forceinline__ void update_tile(const CurrentItem<T>& now, int64_t tile) {
   const AdamItem& item = now.item;
-  int64_t first = tile * kTile, end = first + kTile;
+  const int64_t first = tile * kTile, end = first + kTile;
   if (now.kind != kAny) {
     if (now.in_a_row && end <= item.nnz)
       update_kind<true>(now, first);
@@ -223,21 +220,10 @@ __device__ __forceinline__ void update_tile(const CurrentItem<T>& now, int64_t t
       update_kind<false>(now, first);
     return;
   }
-  const bool bits = reads_bits(item);
-  const int64_t first_word = tile * kAdamThreads;
-  if (bits) {
-    first = *rank;
-    end = first + TileOfWords(item, first_word, shared).total();
-  }
-  for (int64_t begin = first; begin < end; begin += kTile) {  // only a packed mask takes several turns
-    Entries<false> entries(begin, smaller(item.nnz, end));
-    Offsets place(entries);
-    if (bits)
-      TileOfWords(shared).find(item, first_word, first, entries, place);
-    else
-      Listed(item, entries).find(item, begin, entries, place);
-    update_any(now, entries, place);
-  }
+  Entries<false> entries(first, item.nnz);
+  Offsets place(entries);
+  Listed(item, entries).find(item, first, entries, place);
+  update_any(now, entries, place);
 }
 
 // The item that a tile belongs to: the last one whose first tile is not after it. All threads of the block call this.
@@ -276,12 +262,11 @@ __device__ __forceinline__ void begin_item(const AdamStep& step, int64_t number,
 template <class T>
 __device__ __forceinline__ void adam_step(const AdamStep& step) {
   const AdamTable& table = step.table;
-  constexpr size_t kWords = 2 * kAdamThreads + kWarp;
-  constexpr size_t kShared = sizeof(CurrentItem<T>) + 2 * sizeof(double) + kWords * sizeof(unsigned);
+  constexpr size_t kShared = sizeof(CurrentItem<T>) + 2 * sizeof(double) + sizeof(unsigned);
   static_assert(kShared <= kAdamShared, "what a block shares has to fit");
   CurrentItem<T>* now = reinterpret_cast<CurrentItem<T>*>(shared_memory());
   double* corrections = reinterpret_cast<double*>(now + 1);
-  unsigned* rest = reinterpret_cast<unsigned*>(corrections + 2);
+  unsigned* last = reinterpret_cast<unsigned*>(corrections + 2);
   const int64_t* first_tiles = table.first_tiles();
   // Decided here, because the host would have to wait for the flag before it could leave out the launch.
   const bool skipped = step.found_inf && *step.found_inf != 0;
@@ -294,16 +279,15 @@ __device__ __forceinline__ void adam_step(const AdamStep& step) {
     while (first_tiles[number + 1] <= tile) ++number;
     begin_item(step, number, now, corrections);
     const int64_t item_first = first_tiles[number], item_end = smaller(first_tiles[number + 1], end);
-    for (; tile < item_end; ++tile)
-      update_tile(*now, tile - item_first, step.ranks ? step.ranks + tile : nullptr, rest);
+    for (; tile < item_end; ++tile) update_tile(*now, tile - item_first);
   }
 
   // The last block to get here increments the step counts: all others have read them.
   __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) rest[0] = atomicAdd(table.ticket(), 1u) == gridDim.x - 1;
+  if (threadIdx.x == 0) *last = atomicAdd(table.ticket(), 1u) == gridDim.x - 1;
   __syncthreads();
-  if (!rest[0]) return;
+  if (!*last) return;
   if (threadIdx.x == 0) *table.ticket() = 0;
   for (int64_t i = threadIdx.x; i < table.count && !skipped; i += blockDim.x) {
     const AdamItem& item = table.items()[i];
@@ -321,40 +305,6 @@ extern "C" {
 __global__ void gradsel_write_table(const __grid_constant__ gradsel::TablePart part) {
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   if (i < part.count) part.to[i] = part.words[i];
-}
-
-// The set bits of each tile of a packed mask.
-__global__ void gradsel_adam_count_bits(const gradsel::AdamTable table, int64_t* counts) {
-  using namespace gradsel;
-  const int64_t tile = blockIdx.x, number = item_of(table, tile);
-  const AdamItem& item = table.items()[number];
-  if (!reads_bits(item)) return;
-  unsigned* sums = reinterpret_cast<unsigned*>(shared_memory());
-  unsigned in_warp;
-  warp_sum_before(__popc(word_of(item, (tile - table.first_tiles()[number]) * kAdamThreads)), &in_warp);
-  if (lane_number() == 0) sums[threadIdx.x / kWarp] = in_warp;
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  int64_t count = 0;
-  for (unsigned w = 0; w < blockDim.x / kWarp; ++w) count += sums[w];
-  counts[tile] = count;
-}
-
-// Turns these counts into the set bits ahead of each tile. One warp for each tensor.
-__global__ void gradsel_adam_rank_bits(const gradsel::AdamTable table, int64_t* counts) {
-  using namespace gradsel;
-  const int64_t number = blockIdx.x;
-  const AdamItem& item = table.items()[number];
-  if (!reads_bits(item)) return;
-  const int64_t end = table.first_tiles()[number + 1];
-  int64_t before = 0;
-  for (int64_t tile = table.first_tiles()[number]; tile < end; tile += kWarp) {
-    const int64_t mine = tile + lane_number();
-    unsigned total;
-    const unsigned ahead = warp_sum_before(mine < end ? static_cast<unsigned>(counts[mine]) : 0, &total);
-    if (mine < end) counts[mine] = before + ahead;
-    before += total;
-  }
 }
 
 __global__ void __launch_bounds__(gradsel::kAdamThreads, 3) gradsel_adam_step_32(const gradsel::AdamStep step) {

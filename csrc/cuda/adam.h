@@ -7,12 +7,9 @@ namespace gradsel {
 
 constexpr int kAdamThreads = 128;
 constexpr int kPerThread = 4;
-constexpr int kTile = kAdamThreads * kPerThread;  // entries; of a bitmask, kAdamThreads words
+constexpr int kTile = kAdamThreads * kPerThread;  // entries
 constexpr int kAdamBlocks = 6;                    // at most, for each multiprocessor: twice as many as fit at once
-constexpr unsigned kAdamShared = 2048;            // bytes
-
-// Whether the places of a tensor's entries come from a packed mask; without a weight it does not matter where they lie.
-GRADSEL_INLINE bool reads_bits(const AdamItem& item) { return item.layout == kBits && item.weight; }
+constexpr unsigned kAdamShared = 512;             // bytes
 
 // A table in device memory: the items, for each the number of its first tile, the number of tiles, and a ticket that is
 // 0 between two steps.
@@ -33,7 +30,6 @@ struct AdamStep {
   AdamHyperparameters hyper;
   const float* grad_scale;  // or null
   const float* found_inf;   // or null
-  const int64_t* ranks;     // set bits ahead of each tile of a packed mask in its tensor; null: there is none
 };
 
 // A part of a table on its way to the device, as a kernel's parameter. Unlike a copy, this needs no pinned memory that

@@ -53,8 +53,8 @@ void topk_rows(int64_t grad, int64_t size, uint64_t nan, int64_t rows, int64_t c
          static_cast<unsigned>(most) * (k == 1 ? 16u : list), device, stream, p);
 }
 
-// The table, as bytes, of those items whose state is float64 or of those whose is not; how many they are, how many
-// tiles they have, and whether a packed mask is among them.
+// The table, as bytes, of those items whose state is float64 or of those whose is not; how many they are, and how
+// many tiles they have.
 py::tuple adam_table(int64_t address, int64_t count, bool float64) {
   const AdamItem* all = pointer<AdamItem>(address);
   std::vector<AdamItem> items;
@@ -65,19 +65,13 @@ py::tuple adam_table(int64_t address, int64_t count, bool float64) {
   const AdamTable table{words.data(), number};
   std::copy(items.begin(), items.end(), table.items());
   int64_t tiles = 0;
-  bool has_bits = false;
   for (int64_t i = 0; i < number; ++i) {
-    const AdamItem& item = items[static_cast<size_t>(i)];
     table.first_tiles()[i] = tiles;
-    if (item.nnz == 0) continue;
-    const bool bits = reads_bits(item);
-    has_bits |= bits;
-    const int64_t size = bits ? kAdamThreads : kTile, work = bits ? item.rows * item.index_width : item.nnz;
-    tiles += (work + size - 1) / size;
+    tiles += (items[static_cast<size_t>(i)].nnz + kTile - 1) / kTile;
   }
   table.first_tiles()[number] = tiles;
-  return py::make_tuple(
-      py::bytes(reinterpret_cast<const char*>(words.data()), words.size() * sizeof(int64_t)), number, tiles, has_bits);
+  return py::make_tuple(py::bytes(reinterpret_cast<const char*>(words.data()), words.size() * sizeof(int64_t)), number,
+                        tiles);
 }
 
 // Writes a table to device memory.
@@ -95,21 +89,16 @@ void write_table(const std::string& table, int64_t to, int device, int64_t strea
   }
 }
 
-// `table` is what adam_table() made and write_table() wrote; `ranks` has room for one int64 a tile, or is 0.
+// `table` is what adam_table() made and write_table() wrote.
 void masked_adam(int64_t table, int64_t count, int64_t tiles, bool float64, double lr, double beta1, double beta2,
                  double eps, double weight_decay, bool decoupled_weight_decay, bool maximize, double anchor,
-                 bool anchor_l1, bool anchor_decoupled, int64_t grad_scale, int64_t found_inf, int64_t ranks,
-                 int device, int64_t stream) {
+                 bool anchor_l1, bool anchor_decoupled, int64_t grad_scale, int64_t found_inf, int device,
+                 int64_t stream) {
   AdamStep step{{pointer<int64_t>(table), count},
                 {lr, beta1, beta2, eps, weight_decay, decoupled_weight_decay, maximize, anchor, anchor_l1,
                  anchor_decoupled, 1.0},
                 pointer<float>(grad_scale),
-                pointer<float>(found_inf),
-                pointer<int64_t>(ranks)};
-  if (int64_t* counts = pointer<int64_t>(ranks)) {
-    launch("gradsel_adam_count_bits", tiles, kAdamThreads, 256, device, stream, step.table, counts);
-    launch("gradsel_adam_rank_bits", count, 32, 0, device, stream, step.table, counts);
-  }
+                pointer<float>(found_inf)};
   const int64_t blocks = std::min<int64_t>(tiles, int64_t{kAdamBlocks} * cuda_multiprocessors(device));
   launch(float64 ? "gradsel_adam_step_64" : "gradsel_adam_step_32", std::max<int64_t>(1, blocks), kAdamThreads,
          kAdamShared, device, stream, step);

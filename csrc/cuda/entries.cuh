@@ -199,7 +199,7 @@ struct Listed {
   int64_t wide[kPerThread];
 
   __device__ __forceinline__ Listed(const AdamItem& item, const Entries<false>& entries) {
-    const bool listed = item.weight && (item.layout == kCols || item.layout == kFlat);
+    const bool listed = item.weight && item.layout != kAll;
 #pragma unroll
     for (int e = 0; e < kPerThread; ++e) {
       narrow[e] = -1;
@@ -242,74 +242,6 @@ struct Listed {
       entries.valid[e] = entries.valid[e] && flat >= 0 && flat < item.rows * item.cols;
       place.weight[e] = weight.offset(flat);
       if (item.grad_is_dense) place.grad[e] = grad.offset(flat);
-    }
-  }
-};
-
-__device__ __forceinline__ unsigned position_of_bit(uint32_t word, unsigned rank) {
-  unsigned bit = 0;
-#pragma unroll
-  for (unsigned width = 16; width > 0; width /= 2) {
-    const unsigned low = __popc((word >> bit) & ((1u << width) - 1));
-    if (low <= rank) {
-      rank -= low;
-      bit += width;
-    }
-  }
-  return bit;
-}
-
-// A thread's word in a tile of a packed mask; 0 past the end.
-__device__ __forceinline__ uint32_t word_of(const AdamItem& item, int64_t first) {
-  const int64_t word = first + threadIdx.x;
-  return word < item.rows * item.index_width ? at<const uint32_t>(item.index)[word] : 0;
-}
-
-// The words of a tile of a packed mask, in shared memory. Every thread looks up the set bits whose entries it holds, so
-// that no thread is idle because its word has none.
-struct TileOfWords {
-  uint32_t* words;
-  unsigned* ends;  // set bits up to and including each word
-
-  __device__ __forceinline__ explicit TileOfWords(unsigned* shared) : words(shared), ends(shared + kAdamThreads) {}
-
-  __device__ __forceinline__ TileOfWords(const AdamItem& item, int64_t first, unsigned* shared) : TileOfWords(shared) {
-    unsigned* sums = ends + kAdamThreads;
-    const uint32_t word = word_of(item, first);
-    unsigned in_warp;
-    unsigned end = __popc(word) + warp_sum_before(__popc(word), &in_warp);
-    __syncthreads();  // the previous tile may still be in use
-    if (lane_number() == 0) sums[threadIdx.x / kWarp] = in_warp;
-    words[threadIdx.x] = word;
-    __syncthreads();
-    for (unsigned w = 0; w < threadIdx.x / kWarp; ++w) end += sums[w];
-    ends[threadIdx.x] = end;
-    __syncthreads();
-  }
-
-  __device__ __forceinline__ unsigned total() const { return ends[kAdamThreads - 1]; }
-
-  // `first` is the number of the tile's first word, `rank` the entry of its first set bit.
-  __device__ __forceinline__ void find(const AdamItem& item, int64_t first, int64_t rank, Entries<false>& entries,
-                                       Offsets& place) const {
-    const View weight = weight_view(item), grad = grad_view(item);
-    const int64_t first_row = first / item.index_width;
-    const unsigned from_row = static_cast<unsigned>(first % item.index_width);
-    const unsigned width = static_cast<unsigned>(item.index_width);
-#pragma unroll
-    for (int e = 0; e < kPerThread; ++e) {
-      if (!entries.valid[e]) continue;
-      const unsigned number = static_cast<unsigned>(entries.number[e] - rank);
-      unsigned position = 0;  // of the first word that ends after it
-      for (unsigned half = kAdamThreads / 2; half > 0; half /= 2)
-        if (ends[position + half - 1] <= number) position += half;
-      const unsigned before = ends[position] - __popc(words[position]);
-      const int64_t row = first_row + (from_row + position) / width;
-      const int64_t col = static_cast<int64_t>((from_row + position) % width) * 32 +
-                          position_of_bit(words[position], number - before);
-      entries.valid[e] = col < item.cols;
-      place.weight[e] = row * weight.row_stride + col * weight.col_stride;
-      if (item.grad_is_dense) place.grad[e] = row * grad.row_stride + col * grad.col_stride;
     }
   }
 };

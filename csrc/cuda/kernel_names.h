@@ -12,7 +12,5 @@
   X(gradsel_topk_many_32)       \
   X(gradsel_topk_many_64)       \
   X(gradsel_write_table)        \
-  X(gradsel_adam_count_bits)    \
-  X(gradsel_adam_rank_bits)     \
   X(gradsel_adam_step_32)       \
   X(gradsel_adam_step_64)

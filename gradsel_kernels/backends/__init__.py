@@ -28,6 +28,8 @@ from gradsel_kernels._ops import NAMESPACE, SCHEMAS, library
 from gradsel_kernels._version import __version__
 from gradsel_kernels._warnings import user_stacklevel
 from gradsel_kernels.adam_call import records
+from gradsel_kernels.topk_adam_call import check as check_first_step
+from gradsel_kernels.topk_adam_call import first_step_records
 
 #: The fast backends in order of preference, and the device type for which each is chosen. CUDA C++ comes after Triton
 #: until a measurement on a GPU says otherwise.
@@ -152,12 +154,24 @@ def _masked_adam_(*args, **kwargs) -> None:
         _bump_versions([*call.weights, *call.values])
 
 
+def _topk_masked_adam_(*args, **kwargs) -> None:
+    call, options, bits = first_step_records(*args, **kwargs)
+    check_first_step(call, bits)
+    if call.weights:
+        resolve(call.weights[0].device).topk_masked_adam_(call, options, bits)
+        _bump_versions([*call.weights, *(tensor for made in (*call[3:8], call.indices, bits) for tensor in made)])
+
+
 def _bump_versions(written: list[Tensor]) -> None:
     """Tells autograd that tensors have changed."""
     torch.autograd.graph.increment_version([tensor for tensor in written if not tensor.is_inference()])
 
 
-_IN_PLACE = {"scatter_rows_": _scatter_rows_, "masked_adam_": _masked_adam_}
+_IN_PLACE = {
+    "scatter_rows_": _scatter_rows_,
+    "masked_adam_": _masked_adam_,
+    "topk_masked_adam_": _topk_masked_adam_,
+}
 
 # For every device and layout at once, so that what cannot run is refused by the checks, in our own words.
 for _op in SCHEMAS:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gradsel_kernels._checks import words
 from gradsel_kernels._streams import is_capturing, stream_of
-from gradsel_kernels.adam_call import AdamCall, AdamOptions
+from gradsel_kernels.adam_call import AdamCall, AdamOptions, entry
 from gradsel_kernels.adam_table import AdamTable, table_of
 from gradsel_kernels.backends import native, reference, triton
 
@@ -68,26 +68,28 @@ def topk_rows_bits(grad: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def _topk(grad: Tensor, k: int, bits: Tensor | None) -> Tensor:
     rows, n = grad.shape
-    k = min(k, n)
-    cols = torch.empty((rows, k), dtype=torch.int32, device=grad.device)
+    cols = torch.empty((rows, min(k, n)), dtype=torch.int32, device=grad.device)
+    _topk_into(grad, cols, bits)
+    return cols
+
+
+def _topk_into(grad: Tensor, cols: Tensor, bits: Tensor | None) -> None:
     _C.cuda_topk_rows(
         grad.data_ptr(),
         grad.element_size(),
         _NAN[grad.dtype],
-        rows,
-        n,
+        *grad.shape,
         *grad.stride(),
-        k,
+        cols.shape[1],
         cols.data_ptr(),
         _address(bits),
         grad.device.index or 0,
         stream_of(grad.device),
     )
-    return cols
 
 
 def masked_adam_(call: AdamCall, options: AdamOptions) -> None:
-    """One launch, or three with packed masks; float64 states have their own. Never waits for the device.
+    """One launch; float64 states have their own. Never waits for the device.
 
     It can be captured in a CUDA graph, whose replays use the same tensors and hyperparameters.
     """
@@ -103,8 +105,7 @@ def adam_of_table(table: AdamTable, call: AdamCall, options: AdamOptions) -> Non
         if is_capturing(device)
         else table.prepared((stream, table.words.tobytes()), lambda: _written(table, device, stream))
     )
-    for memory, count, tiles, float64, has_bits in tables:
-        ranks = torch.empty(tiles, dtype=torch.int64, device=device) if has_bits else None
+    for memory, count, tiles, float64 in tables:
         _C.cuda_masked_adam(
             memory.data_ptr(),
             count,
@@ -113,29 +114,42 @@ def adam_of_table(table: AdamTable, call: AdamCall, options: AdamOptions) -> Non
             *options,
             _address(call.grad_scale),
             _address(call.found_inf),
-            _address(ranks),
             device.index or 0,
             stream,
         )
+
+
+def topk_masked_adam_(call: AdamCall, options: AdamOptions, bits: list[Tensor]) -> None:
+    """One launch of top-K for each tensor, then one of Adam for all: what they have in common is not fused here.
+
+    Adam reads the selected entries of gradients only, so the gradients as a whole are read once.
+    """
+    zeros = [*call.exp_avgs, *call.exp_avg_sqs, *call.max_exp_avg_sqs, *call.steps, *call.compensations]
+    torch._foreach_zero_(zeros)
+    for i, (weight, grad, cols) in enumerate(zip(call.weights, call.grads, call.indices, strict=True)):
+        _topk_into(grad, cols, bits[i] if bits else None)
+        for copy in (entry(call.values, i), entry(call.originals, i)):
+            if copy is not None:
+                copy.copy_(gather_rows(weight, cols))
+    masked_adam_(call, options)
 
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _written(table: AdamTable, device: torch.device, stream: int) -> list[tuple[Tensor, int, int, bool, bool]]:
+def _written(table: AdamTable, device: torch.device, stream: int) -> list[tuple[Tensor, int, int, bool]]:
     """The table in device memory, in one part for float64 states and one for the others.
 
-    Each part comes with its numbers of tensors and tiles, whether its states are float64, and whether it has packed
-    masks.
+    Each part comes with its numbers of tensors and tiles, and whether its states are float64.
     """
     parts = []
     for float64 in (False, True):
-        content, count, tiles, has_bits = _C.cuda_adam_table(table.address, len(table.items), float64)
+        content, count, tiles = _C.cuda_adam_table(table.address, len(table.items), float64)
         if count:
             memory = torch.empty(len(content) // 8, dtype=torch.int64, device=device)
             _C.cuda_write_table(content, memory.data_ptr(), device.index or 0, stream)
-            parts.append((memory, count, tiles, float64, has_bits))
+            parts.append((memory, count, tiles, float64))
     return parts
 
 
@@ -147,7 +161,6 @@ def _borrowed(op: str) -> Callable[..., Any]:
     return call
 
 
-bits_to_cols = _borrowed("bits_to_cols")
 gather_rows = _borrowed("gather_rows")
 pack_bits = _borrowed("pack_bits")
 scatter_rows_ = _borrowed("scatter_rows_")

@@ -19,7 +19,7 @@ from gradsel_kernels.adam_item import CODES, ITEM_LAYOUT
 from gradsel_kernels.adam_table import AdamTable, table_of
 
 #: Must equal the number compiled into the extension (csrc/bindings.cpp).
-ABI = 7
+ABI = 8
 
 _REBUILD = (
     "Install a C++17 compiler and the Python headers, then install again from the checkout: "
@@ -54,8 +54,6 @@ else:
 #: "auto" takes "gather" for up to GATHER_SHARE * n + GATHER_COLUMNS entries a row, and "tile" above. Measured with
 #: 512 to 6304 tokens, 768 to 8192 rows and n from 48 to 8192 in float32, on two cores of a Zen 4 with AVX-512.
 GATHER_SHARE, GATHER_COLUMNS = 0.42, 16
-
-_OUT_OF_RANGE, _BITS_PAST_END, _WRONG_COUNT = 1, 2, 3
 
 
 def why_off(device: torch.device) -> str | None:
@@ -115,14 +113,6 @@ def unpack_bits(bits: Tensor, n: int) -> Tensor:
     mask = torch.empty((rows, n), dtype=torch.bool)
     _C.unpack_bits(bits.data_ptr(), rows, n, mask.data_ptr(), torch.get_num_threads())
     return mask
-
-
-def bits_to_cols(bits: Tensor, k: int) -> Tensor:
-    bits = bits.contiguous()
-    rows, row_words = bits.shape
-    cols = torch.empty((rows, k), dtype=torch.int32)
-    _C.bits_to_cols(bits.data_ptr(), rows, row_words, k, cols.data_ptr(), torch.get_num_threads())
-    return cols
 
 
 def gather_rows(weight: Tensor, cols: Tensor) -> Tensor:
@@ -264,10 +254,18 @@ def adam_of_table(table: AdamTable, call: AdamCall, options: AdamOptions) -> Non
     fault = _C.masked_adam(table.address, len(call.weights), *options, scale, torch.get_num_threads())
     if fault is None:
         return
-    kind, item, low, high, end, count = fault
-    name = f"tensor {item}: indices"
-    if kind == _OUT_OF_RANGE:
-        raise _range_error(name, (low, high), end)
-    if kind == _BITS_PAST_END:
-        raise IndexError(f"{name} has bits set past the last of {end} columns")
-    raise ValueError(f"{name} has {count} bits set, but exp_avg has {call.exp_avgs[item].numel()} entries")
+    item, low, high, end = fault
+    raise _range_error(f"tensor {item}: indices", (low, high), end)
+
+
+def topk_masked_adam_(call: AdamCall, options: AdamOptions, bits: list[Tensor]) -> None:
+    table = AdamTable(call)
+    _C.topk_masked_adam(
+        table.address,
+        len(call.weights),
+        [packed.data_ptr() for packed in bits],
+        *options,
+        1.0 if call.grad_scale is None else call.grad_scale.item(),
+        call.found_inf is not None and call.found_inf.item() != 0,
+        torch.get_num_threads(),
+    )

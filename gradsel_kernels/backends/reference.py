@@ -7,13 +7,13 @@ import torch
 from gradsel_kernels import _adam_checks, reference
 from gradsel_kernels.adam_call import AdamCall, AdamOptions
 from gradsel_kernels.reference import (
-    bits_to_cols,
     gather_rows,
     pack_bits,
     scatter_rows_,
     selected_weight_grad,
     selected_weight_grad_bias,
     take_columns,
+    topk_masked_adam_,
     topk_rows,
     topk_rows_bits,
     unpack_bits,
@@ -21,7 +21,6 @@ from gradsel_kernels.reference import (
 
 __all__ = [
     "about",
-    "bits_to_cols",
     "gather_rows",
     "masked_adam_",
     "pack_bits",
@@ -29,6 +28,7 @@ __all__ = [
     "selected_weight_grad",
     "selected_weight_grad_bias",
     "take_columns",
+    "topk_masked_adam_",
     "topk_rows",
     "topk_rows_bits",
     "unpack_bits",

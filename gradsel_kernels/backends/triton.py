@@ -10,9 +10,10 @@ try:
 
     from gradsel_kernels.triton import topk
     from gradsel_kernels.triton.adam import adam_of_table, masked_adam_
-    from gradsel_kernels.triton.bitmask import bits_to_cols, pack_bits, unpack_bits
+    from gradsel_kernels.triton.bitmask import pack_bits, unpack_bits
     from gradsel_kernels.triton.common import INTERPRETED
     from gradsel_kernels.triton.rows import gather_rows, scatter_rows_
+    from gradsel_kernels.triton.topk_adam import topk_masked_adam_
     from gradsel_kernels.triton.weight_grad import selected_weight_grad, selected_weight_grad_bias, take_columns
 
     _missing = None
@@ -22,7 +23,6 @@ except ImportError as error:
 __all__ = [
     "about",
     "adam_of_table",
-    "bits_to_cols",
     "gather_rows",
     "masked_adam_",
     "pack_bits",
@@ -30,6 +30,7 @@ __all__ = [
     "selected_weight_grad",
     "selected_weight_grad_bias",
     "take_columns",
+    "topk_masked_adam_",
     "topk_rows",
     "topk_rows_bits",
     "unpack_bits",

@@ -1,8 +1,7 @@
 """Masked Adam: the selected entries of any number of tensors in one launch.
 
 Tensors that agree in everything that shapes the compiled code form a bucket, which has a table in device memory. Two
-kernels do its step: one counts the steps and computes bias corrections, the other updates the tiles. Packed bitmasks
-need two more to find the entries.
+kernels do its step: one counts the steps and computes bias corrections, the other updates the tiles.
 """
 
 from __future__ import annotations
@@ -24,9 +23,6 @@ from gradsel_kernels.triton.common import TRITON_DTYPES, on_device
 
 #: Entries of one tile, 4 a thread: vectors of 16 bytes, and so few registers that occupancy hides scattered reads.
 ENTRIES = 512
-#: Words of one tile of a packed mask, and how many of its entries are updated at a time.
-TILE_WORDS = 256
-BATCH = 512
 WARPS = 4
 #: Tensors whose steps one program counts.
 STEPS = 32
@@ -92,14 +88,6 @@ def _bucket(item: AdamItem, anchored: bool) -> _Bucket:
     )
 
 
-def _tiles(item: AdamItem, layout: int) -> int:
-    if not item.nnz:
-        return 0
-    if layout == Layout.BITS:
-        return triton.cdiv(item.rows * item.index_width, TILE_WORDS)
-    return triton.cdiv(item.nnz, ENTRIES)
-
-
 def _to_device(numbers: Tensor, device: torch.device) -> Tensor:
     """A copy for which the host does not wait; torch keeps the pinned source until it is done."""
     return numbers if device.type == "cpu" else numbers.pin_memory().to(device, non_blocking=True)
@@ -112,7 +100,7 @@ def _prepare(table: AdamTable, anchored: bool, device: torch.device) -> list[_Pr
     words = torch.frombuffer(table.words, dtype=torch.int64).view(-1, ITEM_WORDS)
     prepared = []
     for bucket, members in buckets.items():
-        counts = [_tiles(table.items[i], bucket.layout) for i in members]
+        counts = [triton.cdiv(table.items[i].nnz, ENTRIES) for i in members]
         first_tiles = list(itertools.accumulate(counts, initial=0))[:-1]
         lines = torch.cat([words[members], torch.tensor(first_tiles).unsqueeze(1)], dim=1)
         tiles = torch.repeat_interleave(torch.arange(len(counts), dtype=torch.int32), torch.tensor(counts))
@@ -121,7 +109,7 @@ def _prepare(table: AdamTable, anchored: bool, device: torch.device) -> list[_Pr
 
 
 def masked_adam_(call: AdamCall, options: AdamOptions) -> None:
-    """One step on every tensor: two launches a bucket, four if its masks are packed. Never waits for the device.
+    """One step on every tensor: two launches a bucket. Never waits for the device.
 
     Describing 150 tensors takes the host longer than their step takes the device, so what was prepared for the same
     addresses on the same stream is used again.
@@ -193,14 +181,8 @@ def _launch(
         **COMPILER_OPTIONS,
     }
     pointers = (table, tiles, corrections, keys, call.grad_scale, call.found_inf)
-    if bucket.layout == Layout.BITS:
-        found = torch.empty(total, dtype=torch.int32, device=device)
-        device_code.count_bits[(total,)](table, tiles, found, ALIGNED=bucket.aligned, WORDS=TILE_WORDS, num_warps=1)
-        starts = found.cumsum(0) - found
-        device_code.step_bits[(total,)](*pointers, starts, *scalars, WORDS=TILE_WORDS, BATCH=BATCH, **flags)
-    else:
-        device_code.step[(total,)](
-            *pointers, *scalars,
-            INDEX=TRITON_DTYPES[bucket.index_dtype], LAYOUT=bucket.layout, LINEAR=bucket.linear,
-            HAS_WEIGHT=bucket.weight_dtype is not None, ENTRIES=ENTRIES, **flags,
-        )  # fmt: skip
+    device_code.step[(total,)](
+        *pointers, *scalars,
+        INDEX=TRITON_DTYPES[bucket.index_dtype], LAYOUT=bucket.layout, LINEAR=bucket.linear,
+        HAS_WEIGHT=bucket.weight_dtype is not None, ENTRIES=ENTRIES, **flags,
+    )  # fmt: skip

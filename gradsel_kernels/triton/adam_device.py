@@ -11,7 +11,7 @@ import triton.language as tl
 
 from gradsel_kernels._checks import Layout
 from gradsel_kernels.adam_item import ITEM_WORDS, WORD_OF
-from gradsel_kernels.triton.common import convert, div_rn, fma, popcount, power, sqrt_rn
+from gradsel_kernels.triton.common import convert, div_rn, fma, power, sqrt_rn
 
 _ALL = tl.constexpr(int(Layout.ALL))
 _COLS = tl.constexpr(int(Layout.COLS))
@@ -256,7 +256,7 @@ def step(
     ALIGNED: tl.constexpr, AMSGRAD: tl.constexpr, DECAY: tl.constexpr, MAXIMIZE: tl.constexpr, ANCHOR: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of a tensor in the layout ALL, COLS or FLAT.
+    """One tile of a tensor.
 
     COMPACT: the gradient is in mask order. LINEAR: dense tensors have entries at their flat index, row * cols + col.
     """
@@ -303,76 +303,3 @@ def step(
         WEIGHT, GRAD, STATE, MOMENT, COMPACT, HAS_WEIGHT, HAS_VALUES, ROUNDING, ALIGNED, AMSGRAD, DECAY, MAXIMIZE,
         ANCHOR,
     )  # fmt: skip
-
-
-@triton.jit
-def _tile_of_words(table, tiles, ALIGNED: tl.constexpr, WORDS: tl.constexpr):
-    """The line of this program's tensor, the number of its first word (rows one after the other), and its words."""
-    tile = tl.program_id(0)
-    item = table + tl.load(tiles + tile) * _FIELDS
-    first = (tile - tl.load(item + _FIRST_TILE)) * WORDS
-    word = first + tl.arange(0, WORDS)
-    valid = word < tl.load(item + _ROWS) * tl.load(item + _INDEX_WIDTH)
-    return item, first, tl.load(_vector(item, _INDEX, tl.int32, ALIGNED) + word, mask=valid, other=0)
-
-
-@triton.jit
-def count_bits(table, tiles, counts, ALIGNED: tl.constexpr, WORDS: tl.constexpr):
-    _, _, word = _tile_of_words(table, tiles, ALIGNED, WORDS)
-    tl.store(counts + tl.program_id(0), tl.sum(popcount(word), axis=0))
-
-
-@triton.jit
-def step_bits(
-    table, tiles, corrections, keys, grad_scale, found_inf, starts, lerp_weight: tl.float64, beta2: tl.float64,
-    square_weight: tl.float64, eps: tl.float64, decay: tl.float64, pull: tl.float64,
-    WEIGHT: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, MOMENT: tl.constexpr, COMPACT: tl.constexpr,
-    HAS_VALUES: tl.constexpr, ROUNDING: tl.constexpr,
-    ALIGNED: tl.constexpr, AMSGRAD: tl.constexpr, DECAY: tl.constexpr, MAXIMIZE: tl.constexpr, ANCHOR: tl.constexpr,
-    WORDS: tl.constexpr, BATCH: tl.constexpr,
-):  # fmt: skip
-    """One tile of a packed mask: lane i of a batch looks up the i-th set bit, so no lane idles on a zero.
-
-    ``starts`` counts the set bits in all tiles before each one.
-    """
-    item, first, word = _tile_of_words(table, tiles, ALIGNED, WORDS)
-    tensor = tl.load(tiles + tl.program_id(0))
-    count = popcount(word)
-    end = tl.cumsum(count, axis=0)
-    before = tl.load(starts + tl.program_id(0)) - tl.load(starts + tl.load(item + _FIRST_TILE))
-    row_length = tl.load(item + _INDEX_WIDTH)
-    total = tl.sum(count, axis=0)
-    for start in range(0, total, BATCH):
-        rank = start + tl.arange(0, BATCH)
-        # Binary search for the word: the words that end at or before the rank are those that come before it.
-        position = tl.zeros([BATCH], tl.int32)
-        half = WORDS // 2
-        while half > 0:
-            passed = tl.gather(end, position + half - 1, axis=0) <= rank
-            position += tl.where(passed, half, 0)
-            half = half // 2
-        within = rank - (tl.gather(end, position, axis=0) - tl.gather(count, position, axis=0))
-        # And for the bit in it, in halves of 16, 8, 4, 2 and 1.
-        bits = tl.gather(word, position, axis=0).to(tl.uint32, bitcast=True)
-        bit = tl.zeros([BATCH], tl.int32)
-        for shift in tl.static_range(5):
-            width = 16 >> shift
-            low = popcount(((bits >> bit) & ((1 << width) - 1)).to(tl.int32, bitcast=True))
-            above = low <= within
-            within -= tl.where(above, low, 0)
-            bit += tl.where(above, width, 0)
-        flat_word = first + position
-        row = flat_word // row_length
-        col = (flat_word % row_length) * 32 + bit
-        entry = before + rank
-        valid = _allowed((rank < total) & (entry < tl.load(item + _NNZ)), found_inf)
-        inside = valid & (col < tl.load(item + _COLUMNS))
-        weight_offset = row * tl.load(item + _WEIGHT_ROW) + col * tl.load(item + _WEIGHT_COL)
-        grad_offset = entry
-        if not COMPACT:
-            grad_offset = row * tl.load(item + _GRAD_ROW) + col * tl.load(item + _GRAD_COL)
-        _update(
-            item, tensor, corrections, keys, grad_scale, entry, weight_offset, grad_offset, valid, inside,
-            lerp_weight, beta2, square_weight, eps, decay, pull,
-            WEIGHT, GRAD, STATE, MOMENT, COMPACT, True, HAS_VALUES, ROUNDING, ALIGNED, AMSGRAD, DECAY, MAXIMIZE, ANCHOR,
-        )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Kernels for packed bitmasks: packing, unpacking, and finding the first set bits of each row."""
+"""Kernels for packed bitmasks: packing and unpacking."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from gradsel_kernels.triton.common import on_device, pack_words
 
 #: Columns that one program packs or unpacks: one byte each, so that every thread of two warps accesses 16 bytes.
 COLS = 1024
-#: Columns that one program searches at a time for set bits: 8 for each thread.
-SEARCHED = 1024
 
 
 @triton.jit(do_not_specialize=["chunks"])
@@ -43,26 +41,6 @@ def _unpack(bits, mask, stride_row, stride_col, n, chunks, COLS: tl.constexpr):
     tl.store(mask + row * n + chunk * COLS + lane, flag.to(tl.int1), mask=lane < n - chunk * COLS)
 
 
-@triton.jit(do_not_specialize=["k"])
-def _first_cols(bits, out, stride_row, stride_col, n_words, k, COLS: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    lane = tl.arange(0, COLS)
-    found = tl.zeros((), tl.int32)
-    first = tl.zeros((), tl.int32)
-    while (first < n_words) & (found < k):
-        word = first + tl.arange(0, COLS // 32)
-        packed = tl.load(bits + row * stride_row + word.to(tl.int64) * stride_col, mask=word < n_words, other=0)
-        flag = tl.reshape((packed[:, None] >> tl.arange(0, 32)[None, :]) & 1, [COLS])
-        rank = found + tl.cumsum(flag, axis=0) - 1
-        tl.store(out + row * k + rank, first * 32 + lane, mask=(flag != 0) & (rank < k))
-        found += tl.sum(flag, axis=0)
-        first += COLS // 32
-    while found < k:
-        rank = found + lane
-        tl.store(out + row * k + rank, tl.full([COLS], -1, tl.int32), mask=rank < k)
-        found += COLS
-
-
 def pack_bits(mask: Tensor) -> Tensor:
     rows, n = mask.shape
     bits = torch.empty((rows, words(n)), dtype=torch.int32, device=mask.device)
@@ -84,12 +62,3 @@ def unpack_bits(bits: Tensor, n: int) -> Tensor:
         with on_device(bits):
             _unpack[(rows * chunks,)](bits, mask, bits.stride(0), bits.stride(1), n, chunks, COLS=COLS, num_warps=2)
     return mask
-
-
-def bits_to_cols(bits: Tensor, k: int) -> Tensor:
-    rows, n_words = bits.shape
-    out = torch.empty((rows, k), dtype=torch.int32, device=bits.device)
-    if out.numel():
-        with on_device(bits):
-            _first_cols[(rows,)](bits, out, bits.stride(0), bits.stride(1), n_words, k, COLS=SEARCHED, num_warps=4)
-    return out

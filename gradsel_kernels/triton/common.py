@@ -48,18 +48,6 @@ def pack_words(flags, WORDS: tl.constexpr):
 
 
 @triton.jit
-def popcount(x):
-    """Set bits of an int32, counted in parallel within the word: the interpreter has no popc."""
-    x = x.to(tl.uint32, bitcast=True)
-    x = x - ((x >> 1) & 0x55555555)
-    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-    x = (x + (x >> 4)) & 0x0F0F0F0F
-    x = x + (x >> 8)
-    x = x + (x >> 16)
-    return (x & 0x3F).to(tl.int32)
-
-
-@triton.jit
 def convert(x, DTYPE: tl.constexpr):
     """x in another float format, converted as torch does: to nearest even, and from float64 to 16 bits via float32.
 

@@ -24,6 +24,9 @@ RANKED_AT_ONCE = 4096
 #: Bytes of neighbouring rows that one program reads from each column of a row-contiguous (transposed) view: with less,
 #: memory transactions are partly wasted; with more, a typical weight has too few programs to fill the device.
 TRANSPOSED_BYTES = 64
+#: Registers of a thread that streams contiguous rows for a small K: three programs fit in a multiprocessor. Left to
+#: itself, ptxas aims at 64 for sm_90 in bfloat16, and spills.
+STREAM_REGISTERS = 80
 
 
 @triton.jit
@@ -32,6 +35,13 @@ def _load_keys(grad, row, col, stride_row, stride_col, valid, UNIT_STRIDE: tl.co
     pointers = grad + row[:, None] * stride_row
     pointers = pointers + (col[None, :] if UNIT_STRIDE else col.to(tl.int64)[None, :] * stride_col)
     return tl.where(valid, magnitude_key(tl.load(pointers, mask=valid)), -1)
+
+
+@triton.jit
+def _rows_of(block, ROWS: tl.constexpr):
+    """The rows of a block: that of the program, unless another kernel, which selects in passing, says which."""
+    number = tl.program_id(0).to(tl.int64) if block is None else block
+    return number * ROWS + tl.arange(0, ROWS)
 
 
 @triton.jit
@@ -80,8 +90,9 @@ def _store_best(
 def _topk_rounds(
     grad, out, bits, stride_row, stride_col, rows, n, k,
     ROWS: tl.constexpr, COLS: tl.constexpr, KP: tl.constexpr, UNIT_STRIDE: tl.constexpr, WITH_BITS: tl.constexpr,
+    block=None,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = _rows_of(block, ROWS)
     col = tl.arange(0, COLS)
     valid = (row < rows)[:, None] & (col < n)[None, :]
     key = _load_keys(grad, row, col, stride_row, stride_col, valid, UNIT_STRIDE)
@@ -108,8 +119,9 @@ def _topk_bisect(
     grad, out, bits, stride_row, stride_col, rows, n, k,
     ROWS: tl.constexpr, COLS: tl.constexpr, CHUNK: tl.constexpr, KEY_BITS: tl.constexpr,
     UNIT_STRIDE: tl.constexpr, WITH_BITS: tl.constexpr,
+    block=None,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = _rows_of(block, ROWS)
     col = tl.arange(0, COLS)
     valid = (row < rows)[:, None] & (col < n)[None, :]
     key = _load_keys(grad, row, col, stride_row, stride_col, valid, UNIT_STRIDE)
@@ -142,8 +154,9 @@ def _topk_bisect(
 def _topk_stream_rounds(
     grad, out, bits, stride_row, stride_col, rows, n, k,
     ROWS: tl.constexpr, COLS: tl.constexpr, KP: tl.constexpr, UNIT_STRIDE: tl.constexpr, WITH_BITS: tl.constexpr,
+    block=None,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = _rows_of(block, ROWS)
     lane = tl.arange(0, COLS)
     slot = tl.arange(0, KP)
     picks = tl.full([ROWS, KP], 0x7FFFFFFF, tl.int32)
@@ -180,8 +193,9 @@ def _topk_stream_rounds(
 def _topk_stream_bisect(
     grad, out, bits, stride_row, stride_col, rows, n, k,
     ROWS: tl.constexpr, COLS: tl.constexpr, KEY_BITS: tl.constexpr, UNIT_STRIDE: tl.constexpr, WITH_BITS: tl.constexpr,
+    block=None,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = _rows_of(block, ROWS)
     lane = tl.arange(0, COLS)
     chunks = (n - 1) // COLS + 1
     KEY: tl.constexpr = tl.int64 if KEY_BITS == 63 else tl.int32
@@ -231,6 +245,11 @@ def stream_config(itemsize: int, transposed: bool) -> tuple[int, int, int]:
     return rows, entries // rows, 8
 
 
+def stream_options(small: bool, transposed: bool) -> dict[str, int]:
+    """What the compiler is told about a kernel that streams."""
+    return {"maxnreg": STREAM_REGISTERS} if small and not transposed else {}
+
+
 def topk(grad: Tensor, k: int, with_bits: bool) -> tuple[Tensor, Tensor | None]:
     """int32 [rows, min(k, n)] and, if asked for, the packed mask int32 [rows, ceil(n / 32)]."""
     rows, n = grad.shape
@@ -260,6 +279,7 @@ def topk(grad: Tensor, k: int, with_bits: bool) -> tuple[Tensor, Tensor | None]:
         if streamed:
             kernel = _topk_stream_rounds if small else _topk_stream_bisect
             tile_rows, tile_cols, warps = stream_config(itemsize, transposed)
+            flags |= stream_options(small, transposed)
         else:
             kernel = _topk_rounds if small else _topk_bisect
             tile_rows, tile_cols, warps = register_config(n, itemsize)

@@ -69,7 +69,6 @@ def test_masked_adam(fast, guarded, dtype, layout, at_end):
         index, shape = {
             Layout.ALL: (None, (rows, n)),
             Layout.COLS: (cols, (rows, k)),
-            Layout.BITS: (reference.pack_bits(mask), (rows * k,)),
             Layout.FLAT: (mask.view(-1).nonzero().view(-1), (rows * k,)),
         }[layout]
         for compact in (False, True):

@@ -21,7 +21,7 @@ REGISTERS = {
     r"topk_many_.*": 64,
     r"adam_step_32": 170,
     r"adam_step_64": 255,
-    r"write_table|adam_count_bits|adam_rank_bits": 40,
+    r"write_table": 40,
 }
 #: Bytes that are put aside, by exception: a third block on a multiprocessor is worth two registers.
 STACK = {("sm_100", "gradsel_adam_step_32"): 8}

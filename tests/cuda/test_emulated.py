@@ -24,6 +24,7 @@ TESTS = (
     "tests/kernels/test_adam_low_precision.py",
     "tests/kernels/test_adam_scaling.py",
     "tests/kernels/test_adam_specification.py",
+    "tests/kernels/test_topk_adam.py",
     "tests/cuda/test_bounds.py",
     "tests/cuda/test_backend.py",
     "tests/gpu/test_kernels.py",

@@ -55,7 +55,6 @@ OPERATORS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, ...]]] = {
     "topk_rows_bits": lambda x, cols: gk.topk_rows_bits(x, 5),
     "pack_bits": lambda x, cols: (gk.pack_bits(x > 0),),
     "unpack_bits": lambda x, cols: (gk.unpack_bits(gk.pack_bits(x > 0), SIZE),),
-    "bits_to_cols": lambda x, cols: (gk.bits_to_cols(gk.topk_rows_bits(x, 5)[1], 5),),
     "gather_rows": lambda x, cols: (gk.gather_rows(x, cols),),
     "scatter_rows_": lambda x, cols: (gk.scatter_rows_(x.clone(), cols, -x[:, :5]),),
     "take_columns": lambda x, cols: (gk.take_columns(x, cols[0]),),

@@ -44,16 +44,13 @@ def test_top_k_takes_its_results(kernels, device, dtype, k):
     assert peak_of(device, lambda: gk.topk_rows_bits(grad, k)) <= results + 4 * WIDTH * words(WIDTH) + SLACK
 
 
-@pytest.mark.parametrize("layout", [Layout.COLS, Layout.FLAT, Layout.BITS], ids=lambda layout: layout.name)
+@pytest.mark.parametrize("layout", [Layout.COLS, Layout.FLAT], ids=lambda layout: layout.name)
 def test_a_step_takes_nothing(kernels, device, layout):
     weight, grad = matrix(device, torch.bfloat16), matrix(device, torch.bfloat16)
     index = four_a_row(device)
     shape = (WIDTH, 4) if layout == Layout.COLS else (WIDTH * 4,)
     if layout == Layout.FLAT:
         index = (torch.arange(WIDTH, device=device).unsqueeze(1) * WIDTH + index).view(-1)
-    elif layout == Layout.BITS:
-        mask = torch.zeros(WIDTH, WIDTH, dtype=torch.bool, device=device)
-        index = gk.pack_bits(mask.scatter_(1, index.long(), True))
     m, v = (torch.zeros(shape, device=device) for _ in range(2))
     count = torch.zeros((), device=device)
 

@@ -150,7 +150,7 @@ def test_training_on_a_side_stream(kernels, device):
 # --- Nothing waits -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("operator", [name for name in OPERATORS if name != "bits_to_cols"])  # which looks at a result
+@pytest.mark.parametrize("operator", OPERATORS)
 def test_no_operator_waits_for_the_device(kernels, device, operator):
     run, cols = OPERATORS[operator], columns(device)
     (x,) = matrices(device, 1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import gradsel_kernels as gk
-from gradsel_kernels import Layout, reference
+from gradsel_kernels import Layout
 from tests.kernels import cases
 
 OPTIONS = [
@@ -134,9 +134,7 @@ def flat_indices(weight: Tensor, index: Tensor | None, layout: Layout) -> Tensor
         return torch.arange(weight.numel())
     if layout == Layout.FLAT:
         return index.long()
-    if layout == Layout.COLS:
-        return (torch.arange(rows).unsqueeze(1) * cols + index).view(-1)
-    return reference.unpack_bits(index, cols).view(-1).nonzero().view(-1)
+    return (torch.arange(rows).unsqueeze(1) * cols + index).view(-1)
 
 
 def masks(rows: int, cols: int, k: int = 3):
@@ -146,7 +144,6 @@ def masks(rows: int, cols: int, k: int = 3):
     flat = irregular.view(-1).nonzero().view(-1)
     yield Layout.ALL, None, (rows, cols)
     yield Layout.COLS, columns, tuple(columns.shape)
-    yield Layout.BITS, reference.pack_bits(irregular), (int(irregular.sum()),)
     yield Layout.FLAT, flat.to(torch.int32), (flat.numel(),)
     yield Layout.FLAT, flat[torch.randperm(flat.numel())], (flat.numel(),)  # int64, any order
 

@@ -159,16 +159,16 @@ def test_a_step_counts_for_one_tensor(fast):
     assert all((weight == 1).all() for weight in weights)
 
 
-@pytest.mark.parametrize("layout", [Layout.COLS, Layout.FLAT, Layout.BITS], ids=str)
+@pytest.mark.parametrize("layout", [Layout.COLS, Layout.FLAT], ids=str)
 def test_an_index_out_of_range_changes_nothing(fast, layout):
     if fast != "cpu" or cases.FOR_GPUS:
         pytest.skip("CUDA kernels trust their indices and skip what is out of range (next test)")
     for backend in ("reference", "native"):
         problem = everything(torch.float32)
         bad = max(i for i, this in enumerate(problem.layouts) if this == layout)
-        problem.indices[bad].view(-1)[-1] = -1  # for BITS: the whole last word, including its spare bits
+        problem.indices[bad].view(-1)[-1] = -1
         before = problem.to("cpu")
-        with gk.use_backend(backend), pytest.raises((IndexError, ValueError), match=f"tensor {bad}.*indices"):
+        with gk.use_backend(backend), pytest.raises(IndexError, match=f"tensor {bad}.*indices"):
             problem.step()
         for name in ("weights", "values", "exp_avgs", "exp_avg_sqs", "steps"):
             for now, then in zip(getattr(problem, name), getattr(before, name), strict=True):

@@ -7,23 +7,8 @@ import torch
 from torch import Tensor
 
 import gradsel_kernels as gk
-from gradsel_kernels import Layout, reference
-from tests.kernels import cases
-from tests.kernels.adam_cases import Problem, adam_arguments
-
-
-def test_wrong_bit_count(fast):
-    if fast != "cpu" or cases.INTERPRETED:
-        pytest.skip("counting would synchronise a CUDA device")
-    problem = Problem()
-    mask = cases.random_mask(4, 40)
-    mask[0, 0] = True
-    nnz = int(mask.sum())
-    problem.add(torch.randn(4, 40), reference.pack_bits(mask), Layout.BITS, (nnz,), compact=False, master=False)
-    problem.indices[0][0, 0] -= 1
-    for backend in ("reference", "native"):
-        with gk.use_backend(backend), pytest.raises(ValueError, match=f"{nnz - 1} bits.*exp_avg.* {nnz}"):
-            problem.step()
+from gradsel_kernels import Layout
+from tests.kernels.adam_cases import adam_arguments
 
 
 def test_no_tensors():
@@ -88,10 +73,9 @@ BF16_MOMENTS = {"exp_avgs": [torch.zeros(2, 1).bfloat16()], "exp_avg_sqs": [torc
         ({"indices": [torch.zeros(2, 2, dtype=torch.int32)]}, ValueError, r"exp_avg \[2, 1\]"),
         ({"exp_avgs": []}, ValueError, "exp_avgs.* 0 "),
         ({"indices": [torch.zeros(2, 1, dtype=torch.int32, device="meta")]}, ValueError, "indices.*meta"),
-        ({"indices": [torch.zeros(2, 1)]}, ValueError, r"indices.*int32 \[rows, k\]"),
+        ({"indices": [torch.zeros(2, 1)]}, ValueError, r"columns must be int32 \[rows, k\]"),
         ({"layouts": [9]}, ValueError, "layout 9"),
         ({"layouts": [Layout.FLAT], "indices": [torch.zeros(3, dtype=torch.int32)]}, ValueError, "indices.* 2"),
-        ({"layouts": [Layout.BITS], "indices": [torch.zeros(2, 4, dtype=torch.int32)]}, ValueError, "4 words"),
         ({"weights": [torch.ones(3, 3)]}, ValueError, "mask.* 2 rows"),
         ({"weights": [torch.ones(2, 3).double()]}, TypeError, "float64.*float32"),
         ({"weights": [torch.ones(1, 3).expand(2, 3)]}, ValueError, "stride 0"),

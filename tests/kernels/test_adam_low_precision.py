@@ -149,15 +149,15 @@ def test_a_random_word_of_zero_moves_nothing_that_is_exact(fast, dtype):
 
 
 def test_random_bits_belong_to_an_entrys_number_in_mask_order(fast):
-    """In every layout of the mask, with any number of threads."""
+    """With and without indices, with any number of threads."""
     rows, cols = (4, 300) if cases.INTERPRETED else (40, 3000)
     mask = cases.random_mask(rows, cols, 0.3)
     flat = mask.view(-1).nonzero().view(-1)
     x, weight = torch.randn(flat.numel()), torch.randn(rows, cols).bfloat16()
     found = []
     threads = torch.get_num_threads()
-    for layout, index in ((Layout.BITS, reference.pack_bits(mask)), (Layout.FLAT, flat), (Layout.ALL, None)):
-        torch.set_num_threads(1 if layout == Layout.FLAT else 3)
+    for layout, index, some in ((Layout.FLAT, flat, 1), (Layout.FLAT, flat.to(torch.int32), 3), (Layout.ALL, None, 3)):
+        torch.set_num_threads(some)
         whole = weight if index is not None else weight.view(-1)[flat]
         whole = whole.clone().to(fast)
         zeros = [torch.zeros(x.shape, device=fast) for _ in range(2)]

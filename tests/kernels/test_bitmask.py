@@ -1,4 +1,4 @@
-"""Packing, unpacking and column lists of every backend against the specification."""
+"""Packing and unpacking of every backend against the specification."""
 
 from __future__ import annotations
 
@@ -31,31 +31,6 @@ def test_word_layout():
     assert reference.pack_bits(mask).tolist() == [[(1 << 0 | 1 << 5) - 2**31, 1, 1 << 5]]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_bits_to_cols(fast, shape):
-    rows, n = shape
-    for k in (0, 1, 3, 40, n):
-        cols = cases.random_cols(rows, n, k)
-        mask = torch.zeros(rows, n, dtype=torch.bool).scatter_(1, cols.long(), True)
-        bits = reference.pack_bits(mask).to(fast)
-        assert torch.equal(gk.bits_to_cols(bits, min(k, n)).cpu(), cols)
-        spaced = cases.spaced(bits)
-        assert torch.equal(gk.bits_to_cols(spaced, min(k, n)).cpu(), cols)
-
-
-def test_operator_pads_short_rows_and_cuts_long_ones(fast):
-    mask = torch.tensor([[1, 0, 1, 1], [0, 0, 0, 1], [0, 0, 0, 0]], dtype=torch.bool)
-    bits = reference.pack_bits(mask).to(fast)
-    assert torch.ops.gradsel_kernels.bits_to_cols(bits, 2).tolist() == [[0, 2], [3, -1], [-1, -1]]
-
-
-@pytest.mark.parametrize(("row", "word"), [([1, 1, 1, 0], "more"), ([0, 0, 0, 1], "fewer")])
-def test_rows_of_another_count_are_refused(fast, row, word):
-    bits = reference.pack_bits(torch.tensor([[1, 1, 0, 0], row], dtype=torch.bool)).to(fast)
-    with pytest.raises(ValueError, match=f"k = 2.*row 1.*{word}"):
-        gk.bits_to_cols(bits, 2)
-
-
 def test_spare_bits_are_ignored_when_unpacking(fast):
     bits = torch.full((2, 1), -1, dtype=torch.int32, device=fast)
     assert gk.unpack_bits(bits, 5).tolist() == [[True] * 5] * 2
@@ -69,8 +44,6 @@ def test_spare_bits_are_ignored_when_unpacking(fast):
         (lambda: gk.unpack_bits(torch.ones(2, 2), 40), TypeError, "bits.*int32"),
         (lambda: gk.unpack_bits(torch.ones(2, 2, dtype=torch.int32), 65), ValueError, "33 to 64"),
         (lambda: gk.unpack_bits(torch.ones(2, 2, dtype=torch.int32), 32), ValueError, "1 words"),
-        (lambda: gk.bits_to_cols(torch.ones(2, 2, dtype=torch.int64), 1), TypeError, "bits.*int32"),
-        (lambda: gk.bits_to_cols(torch.ones(2, 2, dtype=torch.int32), -2), ValueError, "k.*-2"),
     ],
 )
 def test_bad_input(call, error, message):

@@ -20,14 +20,12 @@ def sample_inputs(op: str, device: str):
     cols = cases.random_cols(6, 70, 3).to(device)
     mask = cases.random_mask(6, 70).to(device)
     bits = gk.pack_bits(mask)
-    if op.startswith("topk"):
+    if op.startswith("topk_rows"):
         return [(weight, 3), (weight.t(), 90), (weight.half(), 1)]
     if op == "pack_bits":
         return [(mask,), (mask.t(),)]
     if op == "unpack_bits":
         return [(bits, 70)]
-    if op == "bits_to_cols":
-        return [(bits, 4)]
     if op == "gather_rows":
         return [(weight, cols), (weight.t().contiguous().t(), cols)]
     if op == "scatter_rows_":
@@ -38,11 +36,23 @@ def sample_inputs(op: str, device: str):
         grad_output = torch.randn(6, 4, device=device)
         offsets = torch.tensor([0, 1, 1, 3, 3], device=device)
         return [(grad_output, weight, cols[:4], None, "auto"), (grad_output, weight, cols[0], offsets, "union")]
+    if op == "topk_masked_adam_":
+        return [first_step_inputs(weight), first_step_inputs(weight.t().half())]
     return [adam_inputs(everything(torch.float32).to(device))]
 
 
 def fill(tensors):
     return [torch.empty(0) if t is None else t for t in tensors]
+
+
+def first_step_inputs(weight):
+    def made(shape, dtype=torch.float32):
+        return [torch.zeros(shape, dtype=dtype, device=weight.device)]
+
+    rows, n = weight.shape
+    states = [made((rows, 3)) for _ in range(4)]
+    bits = made((rows, -(-n // 32)), torch.int32)
+    return ([weight.clone()], [], [weight], *states, made(()), made((rows, 3), torch.int32), bits)
 
 
 def adam_inputs(problem):
@@ -68,7 +78,7 @@ ADAM |= {"anchor": 0.1, "anchor_l1": False, "anchor_decoupled": False}
 @pytest.mark.parametrize("op", SCHEMAS)
 def test_opcheck(fast, op):
     for args in sample_inputs(op, fast):
-        torch.library.opcheck(getattr(OPS, op).default, args, ADAM if op == "masked_adam_" else {})
+        torch.library.opcheck(getattr(OPS, op).default, args, ADAM if "masked_adam_" in op else {})
 
 
 @pytest.mark.parametrize("how", ["stochastic", "compensated"])

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +14,9 @@ from hypothesis import strategies as st
 import gradsel_kernels as gk
 from gradsel_kernels import reference
 from tests.kernels import cases
+
+if sys.platform != "win32":
+    import resource
 
 
 def name(case):
@@ -78,6 +85,26 @@ def test_offsets_past_two_to_the_31(fast):
     assert torch.equal(gk.topk_rows(grad, 3).cpu(), reference.topk_rows(grad.cpu().clone(), 3))
     transposed = storage.as_strided((64, 2), (1, stride))
     assert torch.equal(gk.topk_rows(transposed, 1).cpu(), reference.topk_rows(grad.cpu().t().contiguous(), 1))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the memory of a forked process")
+def test_scratch_is_for_as_many_strided_rows_as_there_are():
+    """One row whose columns are not contiguous, of 16 MiB, with 64 MiB left: 16 rows of scratch do not fit."""
+    storage = torch.randn(2**23)
+    grad = storage[::2].unsqueeze(0)
+    with gk.use_backend("native"):
+        expected = gk.topk_rows(grad.contiguous(), 3)
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                torch.set_num_threads(1)  # the parent's threads are not here
+                pages = int(Path("/proc/self/statm").read_text().split()[0])
+                resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**26,) * 2)
+                code = 0 if torch.equal(gk.topk_rows(grad, 3), expected) else 2
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 @settings(deadline=None, max_examples=60 if not cases.INTERPRETED else 10)

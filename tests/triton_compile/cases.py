@@ -16,7 +16,16 @@ import triton.language as tl
 
 import gradsel_kernels.triton as device_code
 from gradsel_kernels._checks import Layout
-from gradsel_kernels.triton import adam, adam_device, bitmask, rows, topk, weight_grad
+from gradsel_kernels.triton import (  # fmt: skip
+    adam,
+    adam_device,
+    bitmask,
+    rows,
+    topk,
+    topk_adam,
+    topk_adam_device,
+    weight_grad,
+)
 
 AMPERE, HOPPER, BLACKWELL = 80, 90, 100
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -53,11 +62,13 @@ def topk_case(n: int, k: int, dtype: str, *, transposed: bool = False, targets=(
     if streamed:
         kernel = topk._topk_stream_rounds if small else topk._topk_stream_bisect
         tile_rows, cols, warps = topk.stream_config(itemsize, transposed)
+        options = topk.stream_options(small, transposed)
     else:
         kernel = topk._topk_rounds if small else topk._topk_bisect
         tile_rows, cols, warps = topk.register_config(n, itemsize)
+        options = {}
     types = {"grad": f"*{dtype}", "out": "*i32", "bits": "*i32", "rows": "i32", "n": "i32"}
-    constants = {"ROWS": tile_rows, "COLS": cols, "UNIT_STRIDE": not transposed, "WITH_BITS": True}
+    constants = {"ROWS": tile_rows, "COLS": cols, "UNIT_STRIDE": not transposed, "WITH_BITS": True, "block": None}
     if small:
         constants["KP"] = 1 if k == 1 else topk.SMALL_K
     else:
@@ -77,7 +88,7 @@ def topk_case(n: int, k: int, dtype: str, *, transposed: bool = False, targets=(
         types,
         constants,
         ("grad", "out", "bits", other, "n"),
-        {"num_warps": warps},
+        {"num_warps": warps, **options},
         vectors=not transposed,
         targets=targets,
     )
@@ -118,30 +129,84 @@ def adam_case(
         "DECAY": decay.value,
         "MAXIMIZE": False,
         "ANCHOR": anchor.value,
+        "INDEX": tl.int32,
+        "LAYOUT": int(layout),
+        "LINEAR": linear,
+        "HAS_WEIGHT": True,
+        "ENTRIES": adam.ENTRIES,
     }
     divisible = tuple(name for name in types if types[name][0] == "*")
-    if layout == Layout.BITS:
-        kernel = adam_device.step_bits
-        types["starts"] = "*i64"
-        divisible += ("starts",)
-        constants |= {"WORDS": adam.TILE_WORDS, "BATCH": adam.BATCH}
-    else:
-        kernel = adam_device.step
-        constants |= {"INDEX": tl.int32, "LAYOUT": int(layout), "LINEAR": linear, "HAS_WEIGHT": True}
-        constants["ENTRIES"] = adam.ENTRIES
     name = f"{layout.name}-{weight}-{moment or state}"
     name += "-compact" * compact + "-values" * values + "-amsgrad" * amsgrad + "-scaler" * scaler
     name += f"-rounding{rounding.value}" * (rounding.value > 0)
     return Case(
-        kernel,
+        adam_device.step,
         name + f"-anchor{anchor.value}" * (anchor.value > 0),
         types,
         constants,
         divisible,
         adam.COMPILER_OPTIONS,
-        # The entries of a batch start anywhere, and four of 16 bits are 8 bytes.
-        vectors=layout != Layout.BITS and not (moment == "bf16" and layout == Layout.ALL and weight != "fp32"),
+        # Four numbers of 16 bits are 8 bytes.
+        vectors=not (moment == "bf16" and layout == Layout.ALL and weight != "fp32"),
         threads=512,
+        targets=targets,
+        forbidden=("ftz", "approx", "div.full"),
+    )
+
+
+def first_step_case(
+    n: int,
+    k: int,
+    weight: str,
+    *,
+    transposed: bool = False,
+    values: bool = False,
+    amsgrad: bool = False,
+    anchor: tl.constexpr = adam_device.NO_ANCHOR,
+    rounding: tl.constexpr = adam_device.TO_NEAREST,
+    moment: str | None = None,
+    scaler: bool = False,
+    targets=(HOPPER,),
+) -> Case:
+    state = "fp64" if weight == "fp64" else "fp32"
+    search = topk_adam.config(n, k, ITEMSIZE[weight], transposed)
+    scalars = dict.fromkeys(("lerp_weight", "beta2", "square_weight", "eps", "decay", "pull"), "fp64")
+    types = {"table": "*i64", "tiles": "*i32", "masks": "*i64", "corrections": "*fp64", **scalars}
+    optional = {"keys": ("*i64", rounding is adam_device.STOCHASTIC)}
+    optional |= dict.fromkeys(("grad_scale", "found_inf"), ("*fp32", scaler))
+    types |= {name: pointer for name, (pointer, passed) in optional.items() if passed}
+    constants = {
+        **{name: None for name, (_, passed) in optional.items() if not passed},
+        "WEIGHT": TYPES[weight],
+        "GRAD": TYPES[weight],
+        "STATE": TYPES[state],
+        "MOMENT": TYPES[moment or state],
+        "STREAMED": search.streamed,
+        "KP": search.kp,
+        "KEY_BITS": search.key_bits,
+        "CHUNK": topk.RANKED_AT_ONCE,
+        "ROWS": search.rows,
+        "COLS": search.cols,
+        "UNIT_STRIDE": not transposed,
+        "WITH_BITS": True,
+        "ALIGNED": not transposed,
+        "HAS_VALUES": values,
+        "HAS_ORIGINAL": anchor.value > 0,
+        "ROUNDING": rounding.value,
+        "AMSGRAD": amsgrad,
+        "DECAY": adam_device.DECOUPLED_DECAY.value,
+        "MAXIMIZE": False,
+        "ANCHOR": anchor.value,
+        "ENTRIES": topk_adam.ENTRIES,
+    }
+    return Case(
+        topk_adam_device.first_step,
+        f"{n}-top{k}-{weight}-rounding{rounding.value}" + "-transposed" * transposed,
+        types,
+        constants,
+        tuple(name for name in types if types[name][0] == "*"),
+        {**adam.COMPILER_OPTIONS, "num_warps": search.warps, "maxnreg": search.registers},
+        vectors=not transposed,
         targets=targets,
         forbidden=("ftz", "approx", "div.full"),
     )
@@ -258,6 +323,7 @@ CASES = [
     topk_case(14336, 64, "fp32", targets=EVERYWHERE),
     topk_case(8192, 64, "fp64"),
     topk_case(50304, 1, "fp32"),
+    topk_case(50304, 8, "bf16"),
     topk_case(50304, 8, "fp64"),
     topk_case(50304, 64, "bf16"),
     topk_case(3072, 1, "bf16", transposed=True),
@@ -268,8 +334,6 @@ CASES = [
     adam_case(Layout.COLS, "fp32", compact=True),
     adam_case(Layout.COLS, "bf16", compact=True, values=True, targets=EVERYWHERE),
     adam_case(Layout.FLAT, "fp64", "fp64", compact=False, linear=True, amsgrad=True),
-    adam_case(Layout.BITS, "fp32", compact=False),
-    adam_case(Layout.BITS, "bf16", compact=True, values=True, targets=EVERYWHERE),
     adam_case(Layout.ALL, "fp32", compact=True, linear=True, anchor=adam_device.L2_ANCHOR),
     adam_case(Layout.COLS, "bf16", compact=True, values=True, anchor=adam_device.L1_ANCHOR),
     adam_case(
@@ -284,7 +348,7 @@ CASES = [
         targets=EVERYWHERE,
     ),
     adam_case(
-        Layout.BITS,
+        Layout.COLS,
         "bf16",
         compact=True,
         values=True,
@@ -307,7 +371,7 @@ CASES = [
         scaler=True,
     ),
     adam_case(
-        Layout.BITS,
+        Layout.COLS,
         "fp16",
         compact=False,
         amsgrad=True,
@@ -318,7 +382,13 @@ CASES = [
         scaler=True,
         targets=EVERYWHERE,
     ),
-    adam_case(Layout.BITS, "bf16", compact=True, amsgrad=True, rounding=adam_device.COMPENSATED, moment="bf16"),
+    adam_case(Layout.COLS, "bf16", compact=True, amsgrad=True, rounding=adam_device.COMPENSATED, moment="bf16"),
+    first_step_case(768, 1, "fp32", targets=EVERYWHERE),
+    first_step_case(3072, 8, "bf16", values=True, scaler=True, anchor=adam_device.L2_ANCHOR),
+    first_step_case(768, 64, "fp16", rounding=adam_device.COMPENSATED, amsgrad=True),
+    first_step_case(50304, 8, "bf16", targets=EVERYWHERE),
+    first_step_case(50304, 1, "bf16", rounding=adam_device.STOCHASTIC, moment="bf16"),
+    first_step_case(3072, 64, "fp64", transposed=True, anchor=adam_device.DECOUPLED_L1_ANCHOR),
     *(sums_case(weight_grad._gather, dtype, k) for dtype in ("fp32", "bf16", "fp16") for k in (1, 3)),
     sums_case(weight_grad._gather, "bf16", 1, bias=True, targets=EVERYWHERE),
     sums_case(weight_grad._gather, "fp32", 8, bias=True, offsets=True),
@@ -335,14 +405,6 @@ CASES = [
     advance_case(stochastic=False, scaler=False),
     advance_case(stochastic=True, scaler=True),
     Case(
-        adam_device.count_bits,
-        "words",
-        {"table": "*i64", "tiles": "*i32", "counts": "*i32"},
-        {"ALIGNED": True, "WORDS": adam.TILE_WORDS},
-        ("table", "tiles", "counts"),
-        {"num_warps": 1},
-    ),
-    Case(
         bitmask._pack,
         "3072",
         {"mask": "*i1", "bits": "*i32", "stride_row": "i32", "n": "i32", "chunks": "i32"},
@@ -358,14 +420,6 @@ CASES = [
         {"stride_col": 1, "COLS": bitmask.COLS},
         ("bits", "mask", "stride_row", "n"),
         {"num_warps": 2},
-    ),
-    Case(
-        bitmask._first_cols,
-        "3072",
-        {"bits": "*i32", "out": "*i32", "stride_row": "i32", "n_words": "i32", "k": "i32"},
-        {"stride_col": 1, "COLS": bitmask.SEARCHED},
-        ("bits", "out", "stride_row", "n_words"),
-        {"num_warps": 4},
     ),
     Case(
         rows._gather_rows,

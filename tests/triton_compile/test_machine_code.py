@@ -71,10 +71,11 @@ def test_machine_code(case, target, tmp_path):
 
 
 def test_every_kernel_that_is_launched_has_a_row():
-    """A kernel is launched as ``kernel[grid](...)``; functions called by other device code have no row of their own."""
+    """A kernel is launched as ``kernel[grid](...)``; functions called by other device code need no row of their own."""
     functions = jit_functions()
     called = set()
     for function in functions.values():
         called |= set(function.fn.__code__.co_names)  # the globals it uses
     kernels = {name for name in functions if name.rpartition(".")[2] not in called}
-    assert kernels == {f"{case.kernel.__module__}.{case.kernel.__name__}" for case in CASES}
+    rows = {f"{case.kernel.__module__}.{case.kernel.__name__}" for case in CASES}
+    assert kernels <= rows <= set(functions)

@@ -20,7 +20,7 @@
 namespace gradsel {
 namespace {
 
-constexpr int64_t kUnit = 4 * kBlock;     // entries, or bitmask words, a thread takes at once
+constexpr int64_t kUnit = 4 * kBlock;     // entries a thread takes at once
 constexpr int64_t kSerialEntries = 4096;  // fewer run on one thread: an entry costs far more than a byte read
 
 template <class T>
@@ -121,6 +121,8 @@ void update(Block& block, AdamScalars<T> scalars) {
     store_contiguous(item.weight_dtype, weight_run, param, block.count);
 }
 
+}  // namespace
+
 void update(Block& block) {
   if (block.task->item.state_dtype == kFloat64)
     update(block, block.task->scalars64);
@@ -128,18 +130,19 @@ void update(Block& block) {
     update(block, block.task->scalars32);
 }
 
+namespace {
+
 std::vector<Unit> cut(const std::vector<Task>& tasks) {
   std::vector<Unit> units;
   for (size_t t = 0; t < tasks.size(); ++t) {
-    const AdamItem& item = tasks[t].item;
-    const bool by_row = tasks[t].reads_bits();
-    const int64_t total = by_row ? item.rows : item.nnz;
-    const int64_t step = by_row ? std::max<int64_t>(1, kUnit / std::max<int64_t>(1, item.index_width)) : kUnit;
-    for (int64_t begin = 0; begin < total; begin += step)
-      units.push_back({static_cast<int64_t>(t), begin, std::min(begin + step, total), 0});
+    const int64_t total = tasks[t].item.nnz;
+    for (int64_t begin = 0; begin < total; begin += kUnit)
+      units.push_back({static_cast<int64_t>(t), begin, std::min(begin + kUnit, total)});
   }
   return units;
 }
+
+}  // namespace
 
 // Consecutive tensors have usually done the same number of steps, so the last bias corrections are kept.
 void count_steps(std::vector<Task>& tasks, const AdamHyperparameters& hyper) {
@@ -159,18 +162,16 @@ void count_steps(std::vector<Task>& tasks, const AdamHyperparameters& hyper) {
   }
 }
 
-}  // namespace
-
 AdamFault masked_adam(const AdamItem* items, int64_t count, const AdamHyperparameters& hyper, int threads) {
   std::vector<Task> tasks(items, items + count);
-  std::vector<Unit> units = cut(tasks);
+  const std::vector<Unit> units = cut(tasks);
   int64_t entries = 0;
   for (const Task& task : tasks) entries += task.item.nnz;
   if (entries < kSerialEntries) threads = 1;
   threads = static_cast<int>(std::min<int64_t>(std::max(threads, 1), std::max<int64_t>(1, units.size())));
 
   const AdamFault fault = check_indices(tasks, units, threads);
-  if (fault.kind != AdamFault::kNone) return fault;
+  if (fault.any()) return fault;
   count_steps(tasks, hyper);
 
   std::atomic<int64_t> next{0};

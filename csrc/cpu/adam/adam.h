@@ -8,12 +8,13 @@
 
 namespace gradsel {
 
+// Indices out of range.
 struct AdamFault {
-  enum Kind : int { kNone = 0, kOutOfRange = 1, kBitsPastEnd = 2, kWrongCount = 3 } kind = kNone;
-  int64_t item = 0;
-  Range found;        // kOutOfRange
-  int64_t end = 0;    // kOutOfRange: indices must be below; kBitsPastEnd: number of columns
-  int64_t count = 0;  // kWrongCount: bits set
+  int64_t item = -1;  // the first that has some; -1: none
+  Range found;
+  int64_t end = 0;  // indices must be below
+
+  bool any() const { return item >= 0; }
 };
 
 AdamFault masked_adam(const AdamItem* items, int64_t count, const AdamHyperparameters& hyper, int threads);

@@ -9,7 +9,6 @@
 #include "common/adam_item.h"
 #include "common/adam_math.h"
 #include "common/pointer.h"
-#include "cpu/simd.h"
 
 namespace gradsel {
 
@@ -34,14 +33,11 @@ struct Task {
     shared = !item.grad_is_dense ||
              (weight.row_stride == grad.row_stride && weight.col_stride == grad.col_stride);
   }
-
-  bool reads_bits() const { return indexed && item.layout == kBits; }
 };
 
-// A share of a task that a thread takes at once: entries begin .. end - 1, or rows of a bitmask.
+// A share of a task that a thread takes at once: entries begin .. end - 1.
 struct Unit {
   int64_t task, begin, end;
-  int64_t first_entry;  // of a bitmask: rank of the unit's first set bit; the number of set bits while checking
 };
 
 // Up to kBlock entries in mask order: where they lie, and room for their moments.
@@ -66,11 +62,7 @@ class Blocks {
     for (;;) {
       if (task_ && position_ < unit_.end) {
         block.task = task_;
-        if (task_->reads_bits())
-          take_bits(block);
-        else
-          take_entries(block);
-        if (block.count == 0) continue;  // the rest of a bitmask was empty
+        take_entries(block);
         return true;
       }
       const int64_t u = next_.fetch_add(1, std::memory_order_relaxed);
@@ -78,17 +70,10 @@ class Blocks {
       unit_ = units_[static_cast<size_t>(u)];
       task_ = &tasks_[static_cast<size_t>(unit_.task)];
       position_ = unit_.begin;
-      rank_ = unit_.first_entry;
-      word_ = 0;
-      if (task_->reads_bits()) bits_ = words(position_)[0];
     }
   }
 
  private:
-  const uint32_t* words(int64_t row) const {
-    return pointer<const uint32_t>(task_->item.index) + row * task_->item.index_width;
-  }
-
   void take_entries(Block& block) {
     block.begin = position_;
     block.count = static_cast<int>(std::min<int64_t>(kBlock, unit_.end - position_));
@@ -126,42 +111,16 @@ class Blocks {
     }
   }
 
-  void take_bits(Block& block) {
-    const View &weight = task_->weight, &grad = task_->grad;
-    const bool shared = task_->shared;
-    int count = 0;
-    while (count < kBlock && find_bit()) {
-      const int64_t column = 32 * word_ + lowest_bit(bits_);
-      bits_ &= bits_ - 1;
-      block.weight_offsets[count] = position_ * weight.row_stride + column * weight.col_stride;
-      if (!shared) block.grad_offsets[count] = position_ * grad.row_stride + column * grad.col_stride;
-      ++count;
-    }
-    block.begin = rank_;
-    block.count = count;
-    rank_ += count;
-  }
-
-  // Goes on to the next word that has bits left; false at the end of the unit.
-  bool find_bit() {
-    const int64_t width = task_->item.index_width;
-    while (bits_ == 0) {
-      if (++word_ == width) {
-        word_ = 0;
-        if (++position_ == unit_.end) return false;
-      }
-      bits_ = words(position_)[word_];
-    }
-    return true;
-  }
-
   const std::vector<Task>& tasks_;
   const std::vector<Unit>& units_;
   std::atomic<int64_t>& next_;
   const Task* task_ = nullptr;
   Unit unit_{};
-  int64_t position_ = 0, rank_ = 0, word_ = 0;
-  uint32_t bits_ = 0;
+  int64_t position_ = 0;
 };
+
+// In adam.cpp: counts the step of every task and works out its scalars; does the step of one block.
+void count_steps(std::vector<Task>& tasks, const AdamHyperparameters& hyper);
+void update(Block& block);
 
 }  // namespace gradsel

@@ -131,10 +131,4 @@ void scatter(int64_t dtype, void* to, const double* from, const int64_t* offsets
   scatter_any(dtype, to, from, offsets, count);
 }
 
-GRADSEL_CLONES int64_t count_bits(const uint32_t* words, int64_t count) {
-  int64_t bits = 0;
-  for (int64_t i = 0; i < count; ++i) bits += popcount(words[i]);
-  return bits;
-}
-
 }  // namespace gradsel

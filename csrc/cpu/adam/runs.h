@@ -39,6 +39,4 @@ void add_run(float* p, const float* term, int64_t count);
 void round_stochastically(float* p, int64_t dtype, int64_t entry, int64_t count, RandomKeys keys);
 void split_compensated(float* p, int64_t dtype, void* compensation, int64_t count);
 
-int64_t count_bits(const uint32_t* words, int64_t count);
-
 }  // namespace gradsel

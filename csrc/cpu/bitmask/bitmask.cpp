@@ -160,17 +160,4 @@ void unpack_bits(const uint32_t* bits, int64_t rows, int64_t cols, uint8_t* mask
   });
 }
 
-void bits_to_cols(const uint32_t* bits, int64_t rows, int64_t words, int64_t k, int32_t* cols, int threads) {
-  parallel_ranges(rows, threads_for(rows * (words + k), threads), [&](int64_t begin, int64_t end, int) {
-    for (int64_t r = begin; r < end; ++r) {
-      int32_t* out = cols + r * k;
-      int64_t found = 0;
-      for (int64_t w = 0; w < words && found < k; ++w)
-        for (uint32_t word = bits[r * words + w]; word != 0 && found < k; word &= word - 1)
-          out[found++] = static_cast<int32_t>(32 * w + lowest_bit(word));
-      std::fill(out + found, out + k, -1);
-    }
-  });
-}
-
 }  // namespace gradsel

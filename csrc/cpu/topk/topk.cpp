@@ -68,7 +68,7 @@ void select(const Key* grad, int64_t rows, int64_t n, int64_t row_stride, int64_
   constexpr int64_t kLineRows = kLine / static_cast<int64_t>(sizeof(Key));
   const int64_t pitch = (n / kLineRows | 1) * kLineRows + 2 * kLineRows;
   const int64_t fit = kPackBytes / (pitch * static_cast<int64_t>(sizeof(Key))) / kLineRows * kLineRows;
-  const int64_t height = std::min(std::max(fit, kLineRows), 4 * kLineRows);
+  const int64_t height = std::min({std::max(fit, kLineRows), 4 * kLineRows, rows});
   const int64_t blocks = (rows + height - 1) / height;
   threads = static_cast<int>(std::min<int64_t>(threads, blocks));
   const std::unique_ptr<Key[]> packed(new Key[static_cast<size_t>(threads * height * pitch)]);
