@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+import gradsel
 from gradsel.attached import SUFFIX, selected_in
+from tests.support.selections import random_selection
 
 DIM = 8
 
@@ -87,3 +89,36 @@ def check_forward(model: nn.Module, plain: nn.Module) -> None:
     dense.train(model.training)
     with torch.no_grad():
         assert torch.equal(model(inputs()), dense(inputs()))
+
+
+#: Modules of :class:`EveryLayer` whose weights another one reads.
+NOT_CALLED = ("read_by_parent", "attention.out_proj")
+
+
+class NotRecurrent(nn.Module):
+    """In the place of a recurrent layer, which torch neither compiles nor swaps."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return (x.tanh(),)
+
+
+def attached(kind: str = "per-row", dtype: torch.dtype = torch.float32):
+    """An attached model, a plain one with the same weights, and the selection."""
+    model = every_layer(dtype)
+    plain = copy.deepcopy(model)
+    selection = random_selection(model, kind, **RULES)
+    gradsel.attach(model, selection)
+    return model, plain, selection
+
+
+def train(model: nn.Module, steps: int = 2, optimizer: torch.optim.Optimizer | None = None) -> None:
+    optimizer = optimizer or gradsel.MaskedAdam(gradsel.trainable_parameters(model), lr=0.01)
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss(model, step).backward()
+        optimizer.step()
+
+
+def trained_in_part(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
+    """Path, module and name in it of everything that is trained in part."""
+    return [(path, module, short) for path, module in model.named_modules() for short in selected_in(module)]

@@ -29,6 +29,7 @@ from gradsel.attached import (
 from gradsel.dtypes import trained_dtype
 from gradsel.interrupts import uninterrupted
 from gradsel.masks import Mask
+from gradsel.nn.buffers import BUFFERS, keep_buffers, restore_buffers
 from gradsel.nn.direct import direct_route, needed_by
 from gradsel.nn.hooks import hook, hook_root, unhook
 from gradsel.nn.weights import SelectedWeight
@@ -167,6 +168,7 @@ def attach(model: nn.Module, selection: Selection) -> AttachReport:
             for _, module, short in uses[name]:
                 module.register_parameter(short + SUFFIX, values[name])
         setattr(model, RECORD, record)
+        keep_buffers(model)
         hook_root(model)  # first: it decides for all others what kind of checkpoint is loaded
         for module, attachments in attached.items():
             setattr(module, STATE, attachments)
@@ -216,8 +218,8 @@ def detach(model: nn.Module, restore: bool = False) -> nn.Module:
 
     Args:
         model: the attached model, or a wrapper around it.
-        restore: give every trained parameter its original entries back, to the bit; otherwise it stays as trained.
-            Buffers (running statistics) are left as they are.
+        restore: give every trained parameter its original entries back, to the bit, and every buffer (running
+            statistics) what it held; otherwise they stay as trained.
 
     Returns:
         ``model``.
@@ -235,6 +237,9 @@ def detach(model: nn.Module, restore: bool = False) -> nn.Module:
     sync(model, writing=False)
     with uninterrupted():
         for root in roots:
+            if restore:
+                restore_buffers(root)
+            vars(root).pop(BUFFERS, None)
             for module in root.modules():
                 attachments = attachments_of(module)
                 if attachments is not None:

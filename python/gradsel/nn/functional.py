@@ -39,8 +39,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, p
     """
     if not (torch.is_grad_enabled() and values.requires_grad):
         return F.linear(input, weight, bias)
-    tokens = _autocast(input).reshape(-1, input.shape[-1])
-    output = _Linear.apply(tokens, weight, bias, values, product)
+    tokens = autocast_input(input).reshape(-1, input.shape[-1])
+    output = _applied(_Linear, tokens, weight, bias, values, product)
     return output.view(*input.shape[:-1], weight.shape[0])
 
 
@@ -94,8 +94,10 @@ def conv(
     if not (torch.is_grad_enabled() and values.requires_grad):
         return _CONV[len(taps.kernel)](input, weight, bias, *settings)
     if input.ndim == len(taps.kernel) + 1:
-        return _Conv.apply(_autocast(input).unsqueeze(0), weight, bias, values, product, taps, settings).squeeze(0)
-    return _Conv.apply(_autocast(input), weight, bias, values, product, taps, settings)
+        return _applied(
+            _Conv, autocast_input(input).unsqueeze(0), weight, bias, values, product, taps, settings
+        ).squeeze(0)
+    return _applied(_Conv, autocast_input(input), weight, bias, values, product, taps, settings)
 
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -160,7 +162,7 @@ def embedding(input: Tensor, weight: Tensor, values: Tensor, lookup: Lookup, pad
         return F.embedding(input, weight, padding_idx)
     if padding_idx is not None and padding_idx < 0:
         padding_idx += weight.shape[0]
-    return _Embedding.apply(input, weight, values, lookup, padding_idx)
+    return _applied(_Embedding, input, weight, values, lookup, padding_idx)
 
 
 class _Embedding(Function):
@@ -191,7 +193,7 @@ def harvest(weight: Tensor, values: Tensor, mask: Mask) -> Tensor:
     """
     if not (torch.is_grad_enabled() and values.requires_grad):
         return weight
-    return _Harvest.apply(weight, values, mask)
+    return _applied(_Harvest, weight, values, mask)
 
 
 class _Harvest(Function):
@@ -208,7 +210,20 @@ class _Harvest(Function):
         return None, ctx.mask.gather(dense).to(ctx.dtype), None
 
 
-def _autocast(input: Tensor) -> Tensor:
+def _applied(function: type[Function], *args: Any) -> Tensor:
+    try:
+        return function.apply(*args)
+    except RuntimeError as error:
+        if "functorch" not in str(error):
+            raise
+        raise RuntimeError(
+            "torch.func transforms (grad, vmap, jvp, ...) of an attached model are not supported: use backward() or "
+            "torch.autograd.grad with respect to the values, torch.no_grad() around vmap, or the model after "
+            "gradsel.detach(model)"
+        ) from None
+
+
+def autocast_input(input: Tensor) -> Tensor:
     """The input in the dtype that autocast would have it in, if it is on."""
     device = input.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):

@@ -21,8 +21,8 @@ from gradsel.attached import (
     SelectedValues,
     attachments_of,
 )
-from gradsel.dtypes import trained_dtype
 from gradsel.nn import functional
+from gradsel.nn.converting import Conversion, adopt_values, adopt_weight
 from gradsel.nn.loading import after_root_load, after_state_dict, before_load, before_root_load
 from gradsel.nn.weights import SelectedWeight
 from gradsel.parameters.trainable import why_untrainable
@@ -33,6 +33,7 @@ def hook(module: nn.Module, attachments: Attachments) -> None:
     _watch_registration()
     if attachments.partial:
         module.register_forward_pre_hook(before_forward)
+        vars(module).setdefault("_apply", Conversion(attachments))
     if attachments.partial or attachments.whole:
         module.register_state_dict_post_hook(after_state_dict)
         module.register_load_state_dict_pre_hook(before_load)
@@ -58,13 +59,17 @@ def unhook(module: nn.Module) -> None:
         for key, found in list(hooks.items()):
             if getattr(found, "hook", found) in (before_forward, *_HOOKS):
                 del hooks[key]
+    if isinstance(vars(module).get("_apply"), Conversion):
+        del module._apply
 
 
 def before_forward(module: nn.Module, args: Any) -> None:
     """Refuses, or mends, a module whose weight or values are no longer those that attach() set up."""
     if torch.compiler.is_compiling():  # torch.export has put fake tensors in their place
         return
-    attachments: Attachments = vars(module)[STATE]
+    attachments: Attachments | None = vars(module).get(STATE)
+    if attachments is None:  # torch.ao.quantization copies hooks to the modules that it makes
+        return
     if not attachments.record.ranks_agree:
         _compare_ranks(attachments)
     own = module._parameters
@@ -120,9 +125,9 @@ def _mend(module: nn.Module, short: str, selected: Selected, weight: Tensor | No
     if weight is not None and vars(weight).get(LINK) is not selected:
         raise RuntimeError(
             f"{name} has been replaced by another {type(weight).__name__} since attach(), past nn.Module's own ways "
-            "(FSDP, functional_call and set_overwrite_module_params_on_conversion do so), and no gradient would reach "
-            f"{name}{SUFFIX}. Pass {name}{SUFFIX} to functional_call instead; do not shard an attached model; to "
-            "change the weight, write to it: weight.copy_(new); to convert it, call gradsel.detach(model) first"
+            f"(FSDP and functional_call do so), and no gradient would reach {name}{SUFFIX}. Pass {name}{SUFFIX} to "
+            "functional_call instead; do not shard an attached model; to change the weight, write to it: "
+            "weight.copy_(new); for anything else, call gradsel.detach(model) first"
         )
     assert values is not None
     if (
@@ -140,25 +145,6 @@ def _replicate(module: nn.Module, short: str, selected: Selected) -> None:
     vars(module)[short] = functional.harvest(weight, values, mask)
 
 
-def adopt_weight(weight: Tensor, selected: Selected) -> None:
-    """Makes a parameter the weight of a selection."""
-    weight.requires_grad_(False)
-    weight.__class__ = SelectedWeight
-    vars(weight)[LINK] = selected
-    with torch._C.DisableTorchFunctionSubclass():
-        selected.follow(weight)
-
-
-def adopt_values(values: nn.Parameter, selected: Selected, weight: Tensor | None) -> None:
-    """Makes a parameter the values of a weight."""
-    values.__class__ = SelectedValues
-    vars(values)[LINK] = selected
-    dtype = trained_dtype(values if weight is None else weight)
-    if values.dtype is not dtype:
-        values.data = values.detach().to(dtype)
-    selected.seen = None
-
-
 @cache
 def _watch_registration() -> None:
     register_module_parameter_registration_hook(_registered)
@@ -169,13 +155,22 @@ def _registered(module: nn.Module, short: str, parameter: nn.Parameter | None) -
     attachments = attachments_of(module)
     if attachments is None or parameter is None:
         return
+    try:
+        _assign(module, attachments, short, parameter)
+    except RuntimeError:
+        if isinstance(module, nn.RNNBase) and short in module._flat_weights_names:  # which has it already
+            module._flat_weights[module._flat_weights_names.index(short)] = module._parameters[short]
+        raise
+
+
+def _assign(module: nn.Module, attachments: Attachments, short: str, parameter: nn.Parameter) -> None:
     plain = short.removesuffix(SUFFIX)
     selected = attachments.partial.get(plain)
     original = attachments.whole.get(short) if selected is None else selected
     if original is None or (selected is not None and vars(parameter).get(LINK) is selected):
         return
     key = short.removeprefix(plain)
-    others = [(other._parameters, there + key) for other, there in original.elsewhere(module)]
+    others = [(other._parameters, there + key) for other, there in original.alive() if other is not module]
     others = [(own, there) for own, there in others if own.get(there) is not None and own[there] is not parameter]
     if others and attachments.record.loading is None:
         raise RuntimeError(

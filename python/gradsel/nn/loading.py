@@ -9,7 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from gradsel.attached import RECORD, SUFFIX, Attachments, Original, Selected, attachments_of
+from gradsel.attached.steps import some
 from gradsel.dtypes import trained_dtype
+from gradsel.nn.buffers import begin_with
 from gradsel_kernels._warnings import user_stacklevel
 
 #: The key of a module's metadata in a state_dict with the fingerprints of its masks. safetensors files drop it.
@@ -59,8 +61,11 @@ def before_root_load(root: nn.Module, state_dict: StateDict, prefix: str, *rest:
                     matches |= _agree(selected.mask.gather(own.detach()), values)
             elif weight is not None and (own := selected.values()) is not None:
                 continues &= _agree(selected.mask.to(weight.device).gather(weight), own)
+    record.rebased = []
     record.resuming = brought or (record.resuming and continues)
     record.loading = "attached" if record.resuming else "plain"
+    if record.loading == "plain":
+        begin_with(root, state_dict, prefix)
     if brought:  # shards with weights may have come first, and have been taken for a plain checkpoint
         for kept in _kept_in(root):
             if matches and kept.replaced is not None:
@@ -69,7 +74,9 @@ def before_root_load(root: nn.Module, state_dict: StateDict, prefix: str, *rest:
 
 
 def after_root_load(root: nn.Module, incompatible_keys: Any) -> None:
-    vars(root)[RECORD].loading = None
+    record = vars(root)[RECORD]
+    rebased, record.rebased, record.loading = record.rebased, [], None
+    _report_rebased(rebased)
 
 
 def before_load(module: nn.Module, state_dict: StateDict, prefix: str, *rest: Any) -> None:
@@ -80,7 +87,7 @@ def before_load(module: nn.Module, state_dict: StateDict, prefix: str, *rest: An
     brought = any(prefix + short + SUFFIX in state_dict for short in attachments.partial)
     if (attachments.record.loading or ("attached" if brought else "plain")) == "attached":
         return
-    changed = False
+    rebased = []
     for short, selected in attachments.partial.items():
         weight = _given(state_dict, prefix + short, selected)
         if weight is not None:
@@ -90,15 +97,31 @@ def before_load(module: nn.Module, state_dict: StateDict, prefix: str, *rest: An
                 state_dict[prefix + short + SUFFIX] = own.detach().clone()
             else:
                 state_dict[prefix + short + SUFFIX] = entries.to(trained_dtype(weight), copy=True)
-            changed |= _begin_with(selected, entries)
+            if _begin_with(selected, entries):
+                rebased.append(selected.name)
     for short, original in attachments.whole.items():
         whole = state_dict.get(prefix + short)
-        if isinstance(whole, Tensor) and whole.shape == original.entries.shape:
-            changed |= _begin_with(original, whole.detach())
-    if changed:
+        if (
+            isinstance(whole, Tensor)
+            and whole.shape == original.entries.shape
+            and _begin_with(original, whole.detach())
+        ):
+            rebased.append(original.name)
+    if attachments.record.loading is None:  # a part of the model is loaded
+        _report_rebased(rebased)
+    else:
+        attachments.record.rebased += rebased
+
+
+def _report_rebased(names: list[str]) -> None:
+    if names:
         warnings.warn(
-            "a checkpoint of the plain model was loaded into an attached one: from now on its weights are the base to "
-            "which gradsel.detach(restore=True) returns, anchors pull and deltas refer",
+            f"the checkpoint has no values (<name>{SUFFIX}) and no metadata of an attached model, so it counts as one "
+            f"of the plain model: its entries of {len(names)} trained parameters ({some(names)}) are the new "
+            "originals, to which gradsel.detach(restore=True) returns, anchors pull and deltas refer. If they were "
+            "trained instead: load the original checkpoint, then write the trained entries to the parameters, "
+            "parameter.copy_(trained), or load a delta. To resume, save model.state_dict() by torch.save(), which "
+            "keeps its metadata",
             stacklevel=user_stacklevel(),
         )
 

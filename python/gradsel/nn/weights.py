@@ -12,13 +12,17 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import ParametrizationList
 
 from gradsel.attached import LINK, SUFFIX, Selected, is_values
+from gradsel.attached.selected import unlinked
 from gradsel.nn import functional
 
 
@@ -47,7 +51,14 @@ _VIEWS = _names("T mT H mH real imag")
 
 
 class SelectedWeight(nn.Parameter):
-    """A frozen parameter whose selected entries are trained through ``<name>_values``."""
+    """A frozen parameter whose selected entries are trained through ``<name>_values``.
+
+    Pickled without its module, it is a plain parameter.
+    """
+
+    def __new__(cls, data: Tensor | None = None, requires_grad: bool = True) -> nn.Parameter:  # type: ignore[misc]
+        """A plain parameter: accelerate, for one, replaces parameters by calling their class."""
+        return nn.Parameter(torch.empty(0) if data is None else data, requires_grad)
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -76,14 +87,7 @@ class SelectedWeight(nn.Parameter):
     def __reduce_ex__(self, protocol: Any) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
             selected_of(self).refresh(self)
-            return _rebuilt, (self.detach(),), vars(self).copy()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-
-
-def _rebuilt(data: Tensor) -> SelectedWeight:
-    return torch.Tensor._make_subclass(SelectedWeight, data, False)
+            return unlinked(self).__reduce_ex__(protocol)
 
 
 def selected_of(weight: Tensor) -> Selected:
@@ -94,6 +98,9 @@ def selected_of(weight: Tensor) -> Selected:
 
 def _called(func: Callable, args: tuple, kwargs: dict) -> Any:
     """A function of torch with selected weights among its arguments."""
+    if not (torch.is_grad_enabled() or torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled()):
+        for weight in _weights_in((*args, *kwargs.values())):
+            _require_no_lost_gradient(weight)  # in the forward of an autograd function, and nowhere else
     if func in _DIRECT:
         return _read(func, args, kwargs)
     name = func.__name__.partition(".")[0]  # without the overload of an operator of torch.ops
@@ -124,7 +131,7 @@ def _called(func: Callable, args: tuple, kwargs: dict) -> Any:
 def _writes_weights(name: str, args: tuple, kwargs: dict) -> bool:
     """Whether a function writes to the weights themselves, and not to another tensor that reads them."""
     if name not in _IN_PLACE and (not name.endswith("_") or name.endswith("__")):
-        return "out" in kwargs and any(_weights_in((kwargs["out"],)))
+        return next(_weights_in((kwargs.get("out"),)), None) is not None
     written = args[0] if args else kwargs.get("tensor", kwargs.get("input"))  # nn.init passes tensor=
     return next(_weights_in((written,)), None) is not None
 
@@ -132,6 +139,13 @@ def _writes_weights(name: str, args: tuple, kwargs: dict) -> bool:
 def _get(func: Callable, args: tuple) -> Any:
     attribute = func.__self__.__name__  # type: ignore[attr-defined]
     weight = args[0]
+    if attribute == "shape" and sys._getframe(3).f_code is ParametrizationList.__init__.__code__:
+        # the first that it does; set_(), by which it writes to the weight later on, calls no torch function
+        name = selected_of(weight).name
+        raise RuntimeError(
+            f"{name} is attached, so it cannot be parametrised: {name}{SUFFIX} stands for entries of the weight, not "
+            "of what it would be computed from. Call gradsel.detach(model) first, and select and attach anew afterwards"
+        )
     if attribute == "data":
         selected_of(weight).refresh(weight)
         return weight.detach()  # unlike Tensor.data, it shares the version counter: writes are noticed
@@ -189,6 +203,34 @@ def _refuse(func: Callable, args: tuple, kwargs: dict) -> Any:
 
 
 # --- Gradients ---------------------------------------------------------------------------------------------------
+
+
+#: How many frames up the forward of an autograd function is looked for.
+_NEAR = 8
+
+
+def _require_no_lost_gradient(weight: Tensor) -> None:
+    """Refuses autograd functions that are given a weight: they see a frozen tensor and form no gradient for it.
+
+    Their ``apply`` asks no argument for its torch function, but their forward uses the weight sooner or later. It is
+    known by its first argument. Functions with a ``setup_context`` have none, and are not found.
+    """
+    frame: FrameType | None = sys._getframe(2)
+    for _ in range(_NEAR):
+        if frame is None or frame.f_code.co_varnames[:1] == ("ctx",):
+            break
+        frame = frame.f_back
+    given = {} if frame is None else frame.f_locals
+    ctx = given.get("ctx")
+    if not isinstance(ctx, FunctionCtx) or not ctx.next_functions:  # type: ignore[attr-defined]  # no gradients wanted
+        return
+    if any(each is weight for each in given.values()) or any(each is weight for each in given.get("args", ())):
+        name, kind = selected_of(weight).name, type(ctx).__name__.removesuffix("Backward")
+        raise RuntimeError(
+            f"{name} is attached and given to the autograd function {kind}, which would form no gradient "
+            f"for it: pass weight.view_as(weight), whose gradient reaches {name}{SUFFIX}, or weight.detach() if none "
+            "is wanted"
+        )
 
 
 def _read(func: Callable, args: tuple, kwargs: dict) -> Any:

@@ -93,10 +93,8 @@ def test_masked_adam_makes_one_call_and_needs_no_hook(monkeypatch):
     gradsel.attach(model, selection)
     optimizer = gradsel.MaskedAdam(gradsel.trainable_parameters(model))
     calls = []
-    original = gradsel.optim.optimizer.gk.masked_adam_
-    monkeypatch.setattr(
-        gradsel.optim.optimizer.gk, "masked_adam_", lambda *a, **k: calls.append(1) or original(*a, **k)
-    )
+    original = gradsel.optim.stepping.gk.masked_adam_
+    monkeypatch.setattr(gradsel.optim.stepping.gk, "masked_adam_", lambda *a, **k: calls.append(1) or original(*a, **k))
     monkeypatch.setattr(PerRow, "scatter_", lambda *a: pytest.fail("the kernel writes the weights"))
     cross_entropy(model, data()[0]).backward()
     optimizer.step()

@@ -11,18 +11,10 @@ from torch import Tensor, nn
 
 import gradsel
 from gradsel.attached import SUFFIX, selected_in
-from tests.support.every_layer import RULES, check_forward, every_layer, inputs, loss
+from tests.support.every_layer import RULES, attached, check_forward, every_layer, inputs, loss
 from tests.support.selections import KINDS, check_consistent, check_frozen, frozen_entries, random_selection
 
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-def attached(kind: str, dtype: torch.dtype):
-    model = every_layer(dtype)
-    plain = copy.deepcopy(model)
-    selection = random_selection(model, kind, **RULES)
-    gradsel.attach(model, selection)
-    return model, plain, selection
 
 
 def pairs(model: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
@@ -132,6 +124,48 @@ def test_assigned_parameters_take_the_place_of_weights_and_values() -> None:
     with pytest.raises(RuntimeError, match=r"linear.weight .*gradsel.detach\(model\)"):
         model.linear.weight.data = torch.zeros(9, 8)
     check_forward(model, plain)
+
+
+def test_a_weight_that_was_replaced_is_a_tensor_of_its_own() -> None:
+    """Whoever still holds it may read and write it, without effect on the model."""
+    model, plain, _ = attached("per-row", torch.float32)
+    old = model.linear.weight
+    before = old.detach().clone()
+    model.linear.weight = nn.Parameter(torch.randn_like(before))
+    new = model.linear.weight.detach().clone()
+    model(inputs())
+    values = model.linear.weight_values.detach().clone()
+    assert torch.equal(old + 0, before)
+    with torch.no_grad():
+        old.fill_(7.0)
+    assert (old + 0 == 7).all()
+    check_forward(model, plain)
+    assert torch.equal(model.linear.weight_values, values)
+    assert torch.equal(model.linear.weight, new)
+
+
+def test_a_refused_assignment_leaves_recurrent_layers_as_they_are() -> None:
+    """They note a new parameter before it is registered."""
+    model, plain, _ = attached("per-row", torch.float32)
+    for bad in (
+        nn.Parameter(torch.zeros(25, 8)),
+        nn.Parameter(torch.zeros(24, 8, dtype=torch.int8), requires_grad=False),
+    ):
+        with pytest.raises(RuntimeError, match=r"recurrent.weight_ih_l0 .*gradsel.detach\(model\)"):
+            model.recurrent.weight_ih_l0 = bad
+        check_forward(model, plain)
+
+
+def test_initialisers() -> None:
+    model, plain, _ = attached("per-row", torch.float32)
+    weight = model.linear.weight
+    for initialise in (nn.init.eye_, nn.init.orthogonal_, nn.init.trunc_normal_, nn.init.kaiming_uniform_):
+        initialise(weight)
+        written = weight.detach().clone()
+        check_forward(model, plain)
+        check_consistent(model)
+        assert torch.equal(model.linear.weight, written)
+    assert not torch.equal(written, torch.eye(8))
 
 
 def test_both_written_between_two_forwards() -> None:

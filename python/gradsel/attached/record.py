@@ -1,0 +1,146 @@
+"""What attach() did to a model: the record that its modules carry, and that every other room asks."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from gradsel.attached.selected import LINK, Original, Selected
+from gradsel.attached.steps import watch_optimizers
+
+#: The attribute of a module with what attach() did to its parameters.
+STATE = "_gradsel_attached"
+#: The attribute of the module that attach() was called on.
+RECORD = "_gradsel_record"
+
+
+class Attachments:
+    """What attach() did to the parameters of one module, by their names in it.
+
+    Attributes:
+        flags: requires_grad before.
+        partial: those trained in part.
+        whole: those trained whole.
+        record: of the module that attach() was called on.
+    """
+
+    def __init__(self, module: nn.Module, record: Record) -> None:
+        self.module = weakref.ref(module)
+        self.record = record
+        self.flags: dict[str, bool] = {}
+        self.partial: dict[str, Selected] = {}
+        self.whole: dict[str, Original] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Attachments:
+        module = memo[id(self.module())]
+        made = Attachments(module, copy.deepcopy(self.record, memo))
+        made.flags = dict(self.flags)
+        for short, original in (self.partial | self.whole).items():
+            made.add(short, copy.deepcopy(original, memo))
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        """With the weights and values, which are pickled as plain parameters, and their classes."""
+        module = self.module()
+        linked = [
+            (parameter, type(parameter), vars(parameter)[LINK])
+            for parameter in (() if module is None else module._parameters.values())
+            if parameter is not None and LINK in vars(parameter)
+        ]
+        return {**vars(self), "module": module, "linked": linked}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        linked = state.pop("linked")
+        vars(self).update(state, module=weakref.ref(state["module"]), partial={}, whole={})
+        for short, original in (state["partial"] | state["whole"]).items():
+            self.add(short, original)
+        for parameter, kind, selected in linked:
+            parameter.__class__ = kind
+            vars(parameter)[LINK] = selected
+        watch_optimizers()
+
+    def add(self, short: str, original: Original) -> None:
+        """Makes this module one of those that hold a parameter."""
+        if isinstance(original, Selected):
+            self.partial[short] = original
+        else:
+            self.whole[short] = original
+        module = self.module()
+        assert module is not None
+        original.sites.append((weakref.ref(module), short))
+
+
+@dataclass(eq=False)
+class Record:
+    """Kept by the module that attach() was called on.
+
+    Attributes:
+        trained: names of all trained parameters when attach() was called.
+        resuming: the last load_state_dict() brought values: shards of the same checkpoint may follow.
+        loading: the kind of checkpoint that is being loaded, "attached" or "plain".
+        rebased: names of the parameters whose originals it has replaced so far.
+        ranks_agree: the masks of all ranks have been compared.
+        converting: the model or a part of it is being cast or moved.
+    """
+
+    trained: list[str]
+    resuming: bool = False
+    loading: str | None = None
+    rebased: list[str] = field(default_factory=list)
+    ranks_agree: bool = False
+    converting: bool = False
+
+
+def attachments_of(module: nn.Module) -> Attachments | None:
+    """What attach() did to a module, if anything."""
+    return vars(module).get(STATE)
+
+
+def selected_in(module: nn.Module) -> dict[str, Selected]:
+    """How the parameters of a module are trained in part, by their names in it; nothing in one that is not attached."""
+    attachments = attachments_of(module)
+    return {} if attachments is None else attachments.partial
+
+
+def is_attached(model: nn.Module) -> bool:
+    """Whether attach() was called on the model, or on a module in or around it."""
+    return any(attachments_of(module) is not None or RECORD in vars(module) for module in model.modules())
+
+
+def attached_root(model: nn.Module) -> nn.Module | None:
+    """The module that attach() was called on: the model or one inside it; None if there is none.
+
+    Raises:
+        ValueError: there are several.
+    """
+    roots = [module for module in model.modules() if RECORD in vars(module)]
+    if len(roots) > 1:
+        raise ValueError(f"{len(roots)} modules of the model are attached, each on its own; pass one of them")
+    return roots[0] if roots else None
+
+
+def require_complete(root: nn.Module, what: str) -> None:
+    """Refuses an attached model from which trained parameters have disappeared.
+
+    Raises:
+        ValueError: it names them.
+    """
+    found: set[str] = set()
+    for module in root.modules():
+        attachments = attachments_of(module)
+        if attachments is not None:
+            found |= {s.name for short, s in attachments.partial.items() if s.weight() is not None}
+            for short, original in attachments.whole.items():
+                whole = module._parameters.get(short)
+                if whole is not None and whole.shape == original.entries.shape:
+                    found.add(original.name)
+    missing = [name for name in vars(root)[RECORD].trained if name not in found]
+    if missing:
+        raise ValueError(
+            f"{what}: {len(missing)} trained parameters are no longer part of the model, or have another shape, first "
+            f"{missing[0]}; put their modules back, or call gradsel.detach(model) and attach anew"
+        )
