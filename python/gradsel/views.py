@@ -72,6 +72,24 @@ class NeuronView:
         inverse = [order.index(dim) for dim in range(len(sizes))]
         return matrix.view([sizes[dim] for dim in order]).permute(inverse).reshape(tuple(shape))
 
+    def places(self, numbers: Tensor, shape: Sequence[int]) -> Tensor:
+        """Row-major indices in a tensor of the entries with these row-major indices in its matrix, computed by entry.
+
+        Args:
+            numbers: int64 [n], in range.
+            shape: shape of the tensor.
+        """
+        return numbers if self.is_leading else _reordered(numbers, *self._orders(shape))
+
+    def numbers(self, places: Tensor, shape: Sequence[int]) -> Tensor:
+        """The inverse of :meth:`places`."""
+        return places if self.is_leading else _reordered(places, *reversed(self._orders(shape)))
+
+    def _orders(self, shape: Sequence[int]) -> list[list[tuple[int, int]]]:
+        """The dimensions in the order of the matrix and in that of the tensor, each as its number and size."""
+        sizes = self._split(shape)
+        return [[(dim, sizes[dim]) for dim in self._order(len(sizes))], list(enumerate(sizes))]
+
     @property
     def is_first_dim(self) -> bool:
         """Whether rows are the first dimension alone, as in Linear and Conv."""
@@ -91,6 +109,18 @@ class NeuronView:
     def _permuted(self, tensor: Tensor) -> Tensor:
         split = tensor if self.groups == 1 else tensor.unflatten(0, (self.groups, tensor.shape[0] // self.groups))
         return split if self.is_leading else split.permute(self._order(split.ndim))
+
+
+def _reordered(numbers: Tensor, order: Sequence[tuple[int, int]], new: Sequence[tuple[int, int]]) -> Tensor:
+    """Row-major indices for dimensions in one order as those for the same dimensions in another one."""
+    steps, step = {}, 1
+    for dim, size in reversed(new):
+        steps[dim], step = step, step * size
+    found, rest = torch.zeros_like(numbers), numbers
+    for dim, size in reversed(order):
+        found += rest % max(size, 1) * steps[dim]
+        rest = rest // max(size, 1)
+    return found
 
 
 def memory_extent(tensor: Tensor) -> int:

@@ -44,6 +44,7 @@ def random_selection(model: nn.Module, kind: str = "per-row", k: int = 2, **rule
 
 
 KINDS = ["per-row", "rows", "columns", "irregular", "whole"]
+PARTIAL = [kind for kind in KINDS if kind != "whole"]
 
 
 def mask_gradients(model: nn.Module, selection: gradsel.Selection) -> None:

@@ -75,7 +75,14 @@ class Mask(ABC):
 
     def entries(self) -> Tensor:
         """Row-major indices of the selected entries in the parameter: int64 [nnz], ascending."""
-        return self.to_dense().reshape(-1).nonzero().view(-1)
+        return self.ordered_entries().sort().values
+
+    @abstractmethod
+    def ordered_entries(self) -> Tensor:
+        """Row-major indices of the selected entries in the parameter: int64 [nnz], in mask order.
+
+        Takes memory for the selected entries only, whatever shape a file says the parameter has.
+        """
 
     @abstractmethod
     def place(self, weight: Tensor) -> Place:

@@ -155,11 +155,7 @@ def _columns(numbers: Tensor, shape: tuple[int, ...], view: NeuronView) -> Whole
 
 def _in_view(entries: Tensor, shape: tuple[int, ...], view: NeuronView) -> Tensor:
     """Turns row-major indices in the parameter into row-major indices in its neuron view, ascending."""
-    if view.is_leading:
-        return entries
-    dense = torch.zeros(math.prod(shape), dtype=torch.bool, device=entries.device)
-    dense[entries] = True
-    return view.of(dense.view(shape)).reshape(-1).nonzero().view(-1)
+    return entries if view.is_leading else view.numbers(entries, shape).sort().values
 
 
 def _found(numbers: Tensor, among: Tensor) -> Tensor:

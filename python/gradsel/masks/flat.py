@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 import gradsel_kernels as gk
 from gradsel.masks.base import Mask, Place, matrix_shape, memory_row
-from gradsel.masks.encoding import ascends, fewest_bytes, narrow, no_part, part_of, unpack, widen
+from gradsel.masks.encoding import ascends, fewest_bytes, indices_of, narrow, no_part, part_of, widen
 
 
 class Flat(Mask):
@@ -58,6 +58,9 @@ class Flat(Mask):
     def entries(self) -> Tensor:
         return self.indices.long()
 
+    def ordered_entries(self) -> Tensor:
+        return self.entries()
+
     def offsets(self, weight: Tensor) -> Tensor:
         return self.indices.long() if weight.is_contiguous() else super().offsets(weight)
 
@@ -93,7 +96,7 @@ class Flat(Mask):
     def from_parts(cls, shape: tuple[int, ...], description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
         part, tensor = part_of(tensors, "indices", "bits")
         if part == "bits":
-            return cls(unpack(tensor, (1, math.prod(shape))).view(-1).nonzero().view(-1), shape)
+            return cls(indices_of(tensor, math.prod(shape)), shape)
         return cls(widen(part, tensor, (torch.uint16, torch.int32, torch.int64)), shape)
 
 
@@ -117,6 +120,9 @@ class Whole(Mask):
 
     def entries(self) -> Tensor:
         return torch.arange(self.nnz)
+
+    def ordered_entries(self) -> Tensor:
+        return self.entries()
 
     def used_columns(self) -> Tensor:
         return torch.arange(matrix_shape(self.shape)[1])
@@ -171,6 +177,9 @@ class Frozen(Mask):
 
     def entries(self) -> Tensor:
         return torch.empty(0, dtype=torch.int64)
+
+    def ordered_entries(self) -> Tensor:
+        return self.entries()
 
     def used_columns(self) -> Tensor:
         return torch.empty(0, dtype=torch.int64)

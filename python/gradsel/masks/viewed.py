@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 import gradsel_kernels as gk
 from gradsel.masks.base import Mask, Place, memory_row
-from gradsel.masks.encoding import ascends, fewest_bytes, narrow, part_of, unpack, widen
+from gradsel.masks.encoding import ascends, cols_of, fewest_bytes, narrow, part_of, widen
 from gradsel.masks.weight_grad import COPIED_SHARE, Lookup, Product
 from gradsel.views import NeuronView
 
@@ -34,6 +34,15 @@ class Viewed(Mask):
         self.view = view or NeuronView()
         self.view.check(self.shape)
         self.rows_and_columns = self.view.shape(self.shape)
+
+    @property
+    def label(self) -> str:
+        """The kind, and which dimensions number the rows if it is not the first one."""
+        if not self.nnz or self.view.is_first_dim:
+            return super().label
+        dims = ", ".join(map(str, self.view.row_dims))
+        groups = f" in {self.view.groups} groups" if self.view.groups > 1 else ""
+        return f"{self.kind} (rows: dim {dims}{groups})"
 
     @property
     @abstractmethod
@@ -66,6 +75,9 @@ class Viewed(Mask):
 
     def entries(self) -> Tensor:
         return self.numbers() if self.view.is_leading else super().entries()
+
+    def ordered_entries(self) -> Tensor:
+        return self.view.places(self.numbers(), self.shape)
 
     def offsets(self, weight: Tensor) -> Tensor:
         return self.numbers() if self.view.is_leading and weight.is_contiguous() else super().offsets(weight)
@@ -241,7 +253,7 @@ class PerRow(Viewed):
         view.check(shape)
         part, tensor = part_of(tensors, "cols", "bits")
         if part == "bits":
-            return cls(_cols_of(unpack(tensor, view.shape(shape))), shape, view)
+            return cls(cols_of(tensor, view.shape(shape)), shape, view)
         return cls(widen(part, tensor, (torch.uint16, torch.int32)), shape, view)
 
     def numbers(self) -> Tensor:
@@ -326,14 +338,6 @@ def _view_of(description: Mapping[str, Any]) -> NeuronView:
     if not isinstance(row_dims, list) or not all(type(number) is int for number in [*row_dims, groups]):
         raise ValueError(f"row_dims and groups are integers, got {row_dims!r} and {groups!r}")
     return NeuronView(tuple(row_dims), groups)
-
-
-def _cols_of(matrix: Tensor) -> Tensor:
-    """int32 [rows, K]: the selected columns of a bool matrix with K entries set in every row."""
-    counts = matrix.sum(1)
-    if bool((counts != counts[0]).any()):
-        raise ValueError(f"rows have {int(counts.min())} to {int(counts.max())} bits set, not all the same number")
-    return matrix.nonzero()[:, 1].view(matrix.shape[0], -1).to(torch.int32)
 
 
 def _shortened(numbers: Tensor) -> str:

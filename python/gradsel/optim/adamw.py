@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradsel.masks import Mask
 from gradsel.optim.optimizer import MaskedAdam
+from gradsel.parameters.rules import RuleOptions
+from gradsel.ranking.criteria import Criterion, Score
+from gradsel.ranking.policies import Policy
 from gradsel.selection.selection import Selection
 
 
@@ -31,6 +34,12 @@ class MaskedAdamW(MaskedAdam):
         differentiable: bool = False,
         fused: bool | None = None,
         masks: Selection | Mapping[str, Mask] | None = None,
+        policy: Policy | None = None,
+        criterion: str | Criterion | Score = "gradient",
+        rules: RuleOptions | None = None,
+        select_after: int = 1,
+        reselect_every: int | None = None,
+        model: nn.Module | None = None,
         anchor: float = 0.0,
         anchor_decoupled: bool = False,
         anchor_norm: int = 2,
@@ -52,6 +61,12 @@ class MaskedAdamW(MaskedAdam):
             fused=fused,
             decoupled_weight_decay=True,
             masks=masks,
+            policy=policy,
+            criterion=criterion,
+            rules=rules,
+            select_after=select_after,
+            reselect_every=reselect_every,
+            model=model,
             anchor=anchor,
             anchor_decoupled=anchor_decoupled,
             anchor_norm=anchor_norm,

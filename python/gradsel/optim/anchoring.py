@@ -34,10 +34,7 @@ def anchored_groups(
     Raises:
         ValueError: the model has fewer blocks, or no parameter requires gradients.
     """
-    names = [strip_wrappers(path) for path in block_names(model)]
-    if last_blocks != "all" and (type(last_blocks) is not int or not 0 <= last_blocks <= len(names)):
-        raise ValueError(f"last_blocks must be 'all' or 0 to {len(names)}, the blocks there are, got {last_blocks!r}")
-    last = names if last_blocks == "all" else names[len(names) - int(last_blocks) :]
+    last = regular_blocks(model, last_blocks)
     heads = strings(head)
 
     def is_regular(name: str) -> bool:
@@ -53,3 +50,21 @@ def anchored_groups(
         {"params": [item for item in trained if not is_regular(item[0])], "anchor": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def regular_blocks(model: nn.Module, last_blocks: int | str, setting: str = "last_blocks") -> list[str]:
+    """The paths of the last blocks.
+
+    Args:
+        last_blocks: as for :func:`anchored_groups`.
+        setting: what the message of an error calls it.
+
+    Raises:
+        ValueError: the model has fewer blocks.
+    """
+    names = [strip_wrappers(path) for path in block_names(model)]
+    if last_blocks == "all":
+        return names
+    if type(last_blocks) is not int or not 0 <= last_blocks <= len(names):
+        raise ValueError(f"{setting} must be 'all' or 0 to {len(names)}, the blocks there are, got {last_blocks!r}")
+    return names[len(names) - last_blocks :]

@@ -59,11 +59,7 @@ def bind(group: dict[str, Any], masks: Mapping[str, Mask] | None) -> dict[Tensor
         return {parameter: Whole(parameter.shape) for parameter in params}
     if any(owner_of(parameter) is not None for parameter in params):
         raise ValueError("the model is attached, so its parameters know what is selected; leave out masks")
-    if "param_names" not in group:
-        raise ValueError(
-            "masks are keyed by parameter name, but the parameters have no names; "
-            "pass model.named_parameters() instead of model.parameters()"
-        )
+    check_names(group)
     bound: dict[Tensor, Mask] = {}
     for name, parameter in zip(group["param_names"], params, strict=True):
         mask = lookup(masks, name)
@@ -78,6 +74,14 @@ def bind(group: dict[str, Any], masks: Mapping[str, Mask] | None) -> dict[Tensor
             )
         bound[parameter] = mask.to(parameter.device)
     return bound
+
+
+def check_names(group: dict[str, Any]) -> None:
+    if "param_names" not in group:
+        raise ValueError(
+            "masks are keyed by parameter name, but the parameters have no names; "
+            "pass model.named_parameters() instead of model.parameters()"
+        )
 
 
 def check_masks(masks: Any) -> None:

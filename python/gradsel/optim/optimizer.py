@@ -2,56 +2,39 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.optim import Optimizer
+from torch import Tensor, nn
 
-import gradsel_kernels as gk
-from gradsel.attached import owner_of
-from gradsel.masks import Mask, Whole
-from gradsel.optim.call import Call, Plan, State, Target, calls_by_device, refuse_sparse, target_of, version_of
-from gradsel.optim.completing import complete
+from gradsel.masks import Mask
+from gradsel.nn import AttachReport
+from gradsel.optim.attaching import attach_with
+from gradsel.optim.clipping import clip
 from gradsel.optim.groups import (  # fmt: skip
     bind,
-    check_anchor,
     check_masks,
+    check_names,
     check_options,
-    check_parameter,
     check_torch_options,
     complete_options,
+    plain_name,
     warn_of_rounded_moments,
 )
 from gradsel.optim.loading import dense_state_dict, loaded
-from gradsel.optim.state import migrated
+from gradsel.optim.reselecting import load_selection, reselect_with
+from gradsel.optim.selector import Selector, model_of
+from gradsel.optim.stepping import Stepping
+from gradsel.parameters.rules import RuleOptions
+from gradsel.ranking.criteria import Criterion, Score
+from gradsel.ranking.policies import Policy
 from gradsel.selection.selection import Selection
-from gradsel_kernels.adam_call import AdamOptions
-
-#: Options of a group that decide which tensors its kernel calls take, so that a plan holds for their values only.
-_DECIDING_OPTIONS = ("amsgrad", "capturable", "differentiable", "low_precision", "seed", "state_dtype")
 
 
-def _hyperparameters(group: dict[str, Any]) -> AdamOptions:
-    beta1, beta2 = group["betas"]
-    return AdamOptions(
-        float(group["lr"]),
-        float(beta1),
-        float(beta2),
-        group["eps"],
-        group["weight_decay"],
-        group["decoupled_weight_decay"],
-        group["maximize"],
-        float(group["anchor"]),
-        group["anchor_norm"] == 1,
-        group["anchor_decoupled"],
-    )
-
-
-class MaskedAdam(Optimizer):
+class MaskedAdam(Stepping):
     """Adam (Kingma and Ba 2015) and AdamW (Loshchilov and Hutter 2019) that train only what a selection says.
 
     Argument order, defaults and behaviour are those of :class:`torch.optim.Adam`; without ``masks`` it is Adam. With
@@ -97,6 +80,19 @@ class MaskedAdam(Optimizer):
             entries overshoot.
         anchor_norm: 2, or 1 for ``anchor * ||w - w_pre||_1``: a gradient of ``anchor * sign(w - w_pre)``, or, if
             decoupled, a step of ``lr * anchor`` towards the original that stops there (soft thresholding).
+        policy: instead of ``masks``, lets the first step select: it ranks the dense gradients that it is given, by the
+            rules of :func:`gradsel.select`, and trains the selected entries from then on, biases and heads included.
+            ``PerNeuron`` with the criterion ``"gradient"`` selects and updates in one kernel call. Unselected entries
+            never change by a bit, and non-finite gradients are refused. Needs ``model.named_parameters()`` itself as
+            ``params``, or ``model``. Processes must step with the same gradients, as under DistributedDataParallel.
+        criterion: with ``policy``, what makes an entry worth training; see :func:`gradsel.select`.
+        rules: with ``policy``, a dict of keyword arguments ``head``, ``kinds``, ``blocks``, ``skip_blocks``, ``rank``,
+            ``whole``, ``freeze``; see :func:`gradsel.parameters.rules.parameter_rules`.
+        select_after: with ``policy``, the number of steps whose gradients are added up and ranked together. Those
+            before the last one change nothing.
+        reselect_every: with ``policy``, the number of steps after which the gradients of the last ``select_after``
+            steps are ranked again, as by :meth:`reselect`; at least ``select_after``. None: never.
+        model: with ``policy``, the model, if ``params`` is not ``model.named_parameters()``. It is not kept.
         low_precision: how small steps survive rounding in bfloat16 and float16 weights (8 and 11 significant bits):
             ``"master"`` keeps a float32 copy of the selected entries, 4 bytes each; ``"kahan"`` keeps each rounding
             error in the dtype of the weight, 2 bytes each; ``"stochastic"`` rounds up or down at random, right on
@@ -109,7 +105,8 @@ class MaskedAdam(Optimizer):
     Raises:
         ValueError: a hyper-parameter out of range; ``masks`` with unnamed parameters; a mask of another shape;
             ``differentiable``.
-        TypeError: ``masks`` is not a mapping, or one of its values is not a mask.
+            With ``policy``: also ``masks``; no model; parameters without names, or of another model.
+        TypeError: ``masks`` is not a mapping, or one of its values is not a mask; ``policy`` is not a policy.
         KeyError: a parameter that ``masks`` does not know.
         RuntimeError: ``fused`` and ``foreach`` together.
     """
@@ -133,6 +130,12 @@ class MaskedAdam(Optimizer):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         masks: Selection | Mapping[str, Mask] | None = None,
+        policy: Policy | None = None,
+        criterion: str | Criterion | Score = "gradient",
+        rules: RuleOptions | None = None,
+        select_after: int = 1,
+        reselect_every: int | None = None,
+        model: nn.Module | None = None,
         anchor: float = 0.0,
         anchor_decoupled: bool = False,
         anchor_norm: int = 2,
@@ -142,11 +145,7 @@ class MaskedAdam(Optimizer):
     ) -> None:
         check_masks(masks)
         self._selection = masks
-        self._masks: dict[Tensor, Mask] = {}
-        self._own_masks: dict[Tensor, Mask] = {}  # from groups with masks of their own
-        # Versions and addresses of low-precision parameters after the last step of this optimizer.
-        self._versions: dict[Tensor, tuple[int, int]] = {}
-        self._plans: dict[int, Plan] = {}  # by number of the group
+        self._masks, self._own_masks, self._versions, self._plans = {}, {}, {}, {}
         defaults = {
             "lr": lr,
             "betas": tuple(beta.squeeze() if isinstance(beta, Tensor) else beta for beta in betas),
@@ -168,7 +167,19 @@ class MaskedAdam(Optimizer):
         }
         check_torch_options(defaults)
         check_options(defaults)
+        if policy is not None:
+            if masks is not None:
+                raise ValueError("masks and policy are both given; masks say what is selected, policy selects it later")
+            self._selector = Selector(model_of(params, model), policy, criterion, rules, select_after, reselect_every)
+        elif (select_after, reselect_every, rules) != (1, None, None):
+            raise ValueError("rules, select_after and reselect_every say how policy selects; pass policy=PerNeuron(1)")
         super().__init__(params, defaults)
+
+    @property
+    def selection(self) -> Selection | None:
+        """What is trained: ``masks``, or what ``policy`` has selected; None before that, and without either."""
+        masks = self._selection
+        return masks if masks is None or isinstance(masks, Selection) else Selection(masks)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -190,6 +201,9 @@ class MaskedAdam(Optimizer):
         try:
             check_options(group)
             bound = bind(group, masks)
+            if self._selector is not None and masks is self._selection:
+                check_names(group)
+                self._selector.check(list(map(plain_name, group["param_names"])), group["params"])
         except Exception:
             self.param_groups.pop()
             raise
@@ -219,70 +233,6 @@ class MaskedAdam(Optimizer):
         self._update()
         return loss
 
-    @torch._disable_dynamo
-    def _update(self) -> None:
-        """A graph break under torch.compile: one kernel call has nothing to fuse, and plans check themselves."""
-        with torch._C.DisableTorchFunctionSubclass():  # reads the weights of attached models as plain tensors
-            self._update_groups()
-
-    def _update_groups(self) -> None:
-        for number, group in enumerate(self.param_groups):
-            check_anchor(group)
-            plan = self._plans.pop(number, None)
-            if plan is not None and plan.holds(group, self.state):
-                plan.run(_hyperparameters(group), self._from_scaler)
-            else:
-                grads = [parameter.grad for parameter in group["params"]]
-                calls = self._calls(number, grads)
-                for call in calls:
-                    self._run(call, group)
-                plan = Plan(group, grads, calls, self.state, _DECIDING_OPTIONS)
-            self._plans[number] = plan
-
-    def _run(self, call: Call, group: dict[str, Any]) -> None:
-        scaler: dict[str, Any] = {name: self._from_scaler(name, call.device) for name in ("grad_scale", "found_inf")}
-        lists = call.lists(group["amsgrad"], bool(group["anchor"]))
-        gk.masked_adam_(**lists, **_hyperparameters(group)._asdict(), **scaler)
-        call.done()
-
-    def _from_scaler(self, name: str, device: torch.device) -> Tensor | None:
-        """The scalar that a GradScaler has set for this step."""
-        scalar: Tensor | None = getattr(self, name, None)
-        return None if scalar is None else scalar.to(device, torch.float32)
-
-    def _calls(self, number: int, grads: list[Tensor | None]) -> list[Call]:
-        group = self.param_groups[number]
-        check_options(group)
-        targets = [
-            (n, target) for n, target in enumerate(self._targets(group)) if grads[n] is not None and target.mask.nnz
-        ]
-        refuse_sparse(grads[n] for n, _ in targets)  # type: ignore[misc]
-        for _, target in targets:
-            check_parameter(target.parameter, group["capturable"])
-        seed = None
-        if group["low_precision"] == "stochastic":  # a different one for each parameter, by its place in the optimizer
-            seed = (group["seed"] << 32) + sum(len(earlier["params"]) for earlier in self.param_groups[:number])
-        own = weakref.proxy(self)  # plans must not keep the optimizer, and with it the model, alive
-        return calls_by_device(targets, lambda target: own._state(target, group), self._versions, seed)
-
-    def _targets(self, group: dict[str, Any]) -> Iterator[Target]:
-        for parameter in group["params"]:
-            if parameter not in self._masks:
-                if self._selection is not None:
-                    raise KeyError(
-                        f"a parameter of shape {list(parameter.shape)} was put into a group by hand, so it has no "
-                        "mask; use add_param_group() or a new optimizer"
-                    )
-                self._masks[parameter] = Whole(parameter.shape)
-            yield target_of(parameter, self._masks)
-
-    def _state(self, target: Target, group: dict[str, Any]) -> State:
-        """The state of a parameter, complete and up to date."""
-        parameter = target.parameter
-        state: State = self.state[parameter]
-        complete(state, target, group, self._versions.get(parameter) != version_of(parameter))
-        return state
-
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
         """Clips the norm of the gradients of all selected entries, taken as one vector.
@@ -301,18 +251,8 @@ class MaskedAdam(Optimizer):
         Raises:
             RuntimeError: the norm is not finite, and ``error_if_nonfinite`` is True.
         """
-        found = [
-            (target, grad)
-            for group in self.param_groups
-            for target in self._targets(group)
-            if (grad := target.parameter.grad) is not None and target.mask.nnz
-        ]
-        grads = [
-            grad if target.is_compact or target.mask.is_whole else target.mask.gather(grad) for target, grad in found
-        ]
-        norm = get_total_norm(grads, norm_type, error_if_nonfinite)
-        clip_grads_with_norm_([target.parameter for target, _ in found], max_norm, norm)
-        return norm
+        targets = chain.from_iterable(map(self._targets, self.param_groups))
+        return clip(targets, max_norm, norm_type, error_if_nonfinite)
 
     @torch.no_grad()
     def reselect(self, selection: Selection | Mapping[str, Mask]) -> None:
@@ -330,29 +270,34 @@ class MaskedAdam(Optimizer):
                 :meth:`dense_state_dict` into a new optimizer), or as from the constructor. Nothing has changed.
             KeyError, TypeError: as from the constructor.
         """
-        check_masks(selection)
-        groups = [group for group in self.param_groups if not any(p in self._own_masks for p in group["params"])]
-        if any(owner_of(parameter) is not None for group in groups for parameter in group["params"]):
-            raise ValueError(
-                "the model is attached; detach it, attach it with the new selection, and load dense_state_dict() into "
-                "a new optimizer"
-            )
-        masks: dict[Tensor, Mask] = {}
-        for group in groups:
-            masks.update(bind(group, selection))
-        states = {
-            parameter: migrated(self.state[parameter], self._masks[parameter].to(parameter.device), mask, parameter)
-            for parameter, mask in masks.items()
-            if parameter in self.state
-        }
-        for parameter, state in states.items():
-            if state:
-                self.state[parameter] = state
-            else:
-                del self.state[parameter]
-        self._selection = selection
-        self._masks.update(masks)
-        self._plans.clear()
+        reselect_with(self, selection)
+
+    def attach(self, model: nn.Module) -> AttachReport:
+        """Attaches the model to :attr:`selection` and goes on training it: later steps form no dense gradients.
+
+        The groups keep their options and schedulers; values take the place of their weights, with their moments,
+        originals and step counts to the bit, and with their masters. Gradients of weights are dropped, so call it
+        between two steps. To be called before the model is wrapped in DistributedDataParallel or torch.compile.
+
+        Args:
+            model: the one whose parameters the optimizer has.
+
+        Returns:
+            What :func:`gradsel.attach` did.
+
+        Raises:
+            ValueError: nothing has been selected yet; groups have masks of their own; ``reselect_every`` needs dense
+                gradients; it is another model; or as from :func:`gradsel.attach`. Nothing has changed.
+        """
+        return attach_with(self, model, self.selection)
+
+    @torch._disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch; with ``policy`` it also holds the selection, or the gradients added up for it so far."""
+        state_dict = super().state_dict()
+        if self._selector is not None:
+            state_dict["selection"] = self._selector.saved(self.selection)
+        return state_dict
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -374,7 +319,16 @@ class MaskedAdam(Optimizer):
             replaced = before(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         # From here on as Optimizer.load_state_dict, which would round moments to the dtype of the parameter.
-        self.__setstate__(loaded(state_dict, self.param_groups, map(self._targets, self.param_groups)))
+        kept = self._selection, dict(self._masks)
+        selector = copy.copy(self._selector)
+        try:
+            load_selection(self, state_dict)
+            new = loaded(state_dict, self.param_groups, map(self._targets, self.param_groups))
+        except Exception:
+            self._selection, self._masks = kept
+            self._selector = selector
+            raise
+        self.__setstate__(new)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
@@ -399,5 +353,5 @@ class MaskedAdam(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # Optimizer pickles and copies only its own three attributes. A copy without masks would train everything.
-        own = {"_selection": self._selection, "_masks": self._masks, "_own_masks": self._own_masks}
-        return {**super().__getstate__(), **own}
+        names = "_selection", "_masks", "_own_masks", "_selector"
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}

@@ -13,6 +13,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from typing_extensions import Unpack
 
 from gradsel.attached import is_attached
+from gradsel.parameters.adapters import adapter_tensors
 from gradsel.parameters.blocks import is_inside, numbered
 from gradsel.parameters.names import (
     Use,
@@ -43,6 +44,7 @@ KINDS = {
     "embedding": "freeze",
     "output embedding": "freeze",
     "router": "freeze",  # of a mixture of experts
+    "adapter": "whole",  # of PEFT, if it is active
     "other": "freeze",
 }
 _ACTIONS = ("rank", "whole", "freeze")
@@ -132,6 +134,9 @@ def parameter_rules(
             several match, rank takes precedence over whole and whole over freeze, so ``freeze=["*"]`` does not affect
             parameters that the other two name.
 
+    In a model of PEFT, the base is ranked, and what its active adapters train (LoRA's A and B, for example, and copies
+    in ``modules_to_save``) is of the kind ``"adapter"``. Here, ``requires_grad`` tells which adapters are active.
+
     A parameter without dimensions is a single number rather than a layer of neurons, so it is trained whole instead of
     ranked.
 
@@ -151,13 +156,16 @@ def parameter_rules(
     actions = {**KINDS, **_checked_kinds(kinds or {})}
     kept = None if blocks is None else [strip_wrappers(path) for path in numbered(model, blocks, "blocks")]
     skipped = [strip_wrappers(path) for path in numbered(model, skip_blocks, "skip_blocks")]
-    outputs, routers = _output_embeddings(model), _routers(model)
+    outputs, routers, adapters = _output_embeddings(model), _routers(model), adapter_tensors(model)
     rules = {}
     for canonical, uses in owners.items():
         names = [name for name, _, _ in uses]
-        kind = _kind(uses, heads, outputs, routers)
-        rule = _default(kind, uses, actions)
-        left_out = kept is not None and kind != "head" and not any(is_inside(name, kept) for name in names)
+        what = adapters.get(id(getattr(uses[0][1], uses[0][2])))
+        kind = "adapter" if what else _kind(uses, heads, outputs, routers)
+        rule = _of_adapter(what, uses, actions) if what else _default(kind, uses, actions)
+        left_out = (
+            kept is not None and kind not in ("head", "adapter") and not any(is_inside(name, kept) for name in names)
+        )
         if left_out or any(is_inside(name, skipped) for name in names):
             rule = Rule("freeze", "block left out")
         for action, patterns in overrides.items():
@@ -284,6 +292,16 @@ def _default(kind: str, uses: list[Use], actions: Mapping[str, str]) -> Rule:
     if kind == "embedding" and len(uses) > 1:
         reason += ", tied"
     return Rule(_feasible(actions[kind], parameter), reason, _view(uses))
+
+
+def _of_adapter(what: str, uses: list[Use], actions: Mapping[str, str]) -> Rule:
+    """The rule of what PEFT has added or replaced; only what it trains now is trained."""
+    _, module, short = uses[0]
+    if what == "replaced":
+        return Rule("freeze", "PEFT trains a copy")
+    if not getattr(module, short).requires_grad:
+        return Rule("freeze", "inactive adapter")
+    return _default("adapter", uses, actions)
 
 
 def _view(uses: list[Use]) -> NeuronView:

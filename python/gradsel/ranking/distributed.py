@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gradsel.dtypes import trained_dtype
+from gradsel.errors import OtherRankFailed
 
 
 def process_group_of(model: nn.Module) -> dist.ProcessGroup | None:
@@ -50,7 +51,7 @@ def failing_together(group: dist.ProcessGroup | None) -> Iterator[None]:
     """Raises an error on all ranks if one of them fails, as the others would otherwise wait for it forever.
 
     Raises:
-        RuntimeError: another rank has failed; the message says which one, and with what error.
+        OtherRankFailed: another rank has failed; the message says which one, and with what error.
     """
     failure: Exception | None = None
     try:
@@ -62,7 +63,7 @@ def failing_together(group: dist.ProcessGroup | None) -> Iterator[None]:
         dist.all_gather_object(told, None if failure is None else f"{type(failure).__name__}: {failure}", group=group)
         others = [f"rank {rank} failed with {text}" for rank, text in enumerate(told) if text is not None]
         if failure is None and others:
-            raise RuntimeError(f"the selection was stopped because {others[0]}")
+            raise OtherRankFailed(f"the selection was stopped because {others[0]}")
     if failure is not None:
         raise failure
 

@@ -213,14 +213,15 @@ class PerLayer(_Shared):
 
     def choose(self, scores: Scores) -> Mask:
         entries = largest(scores.matrix.reshape(-1), self._of(scores.matrix.numel()))
-        return _mask_of(entries, scores.shape, scores.view)
+        return mask_of(entries, scores.shape, scores.view)
 
 
 @dataclass(frozen=True, repr=False)
 class Global(_Shared):
     """The best entries of all parameters together: "net" in GPS, Tab. 6a.
 
-    While a selection runs, it holds 20 bytes for every entry that may still be among the best.
+    While a selection runs, it holds 20 bytes for each of the entries that may still be among the best, at most three
+    times as many as it selects.
 
     Args:
         fraction: fraction of the entries of all ranked parameters, rounded to the nearest count.
@@ -231,7 +232,7 @@ class Global(_Shared):
         return self._of(sum(rows * cols for rows, cols in sizes))
 
     def start(self, sizes: Sizes) -> Ranking:
-        return _Together(self.budget(sizes.values()), list(sizes))
+        return Together(self.budget(sizes.values()), list(sizes))
 
     def choose(self, scores: Scores) -> Mask:
         ranking = self.start({"": (scores.matrix.shape[0], scores.matrix.shape[1])})
@@ -239,42 +240,63 @@ class Global(_Shared):
         return ranking.finish()[""]
 
 
-class _Together:
-    """Ranks the entries of all parameters together, holding at most ``count`` candidates at a time."""
+class Together:
+    """Ranks the entries of all parameters together, holding at most three times ``count`` candidates.
+
+    Args:
+        count: the number of entries to choose.
+        names: the parameters, in the order in which ties are broken.
+    """
 
     def __init__(self, count: int, names: list[str]) -> None:
         self._count = count
         self._number = {name: number for number, name in enumerate(names)}
         self._added: dict[str, tuple[torch.device, tuple[int, ...], NeuronView]] = {}
-        self._held: tuple[Tensor, Tensor, Tensor] | None = None  # magnitudes, numbers of parameters, entries
+        self._held: list[tuple[Tensor, Tensor, Tensor]] = []  # magnitudes, numbers of parameters, entries
+        self._bound: Tensor | None = None  # what an entry has to reach, if ``count`` have been found
 
     def add(self, name: str, scores: Scores) -> None:
         self._added[name] = (scores.matrix.device, scores.shape, scores.view)
         magnitudes = scores.matrix.reshape(-1).abs()
-        if self._held is not None and 0 < self._count == self._held[0].numel():
-            bound = self._held[0].min().to(magnitudes.device)
-            entries = (magnitudes >= bound).nonzero().view(-1)
+        if self._bound is not None:
+            entries = (magnitudes >= self._bound.to(magnitudes.device)).nonzero().view(-1)
             entries = entries[largest(magnitudes[entries], self._count)]
         else:
             entries = largest(magnitudes, self._count)
-        new = (magnitudes[entries], torch.full_like(entries, self._number[name]), entries)
-        if self._held is not None:
-            values, numbers, places = (
-                torch.cat([held, one.to(held.device)]) for held, one in zip(self._held, new, strict=True)
-            )
-            order = places.argsort(stable=True)
-            order = order[numbers[order].argsort(stable=True)]  # ties go to the first parameter, then the first entry
-            order = order[largest(values[order], self._count)]
-            new = (values[order], numbers[order], places[order])
-        self._held = new
+        self._held.append((magnitudes[entries], torch.full_like(entries, self._number[name]), entries))
+        if sum(values.numel() for values, _, _ in self._held) > 2 * self._count:
+            self._held = [self._best_of_held()]
+
+    def _best_of_held(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The ``count`` best of all candidates, in the order of parameters and entries, which breaks ties."""
+        device = self._held[0][0].device
+        values, numbers, places = (
+            torch.cat([part.to(device) for part in parts]) for parts in zip(*self._held, strict=True)
+        )
+        order = places.argsort(stable=True)
+        order = order[numbers[order].argsort(stable=True)]
+        order = order[largest(values[order], self._count)]
+        if 0 < self._count == order.numel():
+            self._bound = values[order].min()
+        return values[order], numbers[order], places[order]
+
+    def best(self) -> tuple[Tensor, Tensor]:
+        """The chosen entries, the largest magnitude first: the numbers of their parameters, and their places [count].
+
+        A place is the row-major index in the neuron view. Ties are in the order of parameters and places.
+        """
+        values, numbers, places = self._best_of_held()
+        order = values.argsort(descending=True, stable=True)
+        return numbers[order], places[order]
 
     def finish(self) -> dict[str, Mask]:
         masks: dict[str, Mask] = {}
+        if not self._held:  # no parameter got a gradient
+            return masks
+        _, numbers, entries = self._best_of_held()
         for name, (device, shape, view) in self._added.items():
-            assert self._held is not None
-            _, numbers, entries = self._held
             chosen = entries[numbers == self._number[name]].sort().values.to(device)
-            masks[name] = _mask_of(chosen, shape, view)
+            masks[name] = mask_of(chosen, shape, view)
         return masks
 
 
@@ -366,7 +388,7 @@ def covering_columns(score: Tensor, k: int, count: int) -> Tensor:
     return torch.tensor(sorted(chosen), dtype=torch.int64, device=score.device)
 
 
-def _mask_of(entries: Tensor, shape: tuple[int, ...], view: NeuronView) -> Mask:
+def mask_of(entries: Tensor, shape: tuple[int, ...], view: NeuronView) -> Mask:
     """The mask of some entries, given by their row-major indices in the neuron view."""
     if entries.numel() == 0:
         return Frozen(shape, "nothing selected")

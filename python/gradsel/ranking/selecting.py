@@ -90,7 +90,7 @@ def select(
         raise ValueError(f"loss_scale must be positive and finite, got {loss_scale}")
     rule_of = parameter_rules(model, **rules)
     parameters = named_parameters(model)
-    _require_ranked(rule_of, parameters)
+    require_ranked(rule_of, parameters)
     ranked = {name: parameters[name] for name, rule in rule_of.items() if rule.action == "rank"}
     chosen.reset()
     ranker = Ranker(policy, chosen, rule_of, ranked, loss_scale)
@@ -112,14 +112,14 @@ def select(
                 each_batch=chosen.each_batch, loss_scale=loss_scale, group=group, quiet=_quiet(progress),
             )  # fmt: skip
         notes |= {"batches": seen.batches, "memory": plan.sentence}
-        _report_missing([name for name in ranked if name not in seen.names], rule_of)
+        report_missing([name for name in ranked if name not in seen.names], rule_of)
     else:
         for name in tqdm(ranked, desc="ranking", unit="tensor", disable=_quiet(progress), leave=False):
             ranker.add(name, None)
     notes |= ranker.report()
 
     found = ranker.masks()
-    masks = {name: found.get(name) or _unranked(rule, tuple(parameters[name].shape)) for name, rule in rule_of.items()}
+    masks = {name: found.get(name) or unranked(rule, tuple(parameters[name].shape)) for name, rule in rule_of.items()}
     if ranked and not any(mask.nnz for mask in found.values()):
         raise ValueError(f"{policy} selects nothing of the {len(ranked)} ranked parameters; ask for more entries")
     if not any(mask.nnz for mask in masks.values()):
@@ -127,7 +127,7 @@ def select(
     return Selection(masks, notes, fingerprints(model))
 
 
-def _require_ranked(rules: Mapping[str, Rule], parameters: Mapping[str, Tensor]) -> None:
+def require_ranked(rules: Mapping[str, Rule], parameters: Mapping[str, Tensor]) -> None:
     """Refuses weights that cannot be ranked because of how or where they are stored."""
     absent = [name for name, rule in rules.items() if rule.action != "freeze" and parameters[name].is_meta]
     if absent:
@@ -144,7 +144,7 @@ def _require_ranked(rules: Mapping[str, Rule], parameters: Mapping[str, Tensor])
         )
 
 
-def _report_missing(missing: list[str], rules: Mapping[str, Rule]) -> None:
+def report_missing(missing: list[str], rules: Mapping[str, Rule]) -> None:
     """Ranked parameters that got no gradient: an error for one that the caller named, a warning for the others."""
     for name in missing:
         if rules[name].named:
@@ -159,7 +159,7 @@ def _report_missing(missing: list[str], rules: Mapping[str, Rule]) -> None:
         )
 
 
-def _unranked(rule: Rule, shape: tuple[int, ...]) -> Mask:
+def unranked(rule: Rule, shape: tuple[int, ...]) -> Mask:
     if rule.action == "whole":
         return Whole(shape)
     return Frozen(shape, "no gradient" if rule.action == "rank" else rule.reason)

@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterable, Sequence, Sized
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
+from gradsel.ranking.distributed import failing_together
 from gradsel.ranking.preserving import preserved
 
 Sample = TypeVar("Sample")
@@ -37,6 +39,7 @@ def easiest_subset(
     *,
     batches: Callable[[Subset[Sample]], Iterable[Any]],
     seed: int = 0,
+    process_group: dist.ProcessGroup | None = None,
 ) -> EasiestSubset[Sample]:
     """Splits a data set at random and returns the part with the smallest loss, to select on (GRFT, section 4.4.6).
 
@@ -51,6 +54,8 @@ def easiest_subset(
         batches: makes batches of a part: ``lambda part: DataLoader(part, batch_size=32)``. Every batch has the same
             weight in the mean, whatever its size.
         seed: seed of the random split.
+        process_group: ranks whose ``batches`` each make their share of a part; the mean is over all of them, so that
+            all choose the same part.
 
     Returns:
         The easiest part (the first of equal ones), with its samples in random order.
@@ -75,20 +80,31 @@ def easiest_subset(
     losses = []
     for number, indices in enumerate(parts):
         with preserved(model), torch.no_grad():
-            losses.append(_mean_loss(model, batches(Subset(dataset, indices)), loss, f"part {number} of {n}"))
+            part = Subset(dataset, indices)
+            losses.append(_mean_loss(model, batches(part), loss, f"part {number} of {n}", process_group))
     best = losses.index(min(losses))
     return EasiestSubset(dataset, parts[best], best, losses)
 
 
-def _mean_loss(model: nn.Module, batches: Iterable[Any], loss: Callable[[Any, Any], Tensor], where: str) -> float:
+def _mean_loss(
+    model: nn.Module, batches: Iterable[Any], loss: Callable[[Any, Any], Tensor], where: str,
+    group: dist.ProcessGroup | None,
+) -> float:  # fmt: skip
     values = []
-    for number, batch in enumerate(batches):
-        value = loss(model, batch)
-        if isinstance(value, Tensor) and value.numel() != 1:
-            raise ValueError(f"the loss of batch {number} in {where} is not a scalar, its shape is {list(value.shape)}")
-        values.append(float(value))
-        if not math.isfinite(values[-1]):
-            raise ValueError(f"the loss of batch {number} in {where} is {values[-1]}, so it cannot be compared")
+    with failing_together(group):
+        for number, batch in enumerate(batches):
+            value = loss(model, batch)
+            if isinstance(value, Tensor) and value.numel() != 1:
+                raise ValueError(
+                    f"the loss of batch {number} in {where} is not a scalar, its shape is {list(value.shape)}"
+                )
+            values.append(float(value))
+            if not math.isfinite(values[-1]):
+                raise ValueError(f"the loss of batch {number} in {where} is {values[-1]}, so it cannot be compared")
+    if group is not None:
+        shares: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(shares, values, group=group)
+        values = [value for share in shares for value in share]
     if not values:
         raise ValueError(f"batches gives nothing for {where}: is drop_last set, and the part smaller than a batch?")
     return math.fsum(values) / len(values)

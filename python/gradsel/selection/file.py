@@ -32,7 +32,7 @@ def write(
     for name, mask in masks.items():
         parameters[name] = {"kind": mask.kind, "shape": list(mask.shape), **mask.describe()}
         for part, tensor in mask.packed().items():
-            tensors[f"{name}:{part}"] = tensor.cpu().contiguous().clone()  # two names may share one mask
+            tensors[f"{name}:{part}"] = tensor
     write_sealed(path, _FORMAT, _VERSION, {"parameters": parameters, "notes": notes, "base": base}, tensors)
 
 

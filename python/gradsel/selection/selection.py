@@ -17,7 +17,7 @@ from gradsel.selection import file as selection_file
 from gradsel.selection import shira
 from gradsel.selection.distribution import Blocks
 from gradsel.selection.overlap import Overlap, overlap, require_same_parameters
-from gradsel.tables import grouped, shape_text, table
+from gradsel.tables import grouped, printable, shape_text, table
 
 _IMPORTED = {"policy": "imported"}
 Given = TypeVar("Given")
@@ -151,7 +151,7 @@ class Selection(Mapping[str, Mask]):
         return self.summary()
 
     def _notes_text(self) -> str:
-        return ", ".join(f"{key} {value}" for key, value in self.notes.items())
+        return printable(", ".join(f"{key} {value}" for key, value in self.notes.items()))
 
     def by_block(self) -> Blocks:
         """What is trained in each block and type of matrix: a mapping by (block, type); printable."""

@@ -203,7 +203,7 @@ def test_reselecting_leaves_groups_with_masks_of_their_own_and_failures_change_n
     optimizer.step()
     before = {p: dict(state) for p, state in optimizer.state.items()}
     with monkeypatch.context() as patch:
-        patch.setattr("gradsel.optim.optimizer.migrated", lambda *args: 1 / 0)
+        patch.setattr("gradsel.optim.reselecting.migrated", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             optimizer.reselect(random_masks(model, 1, 3))
     assert {p: dict(state) for p, state in optimizer.state.items()}.keys() == before.keys()

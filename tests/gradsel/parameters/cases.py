@@ -13,6 +13,17 @@ class TopKRouter(nn.Linear):
     """Sends tokens to experts."""
 
 
+class Adapted(nn.Module):
+    """A layer of PEFT, by what it has, around nothing."""
+
+    adapter_layer_names = ("lora_A",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base_layer = nn.Identity()
+        self.lora_A = nn.Linear(4, 2, bias=False)
+
+
 class Every(nn.Module):
     """One parameter of every kind."""
 
@@ -29,6 +40,7 @@ class Every(nn.Module):
         self.lm_head = nn.Linear(4, 7, bias=False)
         self.sinks = nn.Parameter(torch.randn(4))
         self.router = TopKRouter(4, 3, bias=False)
+        self.adapted = Adapted()
 
 
 OF_KIND = {
@@ -43,6 +55,7 @@ OF_KIND = {
     "embedding": ["words.weight"],
     "output embedding": ["lm_head.weight"],
     "router": ["router.weight"],
+    "adapter": ["adapted.lora_A.weight"],
     "other": ["sinks"],
 }
 

@@ -160,6 +160,17 @@ def ints(*numbers, dtype=torch.int32):
     return torch.tensor(numbers, dtype=dtype)
 
 
+def uneven(bits):
+    """As many bits, but some of the first row are in the second."""
+    bits = bits.clone()
+    place = next(i for i in range(bits.shape[1]) if int(bits[0, i]) & ~int(bits[1, i]))
+    bit = int(bits[0, place]) & ~int(bits[1, place])
+    bit &= -bit
+    bits[0, place] ^= bit
+    bits[1, place] |= bit
+    return bits
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -177,7 +188,8 @@ def ints(*numbers, dtype=torch.int32):
             r"many: bits .*\[6, 10\].*\[6, 9\]",
         ),
         (put("many:bits", lambda b: torch.full_like(b, -1)), "many: bits .*last column, 299"),
-        (put("many:bits", lambda b: b.index_fill(0, torch.tensor([0]), 0)), "many: rows .*0 to 100 bits"),
+        (put("many:bits", lambda b: b.index_fill(0, torch.tensor([0]), 0)), "many: 500 bits .*6 rows"),
+        (put("many:bits", lambda b: uneven(b)), "many: row 0 .*100 bits"),
         (put("most:bits", lambda b: torch.full_like(b, -1)), "most: bits .*last column, 599"),
         (put("most:bits", lambda b: b.view(-1)), r"most: bits .*\[1, 19\]"),
         (put("rows:rows", lambda r: ints(1, 6)), "rows: rows .*0 to 5"),

@@ -1,0 +1,65 @@
+"""Turning an optimizer with masks, and its model, into those of an attached model: the same training, cheaper."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradsel.attached import SUFFIX
+from gradsel.masks import Mask
+from gradsel.nn import AttachReport, attach
+from gradsel.optim.groups import plain_name
+from gradsel.optim.stepping import Stepping
+from gradsel.parameters.names import named_parameters
+from gradsel.selection.selection import Selection
+
+
+@torch.no_grad()
+def attach_with(optimizer: Stepping, model: nn.Module, selection: Selection | None) -> AttachReport:
+    """See :meth:`gradsel.MaskedAdam.attach`."""
+    if selection is None:
+        raise ValueError("nothing has been selected yet; call attach() after the step that selects")
+    if optimizer._own_masks:
+        raise ValueError("groups have masks of their own, which the selection does not contain; attach by hand")
+    if optimizer._selector is not None and optimizer._selector.every is not None:
+        raise ValueError("reselect_every ranks dense gradients, which an attached model does not form; leave it out")
+    parameters = named_parameters(model)
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group.get("param_names", ()), group["params"], strict=True):
+            if parameters.get(plain_name(name)) is not parameter:
+                raise ValueError(f"the optimizer trains {name}, which is not a parameter of this model; pass its model")
+    report = attach(model, selection)
+    attached = named_parameters(model)
+    state, masks = optimizer.state, optimizer._masks
+    own: dict[Tensor, Mask] = {}
+    for group in optimizer.param_groups:  # in place: schedulers hold the groups
+        kept: list[tuple[str, Tensor]] = []
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            mask = masks[parameter]
+            if mask.is_whole and mask.nnz:
+                kept.append((name, parameter))
+                own[parameter] = mask
+                continue
+            known: dict[str, Any] = state.pop(parameter, {})
+            if not mask.nnz:
+                continue
+            values = attached[plain_name(name) + SUFFIX]
+            exact = known.pop("master", None)
+            lost = known.pop("compensation", None)
+            if exact is not None:
+                values.copy_(exact)
+            elif lost is not None:
+                values.add_(lost)
+            if known:
+                state[values] = known
+            kept.append((name + SUFFIX, values))
+            own[values] = mask
+        group["param_names"] = [name for name, _ in kept]
+        group["params"] = [parameter for _, parameter in kept]
+    optimizer._masks = own
+    optimizer._own_masks = {}
+    optimizer._versions, optimizer._plans = {}, {}
+    optimizer._selector = None
+    return report

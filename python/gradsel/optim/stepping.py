@@ -1,0 +1,124 @@
+"""What a step of MaskedAdam does: every group's kernel calls, described once and repeated."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+import gradsel_kernels as gk
+from gradsel.masks import Mask, Whole
+from gradsel.optim.call import Call, Plan, State, Target, calls_by_device, refuse_sparse, target_of, version_of
+from gradsel.optim.completing import complete
+from gradsel.optim.first_step import select_in_step
+from gradsel.optim.groups import check_anchor, check_options, check_parameter
+from gradsel.optim.selector import Selector
+from gradsel.selection.selection import Selection
+from gradsel_kernels.adam_call import AdamOptions
+
+#: Options of a group that decide which tensors its kernel calls take, so that a plan holds for their values only.
+_DECIDING_OPTIONS = ("amsgrad", "capturable", "differentiable", "low_precision", "seed", "state_dtype")
+
+
+def _hyperparameters(group: dict[str, Any]) -> AdamOptions:
+    beta1, beta2 = group["betas"]
+    return AdamOptions(
+        float(group["lr"]),
+        float(beta1),
+        float(beta2),
+        group["eps"],
+        group["weight_decay"],
+        group["decoupled_weight_decay"],
+        group["maximize"],
+        float(group["anchor"]),
+        group["anchor_norm"] == 1,
+        group["anchor_decoupled"],
+    )
+
+
+class Stepping(Optimizer):
+    """The base of :class:`gradsel.MaskedAdam`, which gives the attributes their values."""
+
+    _selection: Selection | Mapping[str, Mask] | None
+    _masks: dict[Tensor, Mask]
+    _own_masks: dict[Tensor, Mask]  #: from groups with masks of their own
+    #: Makes the selection, with ``policy``.
+    _selector: Selector | None = None
+    #: Versions and addresses of low-precision parameters after the last step of this optimizer.
+    _versions: dict[Tensor, tuple[int, int]]
+    _plans: dict[int, Plan]  #: by number of the group
+
+    @torch._disable_dynamo
+    def _update(self) -> None:
+        """A graph break under torch.compile: one kernel call has nothing to fuse, and plans check themselves."""
+        with torch._C.DisableTorchFunctionSubclass():  # reads the weights of attached models as plain tensors
+            self._update_groups()
+
+    def _update_groups(self) -> None:
+        done: frozenset[Tensor] | None = frozenset()
+        if self._selector is not None:
+            done = select_in_step(self, self._selector)
+        if done is None:
+            return
+        for number, group in enumerate(self.param_groups):
+            check_anchor(group)
+            plan = self._plans.pop(number, None)
+            if plan is not None and not done and plan.holds(group, self.state):
+                plan.run(_hyperparameters(group), self._from_scaler)
+            else:
+                grads = [None if parameter in done else parameter.grad for parameter in group["params"]]
+                calls = self._calls(number, grads)
+                for call in calls:
+                    self._run(call, group)
+                if done:  # the next step has more parameters to update
+                    continue
+                plan = Plan(group, grads, calls, self.state, _DECIDING_OPTIONS)
+            self._plans[number] = plan
+
+    def _run(self, call: Call, group: dict[str, Any]) -> None:
+        scaler: dict[str, Any] = {name: self._from_scaler(name, call.device) for name in ("grad_scale", "found_inf")}
+        lists = call.lists(group["amsgrad"], bool(group["anchor"]))
+        gk.masked_adam_(**lists, **_hyperparameters(group)._asdict(), **scaler)
+        call.done()
+
+    def _from_scaler(self, name: str, device: torch.device) -> Tensor | None:
+        """The scalar that a GradScaler has set for this step."""
+        scalar: Tensor | None = getattr(self, name, None)
+        return None if scalar is None else scalar.to(device, torch.float32)
+
+    def _calls(self, number: int, grads: list[Tensor | None]) -> list[Call]:
+        group = self.param_groups[number]
+        check_options(group)
+        targets = [
+            (n, target) for n, target in enumerate(self._targets(group)) if grads[n] is not None and target.mask.nnz
+        ]
+        refuse_sparse(grads[n] for n, _ in targets)  # type: ignore[misc]
+        for _, target in targets:
+            check_parameter(target.parameter, group["capturable"])
+        seed = None
+        if group["low_precision"] == "stochastic":  # a different one for each parameter, by its place in the optimizer
+            seed = (group["seed"] << 32) + sum(len(earlier["params"]) for earlier in self.param_groups[:number])
+        own = weakref.proxy(self)  # plans must not keep the optimizer, and with it the model, alive
+        return calls_by_device(targets, lambda target: own._state(target, group), self._versions, seed)
+
+    def _targets(self, group: dict[str, Any]) -> Iterator[Target]:
+        for parameter in group["params"]:
+            if parameter not in self._masks:
+                if self._selection is not None:
+                    raise KeyError(
+                        f"a parameter of shape {list(parameter.shape)} was put into a group by hand, so it has no "
+                        "mask; use add_param_group() or a new optimizer"
+                    )
+                self._masks[parameter] = Whole(parameter.shape)
+            yield target_of(parameter, self._masks)
+
+    def _state(self, target: Target, group: dict[str, Any]) -> State:
+        """The state of a parameter, complete and up to date."""
+        parameter = target.parameter
+        state: State = self.state[parameter]
+        complete(state, target, group, self._versions.get(parameter) != version_of(parameter))
+        return state
