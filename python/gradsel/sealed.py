@@ -7,18 +7,13 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 import gradsel_kernels as gk
-
-#: What Python and torch raise on malformed input; RecursionError is a RuntimeError.
-_MALFORMED = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError)
+from gradsel.files import replacing
+from gradsel.tensor_files import MALFORMED, raw, read_header, read_tensors, save_file
 
 
 def write_sealed(
@@ -30,37 +25,15 @@ def write_sealed(
 ) -> None:
     """Writes tensors and JSON sections as one safetensors file, atomically, with a checksum of both.
 
-    Args:
-        tensors: contiguous, on the CPU, not sharing memory.
+    Raises:
+        TypeError: a section cannot be written as JSON.
+        OSError: the file cannot be written.
     """
     metadata = {"format": format, "version": version, "library": gk.__version__}
     metadata |= {key: json.dumps(section) for key, section in sections.items()}
     metadata["checksum"] = _checksum(metadata, tensors)
     with replacing(path) as unfinished:
-        save_file(dict(tensors), unfinished, metadata)
-
-
-@contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a path beside ``path`` to write to, which then replaces ``path``. A crash leaves the old file intact."""
-    path = Path(path)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        yield unfinished
-        _flush(unfinished)
-        os.replace(unfinished, path)
-        if os.name == "posix":  # elsewhere a folder cannot be opened
-            _flush(path.parent)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        save_file(tensors, unfinished, metadata)
 
 
 @contextmanager
@@ -77,21 +50,25 @@ def reading_sealed(
     Raises:
         ValueError: the file has another format, is damaged, or was written by a later version.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, *_MALFORMED) as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
-    if metadata.get("format") != format:
-        raise ValueError(f"{path} is not {what}: its format is {metadata.get('format')!r}, expected {format!r}")
-    if metadata.get("version") != version:
-        raise ValueError(f"{path} is of version {metadata.get('version')}; this library reads {version}, update it")
+    with open(path, "rb") as stream:
+        try:
+            header = read_header(stream)
+        except ValueError as error:
+            raise ValueError(f"{path} is {error}") from None
+        metadata = header.metadata
+        if metadata.get("format") != format:
+            raise ValueError(f"{path} is not {what}: its format is {metadata.get('format')!r}, expected {format!r}")
+        if metadata.get("version") != version:
+            raise ValueError(f"{path} is of version {metadata.get('version')}; this library reads {version}, update it")
+        try:
+            tensors = read_tensors(stream, header)
+        except ValueError as error:
+            raise ValueError(f"{path} is {error}") from None
     try:
         yield metadata, tensors
         if metadata["checksum"] != _checksum(metadata, tensors):
             raise ValueError("the checksum does not match")
-    except _MALFORMED as error:
+    except MALFORMED as error:
         raise ValueError(f"{path} is damaged: {error!r}") from None
 
 
@@ -119,5 +96,5 @@ def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str
         digest.update(json.dumps([key, metadata[key]]).encode())
     for key, tensor in sorted(tensors.items()):
         digest.update(json.dumps([key, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(raw(tensor))
     return digest.hexdigest()

@@ -22,8 +22,19 @@ def grouped(entries: Iterable[tuple[str, Key]]) -> list[tuple[str, Key, int]]:
     return [(name + (f"  x{count}" if count > 1 else ""), key, count) for (name, key), count in counts.items()]
 
 
+def printable(text: str) -> str:
+    """Text that may come from a file, without what steers a terminal or hides letters: that is written as escapes.
+
+    Line breaks stay in text that is split into lines first, and in no other.
+    """
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape", "surrogatepass").decode() for letter in text
+    )
+
+
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of left-aligned columns."""
+    """Lines of left-aligned columns, of printable text."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads) - 1)]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)).rstrip()

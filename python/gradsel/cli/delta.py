@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
+from gradsel.delta.adapter_files import originals_of
 from gradsel.delta.checkpoints import Checkpoint, require_no_overwrite, rewrite
 from gradsel.delta.delta import Delta
 from gradsel.delta.fitting import Destination, by_names_in, fitted, in_checkpoint, named_alike, other_names
-from gradsel.delta.making import differing
+from gradsel.delta.lora import Above
+from gradsel.delta.making import differing, whole
 from gradsel.delta.parts import Part, bits_of, entries_of, read, same_bits, write_
-from gradsel.delta.sites import Site, originals_in, require_base, sites_of
+from gradsel.delta.sites import Site, is_base, originals_in, require_base, sites_of, tensor_of
+from gradsel.files import require_folder
 from gradsel.integrations import checkpoint_names
+from gradsel.parameters.fingerprints import fingerprint
+from gradsel.tables import printable, shape_text
 
 #: The largest fraction of entries that may differ for a delta to be worth making.
 MOST_DIFFERING = 0.5
@@ -60,6 +65,16 @@ def add_to(commands: argparse._SubParsersAction, text: str) -> None:
         "--model", type=Path, metavar="FOLDER", help=f"{_MODEL}, which tells their names apart; default: beside A or B"
     )
 
+    merge = _verb(verbs, "merge", _merge, "write the delta that sets the entries of two deltas of one base")
+    for name in ("A", "B", "OUT"):
+        merge.add_argument(name.lower(), type=Path, metavar=name)
+    merge.add_argument(
+        "--wins", choices=("neither", "first", "second"), default="neither",
+        help="whose value to take of an entry that both set differently; default: neither, such deltas are refused",
+    )  # fmt: skip
+    merge.add_argument("--model", type=Path, metavar="FOLDER", help=f"{_MODEL}; the result has the names of the model")
+    merge.add_argument("--force", action="store_true", help="also merge values that are NaN or infinite")
+
     make = _verb(verbs, "make", _make, "make the delta of two checkpoints: all entries whose bits differ")
     for name in ("BASE", "TUNED", "OUT"):
         make.add_argument(name.lower(), type=Path, metavar=name, help=None if name == "OUT" else _CHECKPOINT)
@@ -68,9 +83,25 @@ def add_to(commands: argparse._SubParsersAction, text: str) -> None:
         action="store_true",
         help="also save the replaced entries, so that the delta can be reverted",
     )
+    make.add_argument("--force", action="store_true", help="also save values that are NaN or infinite")
     make.add_argument(
         "--dtype", choices=list(_DTYPES), help="round the values to this dtype; default: exactly those of TUNED"
     )
+
+    lora = _verb(verbs, "lora", _lora, "write a delta as a LoRA adapter, which PEFT, vLLM and others load")
+    for name in ("DELTA", "OUT"):
+        lora.add_argument(name.lower(), type=Path, metavar=name, help="a folder" if name == "OUT" else None)
+    lora.add_argument("--base", type=Path, metavar="BASE", help=f"{_CHECKPOINT}; needed unless DELTA has originals")
+    lora.add_argument("--model", type=Path, metavar="FOLDER", help=f"{_MODEL}; default: beside BASE or DELTA")
+    lora.add_argument("--rank", type=int, metavar="R", help="the highest rank allowed; default: what DELTA needs")
+    lora.add_argument(
+        "--above", choices=get_args(Above), default="refuse",
+        help="what to do with layers that need more: refuse them, split DELTA into several adapters whose sum is "
+        "exact, or take the nearest adapter (svd) and report its error; default: refuse",
+    )  # fmt: skip
+    lora.add_argument("--dtype", choices=list(_DTYPES), help="of the adapter; default: float32")
+    lora.add_argument("--pad", action="store_true", help="give all layers the same rank, with zeros")
+    lora.add_argument("--drop", action="store_true", help="leave out what LoRA cannot hold, and list it")
 
 
 def _verb(
@@ -82,7 +113,7 @@ def _verb(
         try:
             function(arguments)
         except (ValueError, OSError) as error:
-            print(f"gradsel delta {name}: {error}", file=sys.stderr)
+            print(printable(f"gradsel delta {name}: {error}".replace("force=True", "--force")), file=sys.stderr)
             return 1
         return 0
 
@@ -90,24 +121,80 @@ def _verb(
     return parser
 
 
+def _say(text: object) -> None:
+    """Prints lines, which may have names from a file in them."""
+    for line in str(text).split("\n"):
+        print(printable(line))
+
+
 def _info(arguments: argparse.Namespace) -> None:
     delta = Delta.load(arguments.delta, force=True)
-    print(delta)
+    _say(delta)
     total = len(delta)
     for what, count in (
         ("quick check of the base", sum(bool(part.digest) for part in delta.values())),
         ("full check of the base", sum(bool(part.fingerprint) for part in delta.values())),
         ("originals, to revert", sum(part.originals is not None for part in delta.values())),
     ):
-        print(f"{what}: {count} of {total} tensors")
-    print(f"{arguments.delta}: {arguments.delta.stat().st_size:,} bytes")
+        _say(f"{what}: {count} of {total} tensors")
+    _say(f"{arguments.delta}: {arguments.delta.stat().st_size:,} bytes")
     if arguments.model is not None:
         for name, others in other_names(_model(arguments.model), delta).items():
-            print(f"{name}: {', '.join(others)}")
+            _say(f"{name}: {', '.join(others)}")
+
+
+# --- Adapters ----------------------------------------------------------------------------------------------------
+
+
+def _lora(arguments: argparse.Namespace) -> None:
+    delta = Delta.load(arguments.delta)
+    if arguments.base is not None:
+        delta = _with_originals(delta, Checkpoint(arguments.base), arguments)
+    if arguments.model is not None:
+        model: nn.Module | None = _model(arguments.model)
+    else:
+        beside = [] if arguments.base is None else [Checkpoint(arguments.base).path.parent]
+        model = next(filter(None, map(checkpoint_names.model_of, [*beside, arguments.delta.parent])), None)
+    dtype = None if arguments.dtype is None else _DTYPES[arguments.dtype]
+    try:
+        export = delta.to_lora(
+            arguments.out, model, arguments.rank, dtype, arguments.drop, above=arguments.above, pad=arguments.pad
+        )
+    except ValueError as error:
+        raise ValueError(_as_options(str(error))) from None
+    _say(export)
+
+
+def _as_options(message: str) -> str:
+    """The message of ``Delta.to_lora`` with the names that its parameters have as options."""
+    for parameter, option in (
+        ("rank=", "--rank "), ("above='svd'", "--above svd"), ("above='split'", "--above split"),
+        ("drop=True", "--drop"), ("base= as a model", "--model"), ("base=", "--base"), ("dtype=", "--dtype"),
+    ):  # fmt: skip
+        message = message.replace(parameter, option)
+    return message
+
+
+def _with_originals(delta: Delta, base: Checkpoint, arguments: argparse.Namespace) -> Delta:
+    """The delta with the entries of the base that it replaces, by the names of the base."""
+
+    def attempt(parts: Mapping[str, Part], force: bool) -> Mapping[str, Part]:
+        found = {}
+        for name, part in parts.items():
+            if not part.mask.is_whole:
+                tensor = tensor_of(name, part, base, force)
+                part = replace(part, originals=originals_of(name, part, {name: tensor}))
+            found[name] = part
+        return found
+
+    return Delta(fitted(delta, in_checkpoint(base, _folders(arguments, base)), False, attempt), delta.notes)
+
+
+# --- Checkpoints written -----------------------------------------------------------------------------------------
 
 
 def _apply(arguments: argparse.Namespace) -> None:
-    require_no_overwrite(arguments.out, [arguments.delta])
+    require_no_overwrite([arguments.out], [arguments.delta])
 
     def change(name: str, part: Part, tensor: Tensor, force: bool) -> Tensor:
         site = _site(name, part, tensor, force)
@@ -122,7 +209,7 @@ def _apply(arguments: argparse.Namespace) -> None:
 
 
 def _revert(arguments: argparse.Namespace) -> None:
-    require_no_overwrite(arguments.out, [arguments.delta])
+    require_no_overwrite([arguments.out], [arguments.delta])
     delta = Delta.load(arguments.delta, force=True)
     if lost := [name for name, part in delta.items() if part.originals is None]:
         raise ValueError(
@@ -136,7 +223,8 @@ def _revert(arguments: argparse.Namespace) -> None:
         assert part.originals is not None
         write_(tensor, part, part.originals.reshape(-1).to(tensor.dtype))
         if not force:
-            require_base([] if tuned and read(tensor, part)[1] == part.digest else [name], len(delta))
+            found = tuned and is_base(name, part, read(tensor, part)[1], lambda: fingerprint(tensor))
+            require_base([] if found else [name], len(delta))
         return tensor
 
     source = Checkpoint(arguments.tuned)
@@ -161,6 +249,12 @@ def _change(
     change: Callable[[str, Part, Tensor, bool], Tensor],
 ) -> None:
     """Rewrites the tensors that the delta touches, after checking that all of them fit."""
+    heads = _heads(delta, there, source)
+    if len(heads) == len(delta) and not arguments.force:
+        raise ValueError(
+            f"{source.path} has none of the delta's {len(delta)} tensors, first {next(iter(heads))}, in this shape: it "
+            "may be another model; pass force=True to put them there"
+        )
 
     def attempt(parts: Mapping[str, Part], force: bool) -> Mapping[str, Part]:
         for name in parts:
@@ -170,43 +264,98 @@ def _change(
             change(name, part, source[name], force)
         return parts
 
-    parts = fitted(delta, there, arguments.force, attempt)
+    rest = {name: part for name, part in delta.items() if name not in heads}
+    parts = fitted(rest, there, arguments.force, attempt) if rest else rest
 
     def changed(name: str) -> Callable[[Tensor], Tensor]:
         return lambda tensor: change(name, parts[name], tensor, arguments.force)
 
-    files = rewrite(source, arguments.out, {name: changed(name) for name in parts})
-    if parts is not delta and arguments.out.is_dir():  # the names there need to be translated, too
-        files += _copied_config(_folders(arguments, source), arguments.out)
-    for file in files:
-        print(file)
+    config = _config(arguments, source, bool(heads), parts is not rest)
+    added = {name: part.values.to(part.dtype) for name, part in heads.items()}
+    for file in rewrite(source, arguments.out, {name: changed(name) for name in parts}, added, config):
+        _say(file)
+    for name, part in heads.items():
+        _say(f"{name} is the task's, {shape_text(part.mask.shape)}; BASE has {_size(source, name)}")
+    if heads and config is None:
+        _say("If a config.json says how many classes the model has, it must say the task's number")
 
 
-def _copied_config(folders: Sequence[Path], out: Path) -> list[Path]:
-    """Copies the config.json that says which model it is to a folder that has none; returns what was written."""
-    found = [folder / "config.json" for folder in folders if (folder / "config.json").exists()]
-    copy = out / "config.json"
-    if not found or copy.exists():
-        return []
-    shutil.copyfile(found[0], copy)
-    return [copy]
+def _heads(delta: Delta, there: Destination, source: Checkpoint) -> dict[str, Part]:
+    """The tensors that the task has for itself: set whole, and missing in the base or of another size there."""
+    wholes = {name: part for name, part in delta.items() if part.mask.is_whole}
+    missing = [name for name in wholes if name not in source]
+    names = there.names(delta) if missing and there.into == "checkpoint" else None
+    found = {name: wholes[name] for name in missing if names is None or names.group(name, "checkpoint") is None}
+    for name, part in wholes.items():
+        if name in source and _is_resized(part.mask.shape, source.shapes[name]):
+            found[name] = part
+    return found
+
+
+def _is_resized(ours: tuple[int, ...], theirs: tuple[int, ...]) -> bool:
+    """Whether only the first dimension, the number of classes, differs."""
+    return ours != theirs and len(ours) == len(theirs) > 0 and ours[1:] == theirs[1:]
+
+
+def _size(source: Checkpoint, name: str) -> str:
+    return shape_text(source.shapes[name]) if name in source else "none"
+
+
+def _config(arguments: argparse.Namespace, source: Checkpoint, has_heads: bool, is_translated: bool) -> Path | None:
+    """The config.json that belongs beside the new weights, if it is not just that of the old ones."""
+    if arguments.model is not None:
+        folders = [arguments.model]
+    elif has_heads:
+        folders = [arguments.delta.parent]
+    elif is_translated and (source.folder is None or not (source.folder / "config.json").exists()):
+        folders = _folders(arguments, source)
+    else:
+        return None
+    return next((file for file in (folder / "config.json" for folder in folders) if file.exists()), None)
+
+
+# --- Deltas compared and combined --------------------------------------------------------------------------------
 
 
 def _diff(arguments: argparse.Namespace) -> None:
     a, b = (Delta.load(path, force=True) for path in (arguments.a, arguments.b))
-    if arguments.model is not None:
-        a, b = (_in_model(_model(arguments.model), delta) for delta in (a, b))
-    elif a.keys() != b.keys():
-        with contextlib.suppress(ValueError):  # nobody has said that these folders are about the deltas
-            found = map(checkpoint_names.model_of, (arguments.a.parent, arguments.b.parent))
-            if (model := next(filter(None, found), None)) is not None:
-                a, b = (_in_model(model, delta) for delta in (a, b))
-    print(a.difference(b))
+    a, b = _alike(arguments, a, b)
+    _say(a.difference(b))
     if not a.keys() & b.keys():
-        print(
+        _say(
             "They have no tensor in common. If one has the names of a model, and the other those of its checkpoints, "
             "pass --model FOLDER"
         )
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    require_folder(arguments.out)
+    require_no_overwrite([arguments.out], [arguments.a, arguments.b])
+    a, b = (Delta.load(path, force=arguments.force) for path in (arguments.a, arguments.b))
+    a, b = _alike(arguments, a, b)
+    collisions = a.difference(b).differing
+    wins = {"neither": "neither", "first": "self", "second": "other"}[arguments.wins]
+    try:
+        merged = a.merged(b, wins=wins)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ValueError(str(error).replace("say which wins", "pass --wins first or --wins second")) from None
+    merged.save(arguments.out, originals=all(p.originals is not None for p in merged.values()), force=arguments.force)
+    _say(f"{merged!r}; {collisions:,} entries were set differently by the two\n{arguments.out}")
+
+
+def _alike(arguments: argparse.Namespace, a: Delta, b: Delta) -> tuple[Delta, Delta]:
+    """Two deltas by the names of their model, if these are known and needed."""
+    model = None if arguments.model is None else _model(arguments.model)
+    try:
+        if model is None and a.keys() != b.keys():
+            found = map(checkpoint_names.model_of, (arguments.a.parent, arguments.b.parent))
+            model = next(filter(None, found), None)
+        if model is not None:
+            return _in_model(model, a), _in_model(model, b)
+    except ValueError:
+        if arguments.model is not None:  # otherwise nobody has said that these folders are about the deltas
+            raise
+    return a, b
 
 
 def _in_model(model: nn.Module, delta: Delta) -> Delta:
@@ -220,32 +369,47 @@ def _model(folder: Path) -> nn.Module:
     return model
 
 
+# --- Deltas made -------------------------------------------------------------------------------------------------
+
+
 def _make(arguments: argparse.Namespace) -> None:
+    require_folder(arguments.out)
     base, checkpoint = Checkpoint(arguments.base), Checkpoint(arguments.tuned)
-    require_no_overwrite(arguments.out, [*base.files, *checkpoint.files])
+    require_no_overwrite([arguments.out], [*base.files, *checkpoint.files])
+    checkpoint = checkpoint.without_values(base)
     tuned = named_alike(checkpoint, base)
-    for these, those, which in ((base, tuned, "tuned"), (tuned, base, "base")):
-        if missing := [name for name in these if name not in those]:
-            raise ValueError(f"the {which} checkpoint lacks {len(missing)} tensors, first {missing[0]}")
-    _require_few(base, tuned)
+    heads = [name for name in tuned if name not in base or _is_resized(tuned[name].shape, base.shapes[name])]
+    _require_few(base, tuned, heads)
     dtype = None if arguments.dtype is None else _DTYPES[arguments.dtype]
-    parts = {name: differing(name, base[name], tuned[name], dtype) for name in tuned}
-    found = {name: part for name, part in parts.items() if part is not None}
+    found = {}
+    for name in tuned:
+        part = whole(name, tuned[name], dtype) if name in heads else differing(name, base[name], tuned[name], dtype)
+        if part is not None:
+            found[name] = part
     notes = {"policy": "entries that differ", "base": arguments.base.name, "tuned": arguments.tuned.name}
     delta = Delta(found, notes)
-    delta.save(arguments.out, originals=arguments.with_originals)
-    print(
+    delta.save(arguments.out, originals=arguments.with_originals, force=arguments.force)
+    _say(
         f"{delta!r}\n{arguments.out}: {arguments.out.stat().st_size:,} bytes; the checkpoint has {checkpoint.nbytes:,}"
     )
+    if heads:
+        _say(f"{len(heads)} tensors are not in BASE, or of another size there, first {heads[0]}: they are set whole")
+    if lost := [name for name in base if name not in tuned]:
+        _say(f"{len(lost)} tensors of BASE are not in TUNED, first {lost[0]}: the delta leaves them as they are")
 
 
-def _require_few(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> None:
+def _require_few(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], heads: list[str]) -> None:
+    if len(heads) == len(tuned):
+        raise ValueError(
+            f"the base has none of the {len(tuned)} tensors of the tuned checkpoint by the same name and in the same "
+            "shape; if they only have other names, put the config.json of their model beside each of the two"
+        )
     count, total, worst = 0, 0, ("", 0.0)
     for name in tuned:
-        ours, theirs = tuned[name], base[name]
-        if ours.shape != theirs.shape or ours.dtype is not theirs.dtype:
+        ours, theirs = tuned[name], None if name in heads else base[name]
+        if theirs is not None and (ours.shape != theirs.shape or ours.dtype is not theirs.dtype):
             continue  # differing() reports it
-        moved = int((bits_of(ours) != bits_of(theirs)).sum())
+        moved = ours.numel() if theirs is None else int((bits_of(ours) != bits_of(theirs)).sum())
         count, total = count + moved, total + ours.numel()
         worst = max(worst, (name, moved / max(ours.numel(), 1)), key=lambda pair: pair[1])
     if count > MOST_DIFFERING * total:

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from gradsel.attached import attached_root
 from gradsel.delta.fitting import fitted, in_model
+from gradsel.delta.heads import heads_in
 from gradsel.delta.parts import Part, entries_of, same_bits, tensors_of, write_
 from gradsel.delta.sites import (
     FORCE,
     Site,
     is_base,
     originals_in,
+    require_agreement,
     require_base,
     require_plain,
     site_of,
@@ -25,20 +27,30 @@ from gradsel.delta.sites import (
 from gradsel.delta.trained import Trained, trained_in
 from gradsel.interrupts import uninterrupted
 from gradsel.masks import same
+from gradsel.nn.buffers import kept_buffers, restore_buffers
 
 
-def fit(parts: Mapping[str, Part], model: nn.Module, force: bool) -> tuple[list[Site], list[Tensor]]:
+def fit(
+    parts: Mapping[str, Part], model: nn.Module, force: bool, own_heads: bool = False
+) -> tuple[list[Site], list[Tensor]]:
     """The sites of the parts in a plain model, and the entries that will be replaced there.
 
     Parts by the names of a checkpoint are translated.
+
+    Args:
+        own_heads: tensors that are set whole may have another number of classes; their sites are
+            :class:`~gradsel.delta.heads.Head`, and no entries are replaced there.
 
     Raises:
         ValueError: see :func:`sites_of` and :func:`originals_in`.
     """
 
     def attempt(parts: Mapping[str, Part], force: bool) -> tuple[list[Site], list[Tensor]]:
-        sites = sites_of(parts, model, force)
-        return sites, originals_in(sites, force)
+        heads = heads_in(parts, model) if own_heads else {}
+        sites = sites_of({name: part for name, part in parts.items() if name not in heads}, model, force)
+        require_agreement(sites)
+        originals = originals_in(sites, force)
+        return [*sites, *heads.values()], originals + [head.tensor.new_empty(0) for head in heads.values()]
 
     require_plain(model)
     return fitted(parts, in_model(model), force, attempt)
@@ -168,7 +180,9 @@ def require_in_place(sites: Sequence[Site], model: nn.Module) -> None:
 
 
 def load_attached(parts: Mapping[str, Part], root: nn.Module, force: bool) -> None:
-    """Sets the values and weights of an attached model; its originals stay, and must match the delta's base.
+    """Sets the values, weights and buffers of an attached model; its originals stay, and must match the delta's base.
+
+    Buffers that the delta does not set are as they were at attach().
 
     Raises:
         ValueError: other entries are attached or, without force, the base differs. Nothing has been written.
@@ -180,6 +194,7 @@ def load_attached(parts: Mapping[str, Part], root: nn.Module, force: bool) -> No
         for name, own in trained.items():
             own.values.copy_(parts[name].values)
             own.mask.scatter_(own.tensor, own.values)
+        restore_buffers(root)
         for site in sites:
             write_(site.tensor, site.part, site.values)
 
@@ -199,6 +214,8 @@ def _fit_attached(
             "gradsel.detach(model, restore=True), then attach it to delta.selection(model)"
         )
     sites = [site_of(name, parts[name], buffers, force) for name in buffers]
+    kept = {name: tensor for name, tensor in kept_buffers(root).items() if name in buffers}
+    before = buffers | {name: tensor.to(buffers[name].device, buffers[name].dtype) for name, tensor in kept.items()}
     for name, own in trained.items():
         tensor_of(name, parts[name], {name: own.tensor}, force)
     if not force:
@@ -208,5 +225,5 @@ def _fit_attached(
             if not is_base(name, parts[name], own.digest_before(parts[name]), own.fingerprint_before)
         ]
         require_base(wrong, len(parts))
-    originals_in(sites, force)
+    originals_in([site_of(name, parts[name], before, force) for name in buffers], force)
     return parts, sites

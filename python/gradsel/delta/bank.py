@@ -6,12 +6,15 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
+from pathlib import Path
 
 from torch import Tensor, nn
 
+from gradsel.delta import bank_files
 from gradsel.delta.applying import Overlay, fit, require_in_place
 from gradsel.delta.combining import paired
 from gradsel.delta.delta import Delta
+from gradsel.delta.heads import Head
 from gradsel.delta.parts import write_
 from gradsel.delta.sites import Site, require_plain
 from gradsel.interrupts import uninterrupted
@@ -40,10 +43,23 @@ class _Task:
         return self.overwritten[name]
 
 
+def _put(task: _Task) -> None:
+    """Writes the entries of a task."""
+    for site in task.sites:
+        if isinstance(site, Head):
+            site.put()
+        else:
+            write_(site.tensor, site.part, site.values)
+
+
 def _restore(task: _Task, but: frozenset[str] = frozenset()) -> None:
     """Writes back the entries of the base that a task replaces, except in the tensors ``but``."""
     for site, entries in zip(task.sites, task.originals, strict=True):
-        if site.name not in but:
+        if site.name in but:
+            continue
+        if isinstance(site, Head):
+            site.take_off()
+        else:
             write_(site.tensor, site.part, entries)
 
 
@@ -52,6 +68,9 @@ class TaskBank(Overlay):
 
     Switching is exact to the bit, in any order. It writes in place: parameters stay the same objects at the same
     addresses, and code compiled by torch.compile stays valid. Do not switch during a forward pass.
+
+    A task that sets its head whole may have another number of classes than the model: the head's parameters then get
+    the task's memory while it is active, and torch.compile compiles once for each size.
 
     Args:
         model: the plain base, wrapped or not, without a task.
@@ -72,7 +91,7 @@ class TaskBank(Overlay):
             force: see :meth:`gradsel.delta.Delta.apply_`.
 
         Raises:
-            ValueError: the name is taken, or the delta is for another model or base, such as a head of another size.
+            ValueError: the name is taken, or the delta is for another model or base.
         """
         if name in self._tasks:
             raise ValueError(f"the bank has a task {name!r} already; remove it first")
@@ -81,7 +100,7 @@ class TaskBank(Overlay):
         active = self._active
         self.activate(None)  # the task replaces entries of the base
         try:
-            sites, originals = fit(delta, self._model, force)
+            sites, originals = fit(delta, self._model, force, own_heads=True)
         finally:
             self.activate(active)
         self._tasks[name] = _Task(delta, sites, originals)
@@ -100,7 +119,9 @@ class TaskBank(Overlay):
             return
         new = None if name is None else self._tasks[name]
         old = None if self._active is None else self._tasks[self._active]
-        sites = [*(old.sites if old else ()), *(new.sites if new else ())]
+        sites = list(old.sites) if old else []
+        exchanged = {id(site.tensor) for site in sites if isinstance(site, Head)}
+        sites += [site for site in (new.sites if new else ()) if id(site.tensor) not in exchanged]
         require_in_place(sites, self._model)
         self._require_alone(sites)
         with uninterrupted():
@@ -109,8 +130,7 @@ class TaskBank(Overlay):
                     rewritten = old.overwritten_by(name, new) if new and name is not None else frozenset()
                     _restore(old, rewritten)
                 if new:
-                    for site in new.sites:
-                        write_(site.tensor, site.part, site.values)
+                    _put(new)
             except BaseException:  # rather the base than parts of two tasks
                 for task in filter(None, (new, old)):
                     _restore(task)
@@ -159,16 +179,53 @@ class TaskBank(Overlay):
         return self._tasks[name].delta
 
     def overlap(self, *, whole: bool = False) -> TaskOverlap:
-        """How many entries each pair of tasks shares.
+        """How many entries each pair of tasks shares. Heads of different sizes share none.
 
         Args:
             whole: also count tensors that either task sets whole, such as biases.
         """
-        masks = {name: task.masks for name, task in self._tasks.items()}
-        return TaskOverlap({(a, b): overlap(*paired(masks[a], masks[b]), whole) for a, b in combinations(masks, 2)})
+        return TaskOverlap(
+            {
+                (a, b): overlap(*paired(*_of_one_size(first.masks, second.masks)), whole)
+                for (a, first), (b, second) in combinations(self._tasks.items(), 2)
+            }
+        )
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes every task to a delta of its own in a folder, with an index, ``bank.json``.
+
+        All appear together: a crash leaves the old bank of this folder, or for a moment no index, and so no bank.
+
+        Raises:
+            OSError: a file cannot be written.
+        """
+        bank_files.save(Path(folder), {name: task.delta for name, task in self._tasks.items()})
+
+    @staticmethod
+    def load(model: nn.Module, folder: str | os.PathLike[str], *, force: bool = False) -> TaskBank:
+        """The bank that :meth:`save` wrote, for its base.
+
+        Args:
+            model: the plain base, wrapped or not, without a task.
+            folder: the folder, which may be untrusted.
+            force: see :meth:`gradsel.delta.Delta.apply_`.
+
+        Raises:
+            ValueError: the folder has no bank, or one of its tasks is damaged, or is for another model or base.
+        """
+        bank = TaskBank(model)
+        for name, path in bank_files.tasks_in(Path(folder)).items():
+            bank.add(name, path, force=force)
+        return bank
 
     def __repr__(self) -> str:
         return f"TaskBank({', '.join(self._tasks)}; active: {self._active})"
+
+
+def _of_one_size(a: Mapping[str, Mask], b: Mapping[str, Mask]) -> list[dict[str, Mask]]:
+    """The masks of two tasks without those of heads of different sizes."""
+    other = {name for name, mask in a.items() if name in b and b[name].shape != mask.shape}
+    return [{name: mask for name, mask in masks.items() if name not in other} for masks in (a, b)]
 
 
 class TaskOverlap(Mapping[tuple[str, str], Overlap]):

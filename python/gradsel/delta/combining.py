@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,7 +21,8 @@ class Difference:
     Attributes:
         a, b: numbers of entries that each sets.
         shared: number of entries that both set.
-        differing: number of shared entries that they set to different bits.
+        differing: number of shared entries that they set to different bits or, if their values were saved in different
+            dtypes, to values of which neither is the other one rounded.
         parameters: the same for every tensor that either touches.
     """
 
@@ -41,11 +42,13 @@ class Difference:
 
 def difference(a: Mapping[str, Part], b: Mapping[str, Part]) -> Difference:
     """See ``Delta.difference``."""
-    paired({name: part.mask for name, part in a.items()}, {name: part.mask for name, part in b.items()})
+    resized = _resized(a, b)
+    _require_paired(a, b, resized)
     parts = {}
     for name in dict.fromkeys([*a, *b]):
         of_a, of_b = (delta[name].mask.nnz if name in delta else 0 for delta in (a, b))
-        shared, differing = _compared(a[name], b[name]) if name in a and name in b else (0, 0)
+        is_shared = name in a and name in b and name not in resized
+        shared, differing = _compared(a[name], b[name]) if is_shared else (0, 0)
         parts[name] = Difference(of_a, of_b, shared, differing, {})
     of_a, of_b, shared, differing = (sum(getattr(p, key) for p in parts.values()) for key in _COUNTS)
     return Difference(of_a, of_b, shared, differing, parts)
@@ -72,30 +75,54 @@ def merged(a: Mapping[str, Part], b: Mapping[str, Part], wins: str) -> dict[str,
     """See ``Delta.merged``."""
     if wins not in ("neither", "self", "other"):
         raise ValueError(f"wins is {wins!r}, expected 'neither', 'self' or 'other'")
-    paired({name: part.mask for name, part in a.items()}, {name: part.mask for name, part in b.items()})
-    return {
-        name: _merged(name, a[name], b[name], wins) if name in a and name in b else (a if name in a else b)[name]
-        for name in dict.fromkeys([*a, *b])
-    }
+    resized = _resized(a, b)
+    if resized and wins == "neither":
+        shapes = [shape_text(part.mask.shape) for part in (a[resized[0]], b[resized[0]])]
+        raise ValueError(f"both set {resized[0]} whole, to sizes {' and '.join(shapes)}; say which wins")
+    _require_paired(a, b, resized)
+    parts = {}
+    for name in dict.fromkeys([*a, *b]):
+        if name in resized:
+            parts[name] = (a if wins == "self" else b)[name]
+        elif name in a and name in b:
+            parts[name] = _merged(name, a[name], b[name], wins)
+        else:
+            parts[name] = (a if name in a else b)[name]
+    return parts
+
+
+def _resized(a: Mapping[str, Part], b: Mapping[str, Part]) -> list[str]:
+    """The tensors that both set whole, to other sizes: the heads of two tasks with different numbers of classes."""
+    wholes = [name for name, part in a.items() if name in b and part.mask.is_whole and b[name].mask.is_whole]
+    return [name for name in wholes if a[name].mask.shape != b[name].mask.shape]
+
+
+def _require_paired(a: Mapping[str, Part], b: Mapping[str, Part], resized: Sequence[str]) -> None:
+    paired(*({name: part.mask for name, part in own.items() if name not in resized} for own in (a, b)))
 
 
 def _merged(name: str, a: Part, b: Part, wins: str) -> Part:
     _require_same_base(name, a, b)
     if wins == "neither" and (count := _compared(a, b)[1]):
         raise ValueError(f"both set {count:,} of the same entries of {name}, to other values; say which wins")
-    first, second = (b, a) if wins == "self" else (a, b)  # the second is written last
     dtype = torch.promote_types(a.values.dtype, b.values.dtype)
+    first_wins = wins == "self" or (wins == "neither" and a.values.dtype is dtype)  # the more exact one
+    first, second = (b, a) if first_wins else (a, b)  # the second is written last
     if same(a.mask, b.mask):
         known = replace(second, digest=a.digest or b.digest, fingerprint=a.fingerprint or b.fingerprint)
         return replace(known, values=second.values.to(dtype), _places={})
     mask = union(a.mask, b.mask)
     part = first.remade(mask, torch.empty(mask.compact_shape, dtype=dtype))
+    is_known = a.originals is not None and b.originals is not None
+    originals = torch.empty(mask.compact_shape, dtype=a.dtype) if is_known else None
     entries, order = ascending(mask)
     for source in (first, second):
         own, own_order = ascending(source.mask)
-        values = source.values.reshape(-1)[own_order].to(dtype)
-        part.values.view(-1)[order[torch.searchsorted(entries, own)]] = values
-    return replace(part, fingerprint=a.fingerprint or b.fingerprint)
+        places = order[torch.searchsorted(entries, own)]
+        part.values.view(-1)[places] = source.values.reshape(-1)[own_order].to(dtype)
+        if originals is not None and source.originals is not None:
+            originals.view(-1)[places] = source.originals.reshape(-1)[own_order]
+    return replace(part, fingerprint=a.fingerprint or b.fingerprint, originals=originals)
 
 
 def _require_same_base(name: str, a: Part, b: Part) -> None:
@@ -108,11 +135,15 @@ def _require_same_base(name: str, a: Part, b: Part) -> None:
 
 
 def _compared(a: Part, b: Part) -> tuple[int, int]:
-    """How many entries both set, and how many of these to different bits."""
+    """How many entries both set, and how many of these to different values; see :class:`Difference`."""
     (entries, order), (others, other_order) = ascending(a.mask), ascending(b.mask)
     places = torch.searchsorted(others, entries).clamp_(max=others.numel() - 1)
     both = others[places] == entries
-    dtype = torch.promote_types(a.values.dtype, b.values.dtype)
-    ours = a.values.reshape(-1)[order[both]].to(dtype)
-    theirs = b.values.reshape(-1)[other_order[places[both]]].to(dtype)
-    return int(both.sum()), int((bits_of(ours) != bits_of(theirs)).sum())
+    ours = a.values.reshape(-1)[order[both]]
+    theirs = b.values.reshape(-1)[other_order[places[both]]]
+    return int(both.sum()), int((_differ(ours, theirs) & _differ(theirs, ours)).sum())
+
+
+def _differ(values: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
+    """Where the second does not have the bits of the first one rounded to its dtype."""
+    return bits_of(values.to(rounded.dtype)) != bits_of(rounded)

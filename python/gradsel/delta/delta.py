@@ -17,6 +17,7 @@ from gradsel.delta.applying import Applied, load_attached
 from gradsel.delta.coding import packed
 from gradsel.delta.combining import Difference, difference, merged, paired
 from gradsel.delta.fitting import by_names_in, fitted, in_model
+from gradsel.delta.lora import Above, LoraExport, write_lora
 from gradsel.delta.making import Base, parts_of
 from gradsel.delta.parts import Part, same_bits
 from gradsel.delta.shira import read_shira, write_shira
@@ -27,7 +28,7 @@ from gradsel.parameters.fingerprints import fingerprint
 from gradsel.parameters.names import named_parameters
 from gradsel.selection.overlap import Overlap, overlap
 from gradsel.selection.selection import Selection
-from gradsel.tables import grouped, shape_text, table
+from gradsel.tables import grouped, printable, shape_text, table
 
 PathLike = str | os.PathLike[str]
 
@@ -63,9 +64,9 @@ class Delta(Mapping[str, Part]):
             model: attached, or trained in any other way; wrapped or not.
             dtype: round floating-point values to this dtype. None: keep the dtype they were trained in, which is
                 float32 for an attached model in bfloat16.
-            base: the plain model that training began with, or its state_dict, new heads included. If given, buffers
-                that changed (running statistics) become part of the delta, and changes outside the selection are an
-                error. An attached model does not need it, because it keeps its original entries.
+            base: the plain model that training began with, or its state_dict, new heads included. If given, changes
+                outside the selection are an error, and buffers that changed (running statistics) become part of the
+                delta. An attached model does not need it, because it keeps its original entries and buffers.
             selection: what was trained. Required if the model is not attached, unless a base is given: then the delta
                 has the entries whose bits differ. For an attached model, it adds its notes, and fingerprints that would
                 otherwise be computed.
@@ -131,9 +132,12 @@ class Delta(Mapping[str, Part]):
 
     __hash__ = None  # type: ignore[assignment]
 
-    def trained_count(self) -> int:
+    def trainable_count(self) -> int:
         """The number of scalars that it sets."""
         return sum(part.mask.nnz for part in self.values())
+
+    #: What :meth:`trainable_count` was called first.
+    trained_count = trainable_count
 
     @property
     def nbytes(self) -> int:
@@ -165,24 +169,24 @@ class Delta(Mapping[str, Part]):
     def __str__(self) -> str:
         """A table with one line per group of similar tensors; block numbers are written as ``*``."""
         keys = {
-            name: (part.mask.shape, part.mask.label, "+".join(packed(part.mask)), part.values.dtype, part.mask.nnz)
+            name: (part.mask.shape, part.mask.label, "+".join(packed(part.mask)), _dtypes(part), part.mask.nnz)
             for name, part in self.items()
         }
         sizes = {keys[name]: _bytes(part) for name, part in self.items()}
         rows = [
             (
-                name, shape_text(key[0]), key[1], key[2] or "-", str(key[3]).removeprefix("torch."),
-                f"{key[4] * count:,}", f"{sizes[key] * count:,}",
+                name, shape_text(key[0]), key[1], key[2] or "-", key[3], f"{key[4] * count:,}",
+                f"{sizes[key] * count:,}",
             )
             for name, key, count in grouped(keys.items())
         ]  # fmt: skip
         lines = table(("tensor", "shape", "entries", "as", "values", "set", "bytes"), rows)
-        lines.append(f"{self.trained_count():,} entries of {len(self)} tensors, {self.nbytes:,} bytes")
-        lines += [f"{key}: {value}" for key, value in self.notes.items()]
+        lines.append(f"{self.trainable_count():,} entries of {len(self)} tensors, {self.nbytes:,} bytes")
+        lines += [printable(f"{key}: {value}") for key, value in self.notes.items()]
         return "\n".join(lines)
 
     def __repr__(self) -> str:
-        return f"Delta({self.trained_count():,} entries of {len(self)} tensors, {self.nbytes:,} bytes)"
+        return f"Delta({self.trainable_count():,} entries of {len(self)} tensors, {self.nbytes:,} bytes)"
 
     # --- Two deltas
 
@@ -200,6 +204,8 @@ class Delta(Mapping[str, Part]):
 
     def difference(self, other: Delta) -> Difference:
         """Shared entries, and how many of them have different values, by tensor; printable.
+
+        If one of the deltas was saved in a narrower dtype, values are the same if rounding one gives the other.
 
         Raises:
             ValueError: shapes differ.
@@ -219,10 +225,12 @@ class Delta(Mapping[str, Part]):
 
         Args:
             other: another delta of the same base.
-            wins: whose value to take if both set an entry. "neither": their bits must be equal.
+            wins: whose value to take if both set an entry. "neither": their values must be the same, but for rounding
+                if one of the deltas was saved in a narrower dtype; then the more exact one is taken.
 
         Raises:
-            ValueError: shapes, dtypes or bases differ; or values of an entry differ and neither wins.
+            ValueError: shapes, dtypes or bases differ; or values of an entry, or sizes of a tensor that both set whole,
+                differ and neither wins.
         """
         parts = merged(self, other, wins)
         return Delta(parts, {"policy": f"[{self.notes.get('policy')}] or [{other.notes.get('policy')}]"})
@@ -230,7 +238,7 @@ class Delta(Mapping[str, Part]):
     # --- Models
 
     def check(self, model: nn.Module) -> None:
-        """Checks by fingerprint that all touched tensors of a plain model are those that the delta was made on.
+        """Checks by fingerprint that all tensors that are set in part are those that the delta was made on.
 
         :meth:`apply_` checks less: the entries that it replaces, and up to 32 more of each tensor.
 
@@ -240,7 +248,11 @@ class Delta(Mapping[str, Part]):
 
         def attempt(parts: Mapping[str, Part], force: bool) -> None:
             sites = sites_of(parts, model, force)
-            wrong = [site.name for site in sites if known_fingerprint(site.name, site.part) != fingerprint(site.tensor)]
+            wrong = [
+                site.name
+                for site in sites
+                if not site.part.mask.is_whole and known_fingerprint(site.name, site.part) != fingerprint(site.tensor)
+            ]
             require_base(wrong, len(sites))
 
         require_plain(model)
@@ -298,6 +310,45 @@ class Delta(Mapping[str, Part]):
         """
         write_shira(self, Path(folder), base, drop)
 
+    def to_lora(
+        self,
+        folder: PathLike,
+        base: Base | None = None,
+        rank: int | None = None,
+        dtype: torch.dtype | None = None,
+        drop: bool = False,
+        *,
+        above: Above = "refuse",
+        pad: bool = False,
+    ) -> LoraExport:
+        """Writes a LoRA adapter of PEFT with the effect of the delta: ``adapter_config.json`` and its safetensors file.
+
+        A difference in c columns (or c rows) of a matrix is a LoRA of rank c, exactly: A is one-hot and B holds the
+        differences, or the other way round. The adapter has nothing that a server of LoRA would not take, except for
+        modules that the delta sets whole (a new head), which become PEFT's ``modules_to_save``.
+
+        Args:
+            folder: the folder to write to, which is created.
+            base: the model, or its state_dict. Needed if the delta does not keep originals. A model (on any device,
+                also "meta" if there are originals) tells which layers are Linear, which are stored as [in, out], and
+                which weights are tied; without one, weights of two dimensions count as those of ``nn.Linear``.
+            rank: the highest rank allowed; None: whatever the delta needs.
+            dtype: of A and B. None: float32. A narrower one rounds the differences.
+            drop: leave out what LoRA cannot hold (norms, biases, embeddings, fused experts), and list it.
+            above: what to do with layers that need a higher rank: "refuse" them; "split" the delta into several
+                adapters, in ``folder/part-1`` and so on, whose sum is exact when all are active; or write the
+                nearest adapter of that rank by "svd" and report its error.
+            pad: give all layers the same rank, with zeros, for servers that know no ``rank_pattern``.
+
+        Returns:
+            What was written, with ranks, errors and what was left out.
+
+        Raises:
+            ValueError: originals are not known, LoRA cannot hold some tensors, or a layer needs a higher rank; nothing
+                is written.
+        """
+        return write_lora(self, Path(folder), base, rank, dtype, drop, above, pad)
+
     @staticmethod
     def from_shira(folder: PathLike, base: Base) -> Delta:
         """The delta with the effect of a SHiRA adapter of PEFT: base + difference, as PEFT would merge it.
@@ -349,6 +400,12 @@ def load_delta(model: nn.Module, delta: Delta | PathLike, *, force: bool = False
         return delta.apply_(model, force=force)
     load_attached(delta, root, force)
     return None
+
+
+def _dtypes(part: Part) -> str:
+    """The dtype of the values and, if it is another one, that of the tensor."""
+    values, tensor = (str(dtype).removeprefix("torch.") for dtype in (part.values.dtype, part.dtype))
+    return values if values == tensor else f"{values} for {tensor}"
 
 
 def _bytes(part: Part) -> int:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 
-import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gradsel.attached import SUFFIX, selected_in
+from gradsel.files import replacing
 from gradsel.parameters.names import WRAPPERS, unwrapped
-from gradsel.sealed import replacing
+from gradsel.tensor_files import save_file
 
 
 def export(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -19,6 +18,9 @@ def export(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Args:
         model: attached or not, wrapped or not. Its weights are written, not their float32 values in training.
         path: the file, written atomically.
+
+    Raises:
+        OSError: the file cannot be written.
     """
     plain = unwrapped(model)
     hidden = {
@@ -26,14 +28,14 @@ def export(model: nn.Module, path: str | os.PathLike[str]) -> None:
         for prefix, module in plain.named_modules(remove_duplicate=False)
         for short in selected_in(module)
     }
-    # Clones: tied tensors are written once per name, so that load_state_dict finds all of them.
-    copies = {
-        _plain(key): tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    # Tied tensors are written once per name, so that load_state_dict finds all of them.
+    tensors = {
+        _plain(key): tensor
         for key, tensor in plain.state_dict().items()
         if key not in hidden and isinstance(tensor, Tensor)
     }
     with replacing(path) as unfinished:
-        save_file(copies, unfinished, {"format": "pt"})
+        save_file(tensors, unfinished, {"format": "pt"})
 
 
 def _plain(key: str) -> str:

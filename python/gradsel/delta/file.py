@@ -24,18 +24,34 @@ _DTYPES = {
 }  # fmt: skip
 
 
+def require_dtype(name: str, dtype: torch.dtype) -> None:
+    """Checks that a delta can hold entries of a tensor.
+
+    Raises:
+        ValueError: it cannot: float8, complex and unsigned numbers above 8 bits have no arithmetic in torch, or none
+            that is the same everywhere.
+    """
+    if dtype not in _DTYPES.values():
+        raise ValueError(
+            f"{name} is {str(dtype).removeprefix('torch.')}, and deltas hold {', '.join(_DTYPES)}; cast the model, or "
+            "leave this tensor as it is in the base"
+        )
+
+
 def write(
     path: str | os.PathLike[str], parts: Mapping[str, Part], notes: Mapping[str, Any], originals: bool = False
 ) -> None:
     """Writes one file, atomically, with ``originals`` also the replaced entries.
 
     Raises:
-        ValueError: the original entries are not known.
+        ValueError: the original entries are not known, or a dtype cannot be saved.
         TypeError: the notes cannot be written as JSON.
     """
     tensors: dict[str, Tensor] = {}
     parameters = {}
     for name, part in parts.items():
+        require_dtype(name, part.dtype)
+        require_dtype(name, part.values.dtype)
         parameters[name] = {
             "kind": part.mask.kind,
             "shape": list(part.mask.shape),
@@ -49,8 +65,7 @@ def write(
             if part.originals is None:
                 raise ValueError(f"the original entries of {name} are not known, so they cannot be saved")
             kept["originals"] = part.originals
-        for key, tensor in kept.items():
-            tensors[f"{name}:{key}"] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        tensors |= {f"{name}:{key}": tensor for key, tensor in kept.items()}
     write_sealed(path, FORMAT, VERSION, {"parameters": parameters, "notes": notes}, tensors)
 
 
@@ -92,8 +107,7 @@ def _part(described: Mapping[str, Any], tensors: dict[str, Tensor]) -> Part:
             raise ValueError(f"{what} must be {list(mask.compact_shape)}, got {list(tensor.shape)}")
     if not isinstance(digest, str) or not isinstance(fingerprint, str):
         raise TypeError("digest and fingerprint must be strings")
-    # Clones, because tensors that were read may be the mapped file itself.
-    return Part(mask, values.clone(), dtype, digest, fingerprint, None if originals is None else originals.clone())
+    return Part(mask, values, dtype, digest, fingerprint, originals)
 
 
 def _are_floats(*dtypes: torch.dtype) -> bool:

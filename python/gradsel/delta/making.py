@@ -9,25 +9,31 @@ import torch
 from torch import Tensor, nn
 
 from gradsel.attached import attached_root
+from gradsel.delta.file import require_dtype
 from gradsel.delta.fitting import tensors_in
 from gradsel.delta.parts import Part, bits_of, read, same_bits, tensors_of
 from gradsel.delta.trained import trained_in
-from gradsel.masks import Mask, same
+from gradsel.masks import Mask, Whole, same
 from gradsel.masks.combining import recognised
+from gradsel.nn.buffers import kept_buffers, saved_buffers
 from gradsel.parameters.fingerprints import fingerprint, kind_of
-from gradsel.parameters.names import named_parameters, strip_wrappers
+from gradsel.parameters.names import named_parameters
 from gradsel.selection.selection import Selection, lookup
 from gradsel.tables import shape_text
 
 #: A model, or its state_dict.
 Base = nn.Module | Mapping[str, Tensor]
 Tensors = Mapping[str, Tensor]
+#: The fraction of entries above which a tensor that was trained without a selection is set whole.
+MOSTLY = 0.9
 
 
 def parts_of(
     model: nn.Module, selection: Selection | None, base: Base | None, dtype: torch.dtype | None
 ) -> dict[str, Part]:
     """The parts of ``Delta.of``; see there."""
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point dtype to round to, got {dtype}")
     root = attached_root(model)
     before = None if base is None else tensors_in(root or model, tensors_of(base))
     if isinstance(base, nn.Module) and attached_root(base) is not None:
@@ -43,18 +49,23 @@ def parts_of(
     else:
         raise ValueError("the model is not attached: pass the selection that it was trained with, or its base, or both")
     if before is not None:
-        parts |= _of_base(_buffers(root or model), before, None)
+        parts |= _of_base(saved_buffers(root or model), before, None)
+    elif root is not None:
+        parts |= _of_buffers(root)
+    for name, part in parts.items():
+        require_dtype(name, part.dtype)
+        require_dtype(name, part.values.dtype)
     return parts
 
 
 def differing(name: str, original: Tensor, tuned: Tensor, dtype: torch.dtype | None = None) -> Part | None:
-    """The entries of two tensors of one name whose bits differ, or None if there are none.
+    """The entries of two tensors of one name whose bits differ, all if most do, or None if there are none.
 
     Args:
         dtype: round floating-point values to this dtype.
 
     Raises:
-        ValueError: shapes or dtypes differ.
+        ValueError: shapes or dtypes differ, or a delta cannot hold the dtype.
     """
     for what, ours, theirs in (
         ("shape", shape_text(tuned.shape), shape_text(original.shape)),
@@ -62,8 +73,27 @@ def differing(name: str, original: Tensor, tuned: Tensor, dtype: torch.dtype | N
     ):
         if ours != theirs:
             raise ValueError(f"{name} has {what} {ours}, {theirs} in the base; a delta replaces entries, not tensors")
-    entries = (bits_of(tuned) != bits_of(original)).reshape(-1).nonzero().view(-1)
-    return _beside(recognised(entries, tuned.shape), tuned, original, dtype) if entries.numel() else None
+    moved = (bits_of(tuned) != bits_of(original)).reshape(-1)
+    count = int(moved.sum())
+    if not count:
+        return None
+    require_dtype(name, original.dtype)
+    if count > MOSTLY * moved.numel():  # a head: all of it is hardly larger, and fits on every other one
+        return _beside(Whole(tuned.shape), tuned, original, dtype)
+    return _beside(recognised(moved.nonzero().view(-1), tuned.shape), tuned, original, dtype)
+
+
+def whole(name: str, tuned: Tensor, dtype: torch.dtype | None = None) -> Part:
+    """All entries of a tensor that the base does not have, or in another size: a head.
+
+    Args:
+        dtype: round floating-point values to this dtype.
+
+    Raises:
+        ValueError: a delta cannot hold the dtype.
+    """
+    require_dtype(name, tuned.dtype)
+    return Part(Whole(tuned.shape), _copied(tuned, dtype), tuned.dtype)
 
 
 def _of_attached(root: nn.Module, selection: Selection | None, dtype: torch.dtype | None) -> dict[str, Part]:
@@ -80,6 +110,13 @@ def _of_attached(root: nn.Module, selection: Selection | None, dtype: torch.dtyp
             fingerprint=known if known.startswith(f"{kind_of(trained.tensor)} ") else trained.fingerprint_before(),
         )
     return parts
+
+
+def _of_buffers(root: nn.Module) -> dict[str, Part]:
+    """The buffers of an attached model that have changed since attach()."""
+    now = saved_buffers(root)
+    kept = {name: tensor.to(now[name].device, now[name].dtype) for name, tensor in kept_buffers(root).items()}
+    return _of_base({name: now[name] for name in kept}, kept, None)
 
 
 def _require_base_of(root: nn.Module, before: Mapping[str, Tensor]) -> None:
@@ -145,17 +182,6 @@ def _require_untouched(name: str, mask: Mask, tuned: Tensor, original: Tensor) -
     moved[mask.entries().to(moved.device)] = False
     if count := int(moved.sum()):
         raise ValueError(f"{count:,} entries of {name} differ from the base and are not selected; the delta lacks them")
-
-
-def _buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that checkpoints contain."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    state = model.state_dict()
-    return {
-        strip_wrappers(name): tensor
-        for name, tensor in state.items()
-        if name not in parameters and isinstance(tensor, Tensor)
-    }
 
 
 def _copied(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

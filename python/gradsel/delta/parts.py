@@ -118,8 +118,8 @@ def ascending(mask: Mask) -> tuple[Tensor, Tensor]:
     """
     if mask.is_whole:
         return mask.entries(), mask.entries()
-    found: tuple[Tensor, Tensor] = mask.offsets(torch.empty(mask.shape, dtype=torch.uint8)).sort()
-    return found
+    entries, order = mask.ordered_entries().sort()
+    return entries, order
 
 
 def _probes(tensor: Tensor, offsets: Tensor) -> Tensor:

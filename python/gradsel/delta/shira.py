@@ -8,16 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gradsel.delta.adapter_files import CONFIG, PREFIX, WEIGHTS, modules_set_whole, originals_of, write_adapter
 from gradsel.delta.making import Base, differing
-from gradsel.delta.parts import Part, ascending, read, tensors_of
-from gradsel.sealed import replacing
+from gradsel.delta.parts import Part, ascending, tensors_of
+from gradsel.tensor_files import load_file
 
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def write_shira(parts: Mapping[str, Part], folder: Path, base: Base | None, drop: bool) -> None:
@@ -25,7 +23,7 @@ def write_shira(parts: Mapping[str, Part], folder: Path, base: Base | None, drop
     before = {} if base is None else tensors_of(base)
     layers = {name: part for name, part in parts.items() if name.endswith(".weight") and not part.mask.is_whole}
     layers = {name: part for name, part in layers.items() if len(part.mask.shape) == 2}
-    saved = _saved_modules(parts, layers)
+    saved = modules_set_whole(parts, layers)
     lost = [
         name
         for name, part in parts.items()
@@ -41,12 +39,12 @@ def write_shira(parts: Mapping[str, Part], folder: Path, base: Base | None, drop
     r = max(-(-part.mask.nnz // sum(part.mask.shape)) for part in layers.values())
     tensors: dict[str, Tensor] = {}
     for name, part in layers.items():
-        indices, differences = _padded(name, part, r, _replaced(name, part, before))
-        path = _PREFIX + name.removesuffix(".weight")
+        indices, differences = _padded(name, part, r, originals_of(name, part, before))
+        path = PREFIX + name.removesuffix(".weight")
         tensors |= {f"{path}.shira_indices": indices, f"{path}.shira_weight": differences}
     for name, part in parts.items():
         if name not in layers and name not in lost:
-            tensors[_PREFIX + name] = part.values.clone()
+            tensors[PREFIX + name] = part.values.clone()
     config = {
         "peft_type": "SHIRA",
         "r": r,
@@ -55,29 +53,7 @@ def write_shira(parts: Mapping[str, Part], folder: Path, base: Base | None, drop
         "modules_to_save": sorted(saved) or None,
         "inference_mode": True,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / _WEIGHTS) as unfinished:
-        save_file(tensors, unfinished, {"format": "pt"})
-    with replacing(folder / _CONFIG) as unfinished:
-        unfinished.write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _saved_modules(parts: Mapping[str, Part], layers: Mapping[str, Part]) -> set[str]:
-    """Modules whose weights the delta sets whole, so that PEFT can save them beside the adapter."""
-    wholes = {name for name, part in parts.items() if part.mask.is_whole}
-    return {name.removesuffix(".weight") for name in wholes if name.endswith(".weight") and name not in layers}
-
-
-def _replaced(name: str, part: Part, before: Mapping[str, Tensor]) -> Tensor:
-    """The original entries in mask order."""
-    if part.originals is not None:
-        return part.originals
-    if name not in before or tuple(before[name].shape) != part.mask.shape:
-        raise ValueError(f"the original entries of {name} are not known, and SHiRA needs them; pass base=")
-    entries, digest = read(before[name].detach().cpu(), part)
-    if part.digest and digest != part.digest:
-        raise ValueError(f"{name} of the base is not what the delta was made on; pass the model as it was before")
-    return entries.reshape(part.values.shape)
+    write_adapter(folder, tensors, config)
 
 
 def _padded(name: str, part: Part, r: int, originals: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,8 +64,9 @@ def _padded(name: str, part: Part, r: int, originals: Tensor) -> tuple[Tensor, T
         raise ValueError(f"{name} is too small for SHiRA with r = {r}: {count} of its {rows * cols} entries")
     entries, order = ascending(part.mask)
     found = (part.values.double() - originals.double()).reshape(-1)[order]
-    unused = torch.ones(rows * cols, dtype=torch.bool).index_fill_(0, entries, False).nonzero().view(-1)
-    every, places = torch.cat([entries, unused[: count - entries.numel()]]).sort()
+    first = torch.arange(count)  # as many as are needed in all, so enough of them are free
+    unused = first[~torch.isin(first, entries)][: count - entries.numel()]
+    every, places = torch.cat([entries, unused]).sort()
     differences = torch.zeros(count, dtype=torch.float64)
     differences[: found.numel()] = found
     indices = torch.stack([every // cols, every % cols]).to(torch.int32)
@@ -99,25 +76,31 @@ def _padded(name: str, part: Part, r: int, originals: Tensor) -> tuple[Tensor, T
 def read_shira(folder: Path, base: Base) -> dict[str, Part]:
     """See ``Delta.from_shira``."""
     try:
-        config = json.loads((folder / _CONFIG).read_text())
-        tensors = load_file(folder / _WEIGHTS)
-    except (SafetensorError, OSError, ValueError) as error:
+        config = json.loads((folder / CONFIG).read_text())
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{folder} is not an adapter of PEFT: {error}") from None
     if not isinstance(config, dict) or config.get("peft_type") != "SHIRA":
         raise ValueError(f"{folder} is not a SHiRA adapter")
     before = tensors_of(base)
-    parts = {}
+    parts: dict[str, Part] = {}
+    seen: set[str] = set()
     for key, tensor in tensors.items():
-        name = key.removeprefix(_PREFIX)
+        name = key.removeprefix(PREFIX)
         if name.endswith(".shira_indices"):
             continue
         path, _, last = name.rpartition(".")
         name = f"{path}.weight" if last == "shira_weight" else name
+        if name in seen:
+            raise ValueError(f"the adapter sets {name} twice")
+        seen.add(name)
         if name not in before:
             raise ValueError(f"the base has no {name!r}, which the adapter sets")
+        if tensor.dtype not in _FLOATS or before[name].dtype not in _FLOATS:
+            raise ValueError(f"{name} is {tensor.dtype} in the adapter, {before[name].dtype} in the base")
         tuned = tensor
         if last == "shira_weight":
-            tuned = _added(name, before[name], tensors.get(f"{_PREFIX}{path}.shira_indices"), tensor)
+            tuned = _added(name, before[name], tensors.get(f"{PREFIX}{path}.shira_indices"), tensor)
         part = differing(name, before[name].detach().cpu(), tuned.to(before[name].dtype))
         if part is not None:
             parts[name] = part
@@ -129,6 +112,8 @@ def _added(name: str, weight: Tensor, indices: Tensor | None, differences: Tenso
     shape = (2, differences.numel())
     if indices is None or weight.ndim != 2 or tuple(indices.shape) != shape or differences.ndim != 1:
         raise ValueError(f"{name}: the adapter has no indices {list(shape)} for its differences")
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name}: the adapter has indices in {indices.dtype}, expected torch.int32 or torch.int64")
     limits = torch.tensor(weight.shape).unsqueeze(1)
     if bool((indices < 0).any()) or bool((indices >= limits).any()):
         raise ValueError(f"{name}: the adapter has indices outside {list(weight.shape)}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradsel.attached import attached_root
-from gradsel.delta.parts import Part, read, tensors_of
+from gradsel.delta.parts import Part, bits_of, entries_of, read, tensors_of
 from gradsel.parameters.fingerprints import fingerprint
 from gradsel.parameters.trainable import why_untrainable
 from gradsel.tables import shape_text
@@ -85,7 +85,8 @@ def tensor_of(name: str, part: Part, tensors: Mapping[str, Tensor], force: bool)
     if tuple(tensor.shape) != part.mask.shape:
         raise ValueError(
             f"{name} is {shape_text(part.mask.shape)} in the delta, {shape_text(tensor.shape)} in the model; entries "
-            "are written in place, so the shapes (for a head: the number of classes) must be the same"
+            "are written in place, so the shapes (for a head: the number of classes) must be the same; "
+            "gradsel.TaskBank has heads of all sizes"
         )
     if part.values.is_floating_point() and (found := why_untrainable(tensor)) is not None:
         raise ValueError(f"{name} is {found} in the model, so no entries of it can be replaced")
@@ -121,7 +122,10 @@ def originals_in(sites: Sequence[Site], force: bool) -> list[Tensor]:
     Raises:
         ValueError: without force: these entries or a probe differ from the delta's base, or the base is not known.
     """
-    found = [read(site.tensor, site.part) for site in sites]
+    found = [
+        (entries_of(site.tensor, site.part), "") if site.part.mask.is_whole else read(site.tensor, site.part)
+        for site in sites
+    ]
     if not force:
         wrong = [
             site.name
@@ -130,6 +134,31 @@ def originals_in(sites: Sequence[Site], force: bool) -> list[Tensor]:
         ]
         require_base(wrong, len(sites))
     return [entries for entries, _ in found]
+
+
+def require_agreement(sites: Sequence[Site]) -> None:
+    """Checks that no entry is set to different values under two names of tied tensors.
+
+    Raises:
+        ValueError: one is.
+    """
+    by_memory: dict[int, list[Site]] = {}
+    for site in sites:
+        if site.tensor.numel():
+            by_memory.setdefault(site.tensor.untyped_storage().data_ptr(), []).append(site)
+    for tied in by_memory.values():
+        if len(tied) == 1 or len({site.tensor.dtype for site in tied}) > 1:
+            continue
+        starts = [int(site.tensor.storage_offset()) for site in tied]
+        own = [start + site.part.places(site.tensor)[0] for start, site in zip(starts, tied, strict=True)]
+        places, order = torch.cat(own).sort()
+        values = bits_of(torch.cat([site.values for site in tied]))[order]
+        clash = (places[1:] == places[:-1]) & (values[1:] != values[:-1])
+        if count := int(clash.sum()):
+            raise ValueError(
+                f"{tied[0].name} and {', '.join(site.name for site in tied[1:])} are one tensor in the model, and the "
+                f"delta sets {count:,} of its entries to different values under these names; leave one of them out"
+            )
 
 
 def require_base(wrong: Sequence[str], count: int) -> None:
@@ -146,7 +175,12 @@ def require_base(wrong: Sequence[str], count: int) -> None:
 
 
 def is_base(name: str, part: Part, digest: str, fingerprint: Callable[[], str]) -> bool:
-    """Whether the tensor with this digest and fingerprint is the one that the part was made on."""
+    """Whether the tensor with this digest and fingerprint is the one that the part was made on.
+
+    A tensor that is set whole may be any: nothing of it is left, and a new head is another one every time.
+    """
+    if part.mask.is_whole:
+        return True
     return part.digest == digest if part.digest else known_fingerprint(name, part) == fingerprint()
 
 

@@ -12,7 +12,8 @@ from torch import nn
 import gradsel
 from gradsel.delta.bank import TaskBank
 from gradsel.delta.delta import Delta
-from gradsel.delta.parts import same_bits
+from gradsel.delta.parts import Part, same_bits
+from gradsel.masks import Whole
 from tests.support.deltas import assert_same, frozen_copy, plain, train
 from tests.support.selections import data, random_selection
 from tests.support.toy import Toy
@@ -113,8 +114,10 @@ def test_a_task_that_does_not_fit_is_named():
     gradsel.attach(wide, random_selection(wide, freeze=["unused.*"]))
     bank.activate("rows")
     state = frozen_copy(base)
-    with pytest.raises(ValueError, match=r"head\.weight .*9x12 .*4x12 .*number of classes"):
-        bank.add("wide", Delta({n: p for n, p in Delta.of(wide).items() if n.startswith("head")}))
+    with pytest.raises(ValueError, match=r"head\.weight .*for 9 classes .*for 4 .*bias"):
+        bank.add("wide", Delta({n: p for n, p in Delta.of(wide).items() if n == "head.weight"}))
+    with pytest.raises(ValueError, match=r"blocks\.0\.fc1\.weight .*24x13 .*24x12"):
+        bank.add("wide", Delta({"blocks.0.fc1.weight": Part(Whole((24, 13)), torch.zeros(24, 13), torch.float32)}))
     other = Toy()
     gradsel.attach(other, random_selection(other, freeze=["unused.*"]))
     with pytest.raises(ValueError, match=r"of \d+ tensors"):

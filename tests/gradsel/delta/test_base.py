@@ -17,18 +17,17 @@ from tests.support.selections import check_consistent, toy
 from tests.support.toy import Toy
 
 
-@pytest.mark.parametrize("where", ["selected", "whole", "probe", "elsewhere"])
+@pytest.mark.parametrize("where", ["selected", "probe", "elsewhere"])
 def test_a_modified_base_is_refused_by_name(where):
     base, selection, model = trained()
     delta = Delta.of(model)
-    name = "head.bias" if where == "whole" else "blocks.0.fc1.weight"
+    name = "blocks.0.fc1.weight"
     weight = base.get_parameter(name)
     entries = delta[name].mask.entries()
     probes = torch.arange(32) * weight.numel() // 32
     taken = set(entries.tolist())
     place = {
         "selected": int(entries[3]),
-        "whole": 1,
         "probe": next((p for p in probes.tolist() if p not in taken), -1),
         "elsewhere": next((p for p in range(weight.numel()) if p not in taken and p not in probes.tolist()), -1),
     }[where]

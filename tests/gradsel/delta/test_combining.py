@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 import gradsel
 from gradsel.delta.delta import Delta
+from gradsel.delta.parts import Part
 from gradsel.masks import PerRow, Whole, WholeRows
 from gradsel.views import NeuronView
 from tests.support.deltas import Odd, assert_same, delta_of, odd_selection, plain, trained
@@ -18,7 +20,7 @@ from tests.support.deltas import Odd, assert_same, delta_of, odd_selection, plai
 def test_combining():
     (a, base), (b, _) = delta_of(x={0: 1.0, 5: 2.0}), delta_of(x={5: 2.0, 7: 3.0})
     both = a | b
-    assert both.trained_count() == 3
+    assert both.trainable_count() == 3
     with both.applied(base):
         assert base.x.view(-1).tolist() == [1, 0, 0, 0, 0, 2, 0, 3]
     assert (a | a) == a
@@ -118,3 +120,65 @@ def test_tables():
     assert "task: toys" in text
     assert WholeRows.kind in text
     assert repr(Delta.of(model)).startswith(f"Delta({selection.trainable_count():,} entries of ")
+
+
+# --- Deltas saved in different dtypes ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
+def test_a_rounded_delta_agrees_with_the_exact_one(narrow):
+    _, _, model = trained()
+    exact, rounded = Delta.of(model), Delta.of(model, dtype=narrow)
+    for a, b in ((exact, rounded), (rounded, exact)):
+        found = a.difference(b)
+        assert found.shared == exact.trainable_count()
+        assert found.differing == 0
+        assert (a | b) == exact  # the more exact values are taken
+    assert exact != rounded
+    with torch.no_grad():
+        model.head.bias[1] *= 1.5
+    assert Delta.of(model).difference(rounded).differing == 1
+
+
+def test_neither_of_two_narrow_dtypes_is_the_other_rounded():
+    values = torch.tensor([1.0, 1 + 2**-9, 65536.0])  # the second is no bfloat16, the third no float16
+    made = [
+        Delta({"x": replace(part, values=values.to(dtype))})
+        for dtype in (torch.bfloat16, torch.float16)
+        for part in [Part(Whole((3,)), values, torch.float32)]
+    ]
+    assert made[0].difference(made[1]).differing == 0  # float16 rounds to bfloat16, bfloat16 to infinity
+    off = Delta({"x": replace(made[0]["x"], values=torch.tensor([1.5, 1.0, 2.0]).bfloat16())})
+    assert off.difference(made[1]).differing == 2
+
+
+# --- Two tasks in one --------------------------------------------------------------------------------------------
+
+
+def head(classes, value):
+    shapes = {"head.weight": (classes, 4), "head.bias": (classes,)}
+    return Delta({n: Part(Whole(s), torch.full(s, float(value)), torch.float32) for n, s in shapes.items()})
+
+
+def test_heads_of_two_sizes_are_merged_by_rule_only():
+    a, _ = delta_of(x={0: 1.0})
+    b, _ = delta_of(x={3: 2.0})
+    first, second = a | head(3, 1), b | head(5, 2)
+    with pytest.raises(ValueError, match=r"head\.weight whole, to sizes 3x4 and 5x4; say which wins"):
+        first | second
+    for wins, size in (("self", 3), ("other", 5)):
+        merged = first.merged(second, wins=wins)
+        assert merged["head.weight"].mask.shape == (size, 4)
+        assert merged["head.bias"].mask.shape == (size,)
+        assert merged["x"].mask.nnz == 2
+    assert first.difference(second).shared == 0
+
+
+def test_originals_of_both_are_kept(tmp_path):
+    a, _ = delta_of(x={0: 1.0, 5: 2.0})
+    b, _ = delta_of(x={5: 2.0, 7: 3.0}, y={1: 4.0})
+    merged = a | b
+    merged.save(tmp_path / "d", originals=True)
+    assert Delta.load(tmp_path / "d")["x"].originals.tolist() == [0.0, 0.0, 0.0]
+    unknown = Delta({name: replace(part, originals=None) for name, part in b.items()})
+    assert (a | unknown)["x"].originals is None

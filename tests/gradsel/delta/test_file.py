@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import gradsel_kernels as gk
-from gradsel import sealed
+from gradsel import sealed, tensor_files
 from gradsel.delta.delta import Delta, save_delta
 from gradsel.delta.parts import same_bits
 from tests.gradsel.delta.cases import every_kind
@@ -76,6 +76,38 @@ def test_originals_are_kept_if_asked_for(tmp_path):
         Delta.load(tmp_path / "without").save(tmp_path / "again", originals=True)
 
 
+def test_saving_again_gives_the_same_bytes(tmp_path):
+    """safetensors writes metadata in a random order."""
+    _, selection, model = trained()
+    for what, name in ((every_kind(), "delta"), (selection, "selection")):
+        files = set()
+        for _ in range(8):
+            what.save(tmp_path / name)
+            files.add((tmp_path / name).read_bytes())
+        assert len(files) == 1
+    assert Delta.of(model).save(tmp_path / "a") is Delta.of(model).save(tmp_path / "b") is None
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_any_dtype_that_safetensors_has_is_written_as_it_does(tmp_path):
+    dtypes = [torch.float64, torch.bfloat16, torch.float8_e4m3fn, torch.complex64, torch.uint16, torch.bool, torch.int8]
+    tensors = {str(dtype): torch.arange(6).view(2, 3).to(dtype) for dtype in dtypes}
+    tensors |= {"turned": torch.arange(6.0).view(2, 3).t(), "scalar": torch.tensor(3), "none": torch.empty(0, 3)}
+    tensor_files.save_file(tensors, tmp_path / "a", {"format": "pt", "more": 'é\n"\\'})
+    found = load_file(tmp_path / "a")
+    assert found.keys() == tensors.keys()
+    assert all(found[n].dtype is t.dtype and found[n].tolist() == t.tolist() for n, t in tensors.items())
+    with safe_open(tmp_path / "a", "pt") as file:
+        assert file.metadata() == {"format": "pt", "more": 'é\n"\\'}
+    with open(tmp_path / "a", "rb") as stream:
+        header = tensor_files.read_header(stream)
+        assert all(
+            same_bits(tensor_files.read_tensor(stream, header.tensors[n]), found[n])
+            for n in tensors if not found[n].dtype.is_complex
+        )  # fmt: skip
+    assert tensor_files.load_file(tmp_path / "a").keys() == tensors.keys()
+
+
 # --- Saves that fail ---------------------------------------------------------------------------------------------
 
 
@@ -105,7 +137,7 @@ def test_file_and_folder_are_on_the_disk_before_and_after_it_takes_its_place(pat
     monkeypatch.setattr(os, "replace", lambda a, b: (order.append("replace"), replace(a, b)))
     every_kind().save(path)
     assert [os.path.basename(step) for step in order] == [
-        f"{path.name}.{os.getpid()}.tmp", "replace", path.parent.name,
+        "0-new", "replace", path.parent.name,
     ]  # fmt: skip
 
 

@@ -22,7 +22,7 @@ def test_saved_loaded_applied_and_reverted_to_the_bit(kind, dtype, tmp_path):
     made = save_delta(model, tmp_path / "d")
     loaded = Delta.load(tmp_path / "d")
     assert loaded == made
-    assert loaded.trained_count() == selection.trainable_count()
+    assert loaded.trainable_count() == selection.trainable_count()
     for module in model.modules():
         for short, selected in vars(module).get("_gradsel_selected", {}).items():
             assert same_bits(loaded[selected.name].values, module._parameters[short + "_values"].detach())
@@ -87,7 +87,7 @@ def test_a_plain_model_with_its_selection_and_base():
             assert (other.digest, other.fingerprint) == (part.digest, part.fingerprint), name
             assert same_bits(other.originals, part.originals)
     by_base = Delta.of(tuned, base=base)  # only the entries that changed
-    assert 0 < by_base.trained_count() <= attached.trained_count()
+    assert 0 < by_base.trainable_count() <= attached.trainable_count()
     with by_base.applied(base):
         assert_same(base, tuned.state_dict())
     with pytest.raises(ValueError, match=r"selection .*base"):

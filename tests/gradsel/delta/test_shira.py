@@ -17,6 +17,9 @@ from gradsel.delta.parts import same_bits
 peft = pytest.importorskip("peft")
 
 
+INDICES, WEIGHT = (f"base_model.model.layers.0.shira_{part}" for part in ("indices", "weight"))
+
+
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
@@ -137,6 +140,11 @@ def test_originals_come_from_the_base_where_the_file_lacks_them(tmp_path):
         (lambda t: t.pop("base_model.model.layers.0.shira_indices"), "no indices"),
         (lambda t: t["base_model.model.layers.0.shira_indices"].add_(100), "indices outside"),
         (lambda t: t["base_model.model.layers.0.shira_indices"].sub_(100), "indices outside"),
+        (lambda t: t.update({INDICES: t[INDICES].float()}), r"layers\.0\.weight: .*indices in torch\.float32"),
+        (lambda t: t.update({INDICES: t[INDICES].bool()}), r"indices in torch\.bool"),
+        (lambda t: t.update({WEIGHT: t[WEIGHT].int()}), r"layers\.0\.weight is torch\.int32 in the adapter"),
+        (lambda t: t.update({WEIGHT: t[WEIGHT].to(torch.float8_e4m3fn)}), r"is torch\.float8_e4m3fn in the adapter"),
+        (lambda t: t.update({WEIGHT.replace("shira_", ""): torch.zeros(16, 8)}), r"sets layers\.0\.weight twice"),
         (lambda t: t.update({"base_model.model.other.weight": torch.zeros(3)}), r"'other\.weight'"),
         (lambda t: t.update({"base_model.model.head.weight": torch.zeros(9, 8)}), r"head\.weight .*9x8.*3x8"),
     ],
@@ -156,9 +164,15 @@ def test_other_folders_are_no_adapters(tmp_path):
         Delta.from_shira(tmp_path, Net())
     base, _, delta = tuned_net(**NO_BIAS)
     delta.to_shira(tmp_path)
-    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    with pytest.raises(ValueError, match="SHiRA adapter"):
-        Delta.from_shira(tmp_path, base)
+    for text, message in [
+        ('{"peft_type": "LORA"}', "not a SHiRA adapter"),
+        ("[]", "not a SHiRA adapter"),
+        ("[" * 100_000, "not an adapter of PEFT"),
+        ("\x00", "not an adapter of PEFT"),
+    ]:
+        (tmp_path / "adapter_config.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            Delta.from_shira(tmp_path, base)
 
 
 def test_a_base_with_the_delta_in_it_has_no_differences_to_write(tmp_path):
