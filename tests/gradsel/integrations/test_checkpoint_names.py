@@ -204,7 +204,7 @@ def test_a_bank_has_tasks_by_either_names(case):
 
 def test_diff_compares_by_the_names_of_the_model(case, tmp_path, capsys):
     _, folder = case
-    set_by_both = str(gradsel.Delta.load(folder / "made.delta").trained_count())
+    set_by_both = str(gradsel.Delta.load(folder / "made.delta").trainable_count())
     shutil.copyfile(folder / "made.delta", tmp_path / "made.delta")
     shutil.copyfile(folder / "base" / "config.json", tmp_path / "config.json")
     for other in ((folder / "made.delta", "--model", folder / "base"), (tmp_path / "made.delta",)):
@@ -247,7 +247,7 @@ def test_force_writes_to_another_base(case, tmp_path):
     other = type(made(name))(made(name).config)
     other.save_pretrained(tmp_path / "other")
     assert run("apply", folder / "task.delta", tmp_path / "other", tmp_path / "out", "--force") == 0
-    trained, out = load_file(folder / "tuned" / FILE), load_file(tmp_path / "out")
+    trained, out = load_file(folder / "tuned" / FILE), load_file(tmp_path / "out" / FILE)
     for tensor in out:
         changed = trained[tensor] != base[tensor]
         assert torch.equal(out[tensor][changed], trained[tensor][changed])
@@ -326,7 +326,7 @@ def test_prefix_of_the_base_model(tmp_path):
     changed.save_pretrained(tmp_path / "changed")
     gradsel.Delta.of(changed, base=bare).save(tmp_path / "bare.delta")
     assert run("apply", tmp_path / "bare.delta", tmp_path / "whole", tmp_path / "out") == 0
-    found = load_file(tmp_path / "out")["vit.encoder.layer.0.attention.attention.query.weight"]
+    found = load_file(tmp_path / "out" / FILE)["vit.encoder.layer.0.attention.attention.query.weight"]
     assert torch.equal(found, changed.layers[0].attention.q_proj.weight)
     assert run("make", tmp_path / "bare", tmp_path / "changed", tmp_path / "made.delta") == 0
     gradsel.load_delta(whole, tmp_path / "made.delta")
