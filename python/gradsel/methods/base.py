@@ -3,27 +3,56 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.optim import Adam, AdamW, Optimizer
 from torch.utils.data import Dataset
 
-from gradsel.parameters.names import strip_wrappers
-from gradsel.parameters.rules import HEAD
+from gradsel.parameters.rules import HEAD, RuleOptions
 from gradsel.selection.selection import Selection
 
 #: Files of a result.
-SELECTION, DELTA, WEIGHTS, BUFFERS, ADAPTER = (
+SELECTION, DELTA, WEIGHTS, BUFFERS, ADDITIONS, ADAPTER = (
     "selection.safetensors",
     "delta.safetensors",
     "weights.safetensors",
     "buffers.safetensors",
+    "additions.safetensors",
     "adapter",
 )
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Parameters by name, for models whose layers do not tell by kind and name what becomes of them.
+
+    Attributes:
+        head: trained whole by every method, like the modules that :attr:`Context.head` names, but with the norms and
+            embeddings among them.
+        whole, frozen: trained whole, or frozen, where all else is ranked.
+        unused: without influence on the loss; no method trains them.
+    """
+
+    head: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+
+    def rules(self, head: Iterable[str]) -> RuleOptions:
+        """The arguments of :func:`gradsel.parameters.rules.parameter_rules`.
+
+        Args:
+            head: as in :attr:`Context.head`.
+        """
+        return {"head": head, "whole": (*self.head, *self.whole), "freeze": (*self.frozen, *self.unused)}
+
+
+NO_PARTS = Parts()
 
 
 @dataclass(frozen=True)
@@ -32,20 +61,26 @@ class Context:
 
     Attributes:
         head: names of the head's modules, as in :func:`gradsel.parameters.rules.parameter_rules`.
+        parts: what becomes of parameters that the general rules would treat otherwise.
+        loss: ``loss(model, batch)``, that of training, for methods whose own loss is ``"task"``.
         seed: of everything random: masks, subsets, the initial values of adapters.
         progress: whether to show progress bars; None: only on a terminal.
         views: the inputs of a batch have several views of each sample, [batch, views, ...].
         selection: the selection of an earlier run, to continue with; then nothing is ranked.
         dataset, batches_of: the training set, and what makes batches of a part of it, for GRFT's data subsets.
+        process_group: processes that each have batches of their own share of the data, and select together.
     """
 
     head: Iterable[str] = HEAD
+    parts: Parts = field(default_factory=Parts)
+    loss: Callable[[Any, Any], Tensor] | None = None
     seed: int = 0
     progress: bool | None = None
     views: bool = False
     selection: Selection | None = None
     dataset: Dataset | None = None
     batches_of: Callable[[Dataset], Iterable[Any]] | None = None
+    process_group: ProcessGroup | None = None
 
 
 @dataclass(frozen=True)
@@ -57,14 +92,12 @@ class Prepared:
         trained: number of trained scalars.
         total: number of parameters of the model, without those that the method added.
         selection: which entries of the model are trained; None: all of them.
-        notes: what else there is to say, for tables and files.
     """
 
     model: nn.Module
     trained: int
     total: int
     selection: Selection | None = None
-    notes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def share(self) -> float:
@@ -91,6 +124,14 @@ class Method(ABC):
     warmup: ClassVar[str] = "inside"
 
     @abstractmethod
+    def trained_on(self, model: nn.Module, head: Iterable[str] = HEAD, parts: Parts = NO_PARTS) -> int:
+        """The number of scalars that this method trains in a model, from shapes alone; the model may be on meta.
+
+        Raises:
+            ValueError: the method does not fit the model.
+        """
+
+    @abstractmethod
     def prepare(
         self, model: nn.Module, batches: Iterable[Any] | None = None, context: Context | None = None
     ) -> Prepared:
@@ -102,14 +143,25 @@ class Method(ABC):
             context: see :class:`Context`; None for its defaults.
         """
 
-    def groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Parameter groups for an optimizer, with the names of the parameters."""
+    def groups(self, model: nn.Module, head: Iterable[str] = HEAD) -> list[dict[str, Any]]:
+        """Parameter groups for an optimizer, with the names of the parameters.
+
+        Args:
+            head: names of the head's modules or parameters, as in :attr:`Context.head`.
+        """
         return [{"params": [(name, p) for name, p in model.named_parameters() if p.requires_grad]}]
 
-    def optimizer(self, model: nn.Module, lr: float, weight_decay: float = 0.0, decoupled: bool = True) -> Optimizer:
-        """Adam for what is trained: AdamW if ``decoupled``, else Adam with weight decay as an L2 term."""
+    def optimizer(
+        self, model: nn.Module, lr: float, weight_decay: float = 0.0, decoupled: bool = True,
+        head: Iterable[str] = HEAD,
+    ) -> Optimizer:  # fmt: skip
+        """Adam for what is trained: AdamW if ``decoupled``, else Adam with weight decay as an L2 term.
+
+        Args:
+            head: as for :meth:`groups`.
+        """
         kind = AdamW if decoupled else Adam
-        return kind(self.groups(model), lr=lr, weight_decay=weight_decay, fused=True)
+        return kind(self.groups(model, head), lr=lr, weight_decay=weight_decay, fused=True)
 
     @abstractmethod
     def save(self, prepared: Prepared, folder: Path) -> None:
@@ -125,6 +177,17 @@ class Method(ABC):
         Raises:
             ValueError: the model is another one.
         """
+
+    def merge(self, model: nn.Module) -> nn.Module:
+        """The plain model that computes the same, with nothing beside its weights.
+
+        Args:
+            model: ``Prepared.model`` after training, or what :meth:`load` returned. It may be changed in place.
+
+        Raises:
+            ValueError: the method adds something that weights cannot hold.
+        """
+        raise ValueError(f"{self.name} cannot be merged: what it adds is no linear change of the model's weights")
 
     def options(self) -> dict[str, Any]:
         """The options by name, as they stand in configuration files."""
@@ -143,15 +206,3 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
 def count(model: nn.Module) -> int:
     """The number of parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that checkpoints contain, such as running statistics, by name."""
-    return {strip_wrappers(name): tensor for name, tensor in _buffers(model)}
-
-
-def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for path, module in model.named_modules():
-        for short, tensor in module._buffers.items():
-            if tensor is not None and short not in module._non_persistent_buffers_set:
-                yield (f"{path}.{short}" if path else short), tensor

@@ -7,15 +7,20 @@ from dataclasses import fields
 from types import MappingProxyType
 from typing import Any
 
+from gradsel.methods.added import SSF, Adapter
 from gradsel.methods.base import Method
-from gradsel.methods.dense import Full, Lora
-from gradsel.methods.selected import GPS, GRFT, Bias, Linear
+from gradsel.methods.by_peft import Lora, Miss, Shira
+from gradsel.methods.full import Full
+from gradsel.methods.prompting import VPTDeep, VPTShallow
+from gradsel.methods.selected import GPS, GRFT, Bias, Linear, Paca
+from gradsel.methods.sensitive import SPTAdapter, SPTLora
 from gradsel.parameters.names import did_you_mean
 
+_KINDS: tuple[type[Method], ...] = (
+    GPS, GRFT, Full, Linear, Bias, Adapter, VPTShallow, VPTDeep, SSF, SPTAdapter, SPTLora, Lora, Shira, Miss, Paca,
+)  # fmt: skip
 #: Every method by its name.
-METHODS: Mapping[str, type[Method]] = MappingProxyType(
-    {kind.name: kind for kind in (GPS, GRFT, Full, Linear, Bias, Lora)}
-)
+METHODS: Mapping[str, type[Method]] = MappingProxyType({kind.name: kind for kind in _KINDS})
 
 
 def method(name: str, **options: Any) -> Method:

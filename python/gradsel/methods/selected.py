@@ -3,42 +3,104 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gradsel.attached import is_attached
 from gradsel.delta.delta import Delta
-from gradsel.methods.base import DELTA, SELECTION, Context, Method, Prepared, count, option, saved_buffers
-from gradsel.nn.attaching import attach
+from gradsel.files import replacing
+from gradsel.methods.additions import (
+    Addition,
+    addition_parameters,
+    additions_in,
+    load_additions,
+    merge_additions,
+    place,
+    require_linear,
+)
+from gradsel.methods.base import (
+    ADDITIONS,
+    DELTA,
+    NO_PARTS,
+    SELECTION,
+    Context,
+    Method,
+    Parts,
+    Prepared,
+    count,
+    option,
+)
+from gradsel.methods.targets import matrices
+from gradsel.nn.attaching import attach, detach
 from gradsel.optim.adamw import MaskedAdamW
-from gradsel.optim.anchoring import anchored_groups
+from gradsel.optim.anchoring import anchored_groups, regular_blocks
 from gradsel.optim.optimizer import MaskedAdam
 from gradsel.parameters.names import did_you_mean, named_parameters
-from gradsel.parameters.rules import HEAD, KINDS
+from gradsel.parameters.rules import HEAD, KINDS, RuleOptions, parameter_rules, ranked_sizes, sizes_of
 from gradsel.ranking.criteria import Criterion, random_scores
 from gradsel.ranking.losses import contrastive, cross_entropy
-from gradsel.ranking.policies import Columns, PerNeuron, Policy, Rows
+from gradsel.ranking.policies import Columns, Global, PerLayer, PerNeuron, Policy, Rows, equal_budget
 from gradsel.ranking.pooling import features
 from gradsel.ranking.selecting import select
 from gradsel.ranking.subsets import easiest_subset
 from gradsel.selection.selection import Selection
+from gradsel.tensor_files import save_file
 
 CRITERIA = ("gradient", "absolute", "fisher", "snip", "magnitude", "random")
-LOSSES = ("contrastive", "cross-entropy")
+LOSSES = ("contrastive", "cross-entropy", "task")
+#: What competes for the selected weights; the number of these is that of ``k`` weights for every neuron (GPS, Tab. 6a).
+SCOPES: Mapping[str, type[Policy]] = MappingProxyType({"neuron": PerNeuron, "layer": PerLayer, "net": Global})
+#: Of the kinds of parameters, only the head is trained.
+HEAD_ONLY: Mapping[str, str] = MappingProxyType({**dict.fromkeys(KINDS, "freeze"), "head": "whole"})
 
 
 @dataclass(frozen=True)
 class Selected(Method):
     """A method that attaches the model to a selection, so that nothing else gets a gradient."""
 
+    def rules(self, model: nn.Module, head: Iterable[str] = HEAD, parts: Parts = NO_PARTS) -> RuleOptions:
+        """What is ranked, trained whole or frozen; see :func:`gradsel.parameters.rules.parameter_rules`."""
+        return parts.rules(head)
+
+    def policy(self, sizes: Collection[tuple[int, int]] = ()) -> Policy | None:
+        """How many entries are trained, and which compete, in neuron views of these sizes; None: nothing is ranked."""
+        return None
+
+    def additions(
+        self, model: nn.Module, whole: Collection[str], notes: Mapping[str, Any]
+    ) -> dict[str, Callable[[], Addition]]:
+        """What is trained besides the selection: makers of additions by the layer that each goes to.
+
+        Args:
+            model: plain.
+            whole: the names of the parameters that are trained whole, such as the head.
+            notes: those of the selection.
+
+        Raises:
+            ValueError: the method does not fit the model.
+        """
+        return {}
+
     @abstractmethod
     def choose(self, model: nn.Module, batches: Iterable[Any] | None, context: Context) -> Selection:
         """The selection to train."""
+
+    def trained_on(self, model: nn.Module, head: Iterable[str] = HEAD, parts: Parts = NO_PARTS) -> int:
+        rules, parameters = parameter_rules(model, **self.rules(model, head, parts)), named_parameters(model)
+        whole = [name for name, rule in rules.items() if rule.action == "whole"]
+        with torch.device("meta"):
+            added = sum(count(make()) for make in self.additions(model, whole, {}).values())
+        sizes = sizes_of(rules, parameters).values()
+        policy = self.policy(sizes)
+        ranked = 0 if policy is None else policy.budget(sizes)
+        return sum(parameters[name].numel() for name in whole) + ranked + added
 
     def prepare(
         self, model: nn.Module, batches: Iterable[Any] | None = None, context: Context | None = None
@@ -52,28 +114,52 @@ class Selected(Method):
             selection = self.choose(model, batches, context)
         else:
             selection.check(model)
-        notes = {"buffers": {name: tensor.detach().clone() for name, tensor in saved_buffers(model).items()}}
+        additions = self.additions(model, _whole(selection), selection.notes)
         attach(model, selection)
-        return Prepared(model, selection.trainable_count(), total, selection, notes)
+        with torch.random.fork_rng():
+            torch.manual_seed(context.seed)
+            place(model, additions)
+        added = sum(count(addition) for _, _, addition in additions_in(model))
+        return Prepared(model, selection.trainable_count() + added, total, selection)
 
-    def optimizer(self, model: nn.Module, lr: float, weight_decay: float = 0.0, decoupled: bool = True) -> Optimizer:
+    def optimizer(
+        self, model: nn.Module, lr: float, weight_decay: float = 0.0, decoupled: bool = True,
+        head: Iterable[str] = HEAD,
+    ) -> Optimizer:  # fmt: skip
         kind = MaskedAdamW if decoupled else MaskedAdam
-        return kind(self.groups(model), lr=lr, weight_decay=weight_decay)
+        return kind(self.groups(model, head), lr=lr, weight_decay=weight_decay)
 
     def save(self, prepared: Prepared, folder: Path) -> None:
         assert prepared.selection is not None
         prepared.selection.save(folder / SELECTION)
-        delta = Delta.of(prepared.model, selection=prepared.selection, base=prepared.notes["buffers"] or None)
-        delta.save(folder / DELTA)
+        Delta.of(prepared.model, selection=prepared.selection).save(folder / DELTA)
+        if added := addition_parameters(prepared.model):
+            with replacing(folder / ADDITIONS) as unfinished:
+                save_file(added, unfinished)
 
     def load(self, model: nn.Module, folder: Path) -> nn.Module:
-        Selection.load(folder / SELECTION, model)
+        selection = Selection.load(folder / SELECTION, model)
+        additions = self.additions(model, _whole(selection), selection.notes)
         delta = Delta.load(folder / DELTA)
         # Of parameters trained whole nothing of the base is left, so a new head may have been initialised otherwise.
         whole = {name: part for name, part in delta.items() if part.mask.is_whole}
         Delta({name: part for name, part in delta.items() if name not in whole}).apply_(model)
         Delta(whole).apply_(model, force=True)
+        if additions:
+            with torch.random.fork_rng():
+                place(model, additions)
+            load_additions(model, folder / ADDITIONS)
         return model
+
+    def merge(self, model: nn.Module) -> nn.Module:
+        require_linear(model, self.name)
+        if is_attached(model):
+            detach(model)
+        return merge_additions(model)
+
+
+def _whole(selection: Selection) -> list[str]:
+    return [name for name, mask in selection.items() if mask.is_whole]
 
 
 @dataclass(frozen=True)
@@ -82,43 +168,42 @@ class Ranked(Selected):
 
     needs_batches: ClassVar[bool] = True
     criterion: str = option("gradient", f"what weights are ranked by: {', '.join(CRITERIA)}", choices=CRITERIA)
-    loss: str = option("contrastive", "loss whose gradient is taken: contrastive or cross-entropy", choices=LOSSES)
+    loss: str = option(
+        "contrastive", "loss whose gradient is taken: contrastive, cross-entropy, or that of the task", choices=LOSSES
+    )
 
     def __post_init__(self) -> None:
         _one_of("criterion", self.criterion, CRITERIA)
         _one_of("loss", self.loss, LOSSES)
 
     @abstractmethod
-    def policy(self) -> Policy:
-        """How many entries are trained, and which compete."""
+    def policy(self, sizes: Collection[tuple[int, int]] = ()) -> Policy:
+        """How many entries are trained, and which compete, in neuron views of these sizes."""
 
     def choose(self, model: nn.Module, batches: Iterable[Any] | None, context: Context) -> Selection:
         criterion: str | Criterion = random_scores(context.seed) if self.criterion == "random" else self.criterion
+        rules = self.rules(model, context.head, context.parts)
+        sizes = ranked_sizes(model, **rules).values()
         return select(
-            model, batches, self.loss_for(model, context.views), self.policy(), criterion,
-            head=context.head, progress=context.progress,
+            model, batches, self.selection_loss(model, context), self.policy(sizes), criterion,
+            progress=context.progress, process_group=context.process_group, **rules,
         )  # fmt: skip
 
+    def selection_loss(self, model: nn.Module, context: Context) -> Any:
+        """``loss(model, batch)``, whose gradient ranks.
+
+        Raises:
+            ValueError: it is that of the task, and the context has none.
+        """
+        if self.loss != "task":
+            return self.loss_for(model, context.views)
+        if context.loss is None:
+            raise ValueError("loss is 'task', but this task has none of its own; choose contrastive or cross-entropy")
+        return context.loss
+
     def loss_for(self, model: nn.Module, views: bool) -> Any:
-        """``loss(model, batch)``; with several views of each sample in a batch, each of them counts."""
-        if self.loss == "contrastive":
-            pooled = features(model)
-            if not views:
-                return contrastive(pooled)
-
-            def of_views(model: Any, inputs: Any) -> Tensor:
-                flat, shape = _flattened(inputs)
-                return pooled(model, flat).unflatten(0, shape)
-
-            return contrastive(of_views, views=True)
-        if not views:
-            return _supervised
-
-        def loss(model: Any, batch: Any) -> Tensor:
-            flat, shape = _flattened({name: value for name, value in batch.items() if name != "labels"})
-            return _supervised(model, {**flat, "labels": batch["labels"].repeat_interleave(shape[1])})
-
-        return loss
+        """``loss(model, batch)``; see :func:`loss_for`."""
+        return loss_for(model, self.loss, views)
 
 
 @dataclass(frozen=True)
@@ -129,13 +214,29 @@ class GPS(Ranked):
     summary: ClassVar[str] = "the k weights of every neuron with the largest gradient, all biases, the head"
     k: int = option(1, "weights per neuron")
     columns: int | None = option(None, "inputs of a layer to choose from; default: all")
+    scope: str = option("neuron", "what competes for as many weights in all: neuron, layer or net", choices=SCOPES)
+    blocks: Sequence[int] | None = option(None, "numbers of the blocks to train; default: all")
+    skip_blocks: Sequence[int] | None = option(None, "numbers of blocks to freeze; negative ones count from the last")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.policy()
+        _one_of("scope", self.scope, tuple(SCOPES))
+        PerNeuron(self.k, self.columns)
+        if self.columns is not None and self.scope != "neuron":
+            raise ValueError(f"columns confines the inputs of neurons, which scope={self.scope!r} does not rank")
+        for name in ("blocks", "skip_blocks"):
+            numbers = getattr(self, name)
+            if numbers is not None and not (
+                isinstance(numbers, Sequence) and not isinstance(numbers, str) and all(type(n) is int for n in numbers)
+            ):
+                raise ValueError(f"{name} must be a list of numbers of blocks, got {numbers!r}")
 
-    def policy(self) -> Policy:
-        return PerNeuron(self.k, self.columns)
+    def rules(self, model: nn.Module, head: Iterable[str] = HEAD, parts: Parts = NO_PARTS) -> RuleOptions:
+        return {**parts.rules(head), "blocks": self.blocks, "skip_blocks": self.skip_blocks or ()}
+
+    def policy(self, sizes: Collection[tuple[int, int]] = ()) -> Policy:
+        policy = PerNeuron(self.k, self.columns)
+        return policy if self.scope == "neuron" else equal_budget(SCOPES[self.scope], policy, sizes)
 
 
 @dataclass(frozen=True)
@@ -152,6 +253,7 @@ class GRFT(Ranked):
     sparse: int | None = option(None, "weights per neuron, in place of rows (their Tab. 4)", variant=True)
     anchor: float = option(0.0, "strength of the pull towards the pre-trained weights (lambda)")
     anchor_blocks: int | str = option("all", "last blocks that are pulled, besides patch embedding and head; or all")
+    anchor_norm: int = option(2, "norm of the pull: 2, or 1 as in their Tab. 5")
     subsets: int = option(1, "random parts of the training set; selection uses the one with the smallest loss")
 
     def __post_init__(self) -> None:
@@ -163,32 +265,40 @@ class GRFT(Ranked):
             raise ValueError(f"subsets must be an integer >= 1, got {self.subsets!r}")
         if not self.anchor >= 0:
             raise ValueError(f"anchor must not be negative, got {self.anchor!r}")
+        if self.anchor_norm not in (1, 2):
+            raise ValueError(f"anchor_norm must be 1 or 2, got {self.anchor_norm!r}")
         self.policy()
 
-    def policy(self) -> Policy:
+    def policy(self, sizes: Collection[tuple[int, int]] = ()) -> Policy:
         if self.columns is not None:
             return Columns(self.columns)
         if self.sparse is not None:
             return PerNeuron(self.sparse)
         return Rows(1 if self.rows is None else self.rows)
 
+    def trained_on(self, model: nn.Module, head: Iterable[str] = HEAD, parts: Parts = NO_PARTS) -> int:
+        regular_blocks(model, self.anchor_blocks, "anchor_blocks")
+        return super().trained_on(model, head, parts)
+
     def choose(self, model: nn.Module, batches: Iterable[Any] | None, context: Context) -> Selection:
         if self.subsets == 1:
             return super().choose(model, batches, context)
         if context.dataset is None or context.batches_of is None:
             raise ValueError("subsets > 1 needs the training set: Context(dataset=..., batches_of=...)")
-        loss = self.loss_for(model, context.views)
+        loss = self.selection_loss(model, context)
         part = easiest_subset(
-            model, context.dataset, loss, self.subsets, batches=context.batches_of, seed=context.seed
+            model, context.dataset, loss, self.subsets, batches=context.batches_of, seed=context.seed,
+            process_group=context.process_group,
         )  # fmt: skip
         selection = super().choose(model, context.batches_of(part), context)
         selection.notes["data subset"] = f"{part.part + 1} of {self.subsets}"
         return selection
 
-    def groups(self, model: nn.Module) -> list[dict[str, Any]]:
+    def groups(self, model: nn.Module, head: Iterable[str] = HEAD) -> list[dict[str, Any]]:
         if not self.anchor:
-            return super().groups(model)
-        return anchored_groups(model, self.anchor, self.anchor_blocks)
+            return super().groups(model, head)
+        groups = anchored_groups(model, self.anchor, self.anchor_blocks, head=head)
+        return [{**group, "anchor_norm": self.anchor_norm} for group in groups]
 
 
 @dataclass(frozen=True)
@@ -199,8 +309,11 @@ class Linear(Selected):
     summary: ClassVar[str] = "the head only"
     rate: ClassVar[float] = 1e-2
 
+    def rules(self, model: nn.Module, head: Iterable[str] = HEAD, parts: Parts = NO_PARTS) -> RuleOptions:
+        return {"head": head, "kinds": HEAD_ONLY, "whole": parts.head}
+
     def choose(self, model: nn.Module, batches: Iterable[Any] | None, context: Context) -> Selection:
-        return _by_rules(model, "the head", context.head)
+        return by_rules(model, "the head", self.rules(model, context.head, context.parts))
 
 
 @dataclass(frozen=True)
@@ -210,19 +323,74 @@ class Bias(Selected):
     name: ClassVar[str] = "bias"
     summary: ClassVar[str] = "all biases, those of normalisation layers included, and the head"
 
+    def rules(self, model: nn.Module, head: Iterable[str] = HEAD, parts: Parts = NO_PARTS) -> RuleOptions:
+        names = [name for name in named_parameters(model) if name not in parts.unused]
+        biases = [name for name in names if name.rpartition(".")[2] == "bias"]
+        return {"head": head, "kinds": HEAD_ONLY, "whole": [*parts.head, *biases]}
+
     def choose(self, model: nn.Module, batches: Iterable[Any] | None, context: Context) -> Selection:
-        biases = [name for name in named_parameters(model) if name.rpartition(".")[2] == "bias"]
-        return _by_rules(model, "biases and the head", context.head, biases)
+        return by_rules(model, "biases and the head", self.rules(model, context.head, context.parts))
 
 
-def head_only(model: nn.Module, head: Iterable[str] = HEAD) -> Selection:
+@dataclass(frozen=True)
+class Paca(Selected):
+    """Whole columns chosen at random in every linear layer, and the head (PaCA, Woo et al., ICLR 2025)."""
+
+    name: ClassVar[str] = "paca"
+    summary: ClassVar[str] = "columns of every linear layer, chosen at random, and the head"
+    columns: int = option(16, "columns per linear layer")
+
+    def __post_init__(self) -> None:
+        self.policy()
+
+    def rules(self, model: nn.Module, head: Iterable[str] = HEAD, parts: Parts = NO_PARTS) -> RuleOptions:
+        return {
+            "head": head,
+            "kinds": HEAD_ONLY,
+            "whole": parts.head,
+            "rank": [f"{path}.weight" for path in matrices(model, head, parts)],
+        }
+
+    def policy(self, sizes: Collection[tuple[int, int]] = ()) -> Policy:
+        return Columns(self.columns)
+
+    def choose(self, model: nn.Module, batches: Iterable[Any] | None, context: Context) -> Selection:
+        return select(
+            model, None, None, self.policy(), random_scores(context.seed),
+            progress=context.progress, **self.rules(model, context.head, context.parts),
+        )  # fmt: skip
+
+
+def loss_for(model: nn.Module, kind: str, views: bool) -> Any:
+    """``loss(model, batch)`` of a kind; with several views of each sample in a batch, each of them counts."""
+    if kind == "contrastive":
+        pooled = features(model)
+        if not views:
+            return contrastive(pooled)
+
+        def of_views(model: Any, inputs: Any) -> Tensor:
+            flat, shape = _flattened(inputs)
+            return pooled(model, flat).unflatten(0, shape)
+
+        return contrastive(of_views, views=True)
+    if not views:
+        return _supervised
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        flat, shape = _flattened({name: value for name, value in batch.items() if name != "labels"})
+        return _supervised(model, {**flat, "labels": batch["labels"].repeat_interleave(shape[1])})
+
+    return loss
+
+
+def head_only(model: nn.Module, head: Iterable[str] = HEAD, parts: Parts = NO_PARTS) -> Selection:
     """A selection of the head; it knows the fingerprints of everything else."""
-    return _by_rules(model, "the head", head)
+    return by_rules(model, "the head", {"head": head, "kinds": HEAD_ONLY, "whole": parts.head})
 
 
-def _by_rules(model: nn.Module, policy: str, head: Iterable[str], whole: Iterable[str] = ()) -> Selection:
-    kinds = {**dict.fromkeys(KINDS, "freeze"), "head": "whole"}
-    selection = select(model, None, None, criterion="magnitude", head=head, kinds=kinds, whole=whole)
+def by_rules(model: nn.Module, policy: str, rules: RuleOptions) -> Selection:
+    """A selection that ranks nothing."""
+    selection = select(model, None, None, criterion="magnitude", **rules)
     selection.notes = {"policy": policy}
     return selection
 

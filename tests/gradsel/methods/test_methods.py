@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,6 +16,8 @@ pytest.importorskip("peft")
 import gradsel
 from gradsel import methods
 from gradsel.methods import METHODS, Context, Method, method
+from gradsel.methods.selected import head_only
+from gradsel.training import Trainer
 from tests.support import tiny
 
 EVERY = {
@@ -116,6 +119,28 @@ def test_the_pull_reaches_the_last_blocks_the_patches_and_the_head():
     assert [group["anchor"] for group in how.optimizer(model, 1e-3).param_groups] == [0.5, 0.0]
 
 
+def test_the_pull_reaches_a_head_with_an_unusual_name(tmp_path):
+    how = method("grft", rows=1, anchor=0.5, anchor_blocks=0)
+    model = tiny.vit()
+    model.decide = model.head
+    del model.head
+    model.forward = lambda inputs: model.decide(model.forward_head(model.forward_features(inputs), pre_logits=True))
+    gradsel.attach(model, head_only(model, ["decide"]))
+    arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    trainer = Trainer(model, arguments, method=how, head=["decide"])
+    assert [group["anchor"] for group in trainer.create_optimizer().param_groups] == [0.5]
+    pulled = [group for group in how.optimizer(model, 1e-3, head=["decide"]).param_groups if group["anchor"]]
+    assert {name for group in pulled for name in group["param_names"]} == {"decide.weight", "decide.bias"}
+    assert all(group["anchor"] == 0 for group in how.optimizer(model, 1e-3).param_groups)
+
+
+@pytest.mark.parametrize("norm", [1, 2])
+def test_the_pull_has_the_norm_that_is_asked_for(norm):
+    how = method("grft", rows=1, anchor=0.5, anchor_norm=norm)
+    model = how.prepare(tiny.vit(), tiny.images()).model
+    assert {group["anchor_norm"] for group in how.optimizer(model, 1e-3).param_groups} == {norm}
+
+
 def test_grft_selects_on_the_easiest_part_of_the_data():
     batch = tiny.images(24)[0]
     data = [{name: value[i] for name, value in batch.items()} for i in range(24)]
@@ -191,6 +216,7 @@ def test_running_statistics_are_part_of_the_result(tmp_path):
         (lambda: method("grft", rows=1, columns=1), "rows and columns"),
         (lambda: method("grft", subsets=0), "subsets .*>= 1"),
         (lambda: method("grft", anchor=-1.0), "anchor .*-1"),
+        (lambda: method("grft", anchor_norm=3), "anchor_norm must be 1 or 2, got 3"),
         (lambda: method("lora", rank=0), "rank .*>= 1"),
         (lambda: method("gps").prepare(tiny.vit()), "gps .*pass batches"),
     ],

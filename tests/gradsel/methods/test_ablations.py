@@ -1,0 +1,77 @@
+"""GPS's ablations as options, and the random columns of PaCA."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("timm")
+import gradsel
+from gradsel.masks import WholeColumns
+from gradsel.methods import Context, method
+from tests.support import tiny
+
+
+def chosen(name="gps", seed=0, **options):
+    return method(name, **options).prepare(tiny.vit(), tiny.images(), Context(seed=seed)).selection
+
+
+def weights(selection):
+    return {name: mask for name, mask in selection.items() if name.endswith("weight") and "head" not in name}
+
+
+def test_scopes_train_as_many_weights_which_compete_within_a_neuron_a_layer_or_the_net():
+    counts = {}
+    for scope in ("neuron", "layer", "net"):
+        counts[scope] = {name: mask.nnz for name, mask in weights(chosen(k=2, scope=scope)).items()}
+    total = sum(counts["neuron"].values())
+    assert total == 2 * (24 + 2 * (72 + 24 + 96 + 24))
+    assert sum(counts["net"].values()) == total
+    assert sum(counts["layer"].values()) == pytest.approx(total, abs=len(counts["layer"]))  # rounded in every layer
+    sizes = {name: tensor.numel() for name, tensor in tiny.vit().named_parameters()}
+    shares = [count / sizes[name] for name, count in counts["layer"].items() if count]
+    assert max(shares) - min(shares) < 0.002
+    assert len({count / sizes[name] for name, count in counts["net"].items() if count}) > 5
+
+
+def test_scopes_are_the_policies_of_select():
+    model, batches = tiny.vit(), tiny.images()
+    how = method("gps", k=2, scope="net")
+    budget = 2 * (24 + 2 * (72 + 24 + 96 + 24))
+    expected = gradsel.select(model, batches, how.loss_for(model, False), gradsel.Global(count=budget))
+    assert chosen(k=2, scope="net") == expected
+
+
+def test_net_random_and_neuron_random_depend_on_the_seed():
+    for scope in ("net", "neuron"):
+        one = chosen(scope=scope, criterion="random", seed=1)
+        assert one == chosen(scope=scope, criterion="random", seed=1)
+        assert one != chosen(scope=scope, criterion="random", seed=2)
+
+
+def test_blocks_are_kept_or_skipped_as_in_the_block_study():
+    def trained(**options):
+        names = [name for name, mask in chosen(**options).items() if mask.nnz]
+        return {".".join(name.split(".")[:2]) if name.startswith("blocks") else name.split(".")[0] for name in names}
+
+    assert trained() == {"patch_embed", "blocks.0", "blocks.1", "head"}
+    assert trained(skip_blocks=[0]) == {"patch_embed", "blocks.1", "head"}
+    assert trained(blocks=[-1]) == {"blocks.1", "head"}
+    with pytest.raises(ValueError, match="skip_blocks names block 2, but VisionTransformer has 2 blocks"):
+        chosen(skip_blocks=[2])
+
+
+def test_paca_trains_whole_random_columns_of_linear_layers_and_the_head():
+    selection = chosen("paca", columns=3, seed=1)
+    found = {name: mask for name, mask in selection.items() if mask.nnz and not name.startswith("head")}
+    assert {name.partition(".")[2][2:] for name in found} == {
+        "attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight",
+    }  # fmt: skip
+    for name, mask in found.items():
+        assert isinstance(mask, WholeColumns), name
+        dense = mask.to_dense()
+        assert torch.equal(dense.all(0), dense.any(0))
+        assert dense.all(0).sum() == 3
+    assert len({tuple(m.to_dense().all(0).nonzero().flatten().tolist()) for m in found.values()}) > 3
+    assert selection != chosen("paca", columns=3, seed=2)
+    assert selection == chosen("paca", columns=3, seed=1)
