@@ -1,15 +1,20 @@
-"""Small data sets and models on disk, and configurations of runs with them."""
+"""Small data sets and models on disk, configurations of runs with them, and how runs are stopped and compared."""
 
 from __future__ import annotations
 
 import csv
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from safetensors.torch import load_file
+from transformers import TrainerCallback
 
-from gradsel.training import Config
+from gradsel.training import Config, Result
 from tests.support import tiny
 
 COLOURS = ("red", "green", "blue")
@@ -44,7 +49,6 @@ def reviews(path: Path, count: int = 24) -> Path:
 
 def bert_folder(root: Path) -> Path:
     """A tiny BERT with its tokenizer, as transformers saves them."""
-    import torch
     import transformers
 
     words = ["the", "fine", "great", "warm", "cold", "awful", "broken", "thing", "here", "a", "b", "c"]
@@ -79,3 +83,36 @@ def text_run(data: Path, model: Path, output: Path, **changes: Any) -> Config:
         "device": "cpu",
     }
     return Config.from_dict(values).replaced({name.replace("__", "."): value for name, value in changes.items()})
+
+
+class Interrupt(TrainerCallback):
+    """Sends a signal after a step, as Ctrl-C does, or raises, as a crash does."""
+
+    def __init__(self, step, crash=False):
+        self.step, self.crash = step, crash
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            if self.crash:
+                raise RuntimeError("killed")
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a result by file and name."""
+    return {
+        f"{file.relative_to(folder)}:{name}": tensor
+        for file in sorted(folder.rglob("*.safetensors"))
+        if "checkpoints" not in file.parts
+        for name, tensor in load_file(file).items()
+    }
+
+
+def check_same_result(first: Result, second: Result) -> None:
+    """Two runs have given the same bits, and the same results but for the seconds."""
+    ours, theirs = tensors(first.folder), tensors(second.folder)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+    for name in first.results.keys() - {"seconds"}:
+        assert first.results[name] == second.results[name], name

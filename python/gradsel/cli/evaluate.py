@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 
-from gradsel.cli.running import run
-from gradsel.tables import table
+from gradsel.cli.running import is_first, run
+from gradsel.errors import expected
+from gradsel.training.config import run_in
 
 
 def add_to(commands: argparse._SubParsersAction, text: str) -> None:
@@ -20,19 +21,17 @@ def add_to(commands: argparse._SubParsersAction, text: str) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     def command() -> None:
+        with expected():
+            run_in(arguments.folder)  # before torch is imported
         from gradsel.training import evaluate
+        from gradsel.training.tasks import described
 
         found = evaluate(arguments.folder, arguments.data)
+        if not is_first():
+            return
         if arguments.json:
             print(json.dumps(found, ensure_ascii=False, indent=1))
             return
-        rows = [
-            (name, *(f"{100 * values[key]:9.1f}" for key in ("precision", "recall", "f1")), f"{values['samples']:7,}")
-            for name, values in found["per_class"].items()
-        ]
-        print("\n".join(table(("class", "precision", "recall", "f1", "samples"), rows)))
-        five = f", top-5 {found['top5']:.2f} %" if "top5" in found else ""
-        print(f"top-1 {found['top1']:.2f} %{five}, F1 {found['f1']:.2f} %, Matthews {found['matthews']:.3f}, "
-              f"loss {found['loss']:.4f}, {found['samples']:,} samples")  # fmt: skip
+        print(described(arguments.folder, found))
 
     return run("evaluate", command)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from gradsel.cli.running import run
+from gradsel.cli.running import is_first, run
+from gradsel.errors import expected
 from gradsel.training.config import Config, read_config
 
 _EXAMPLES = """
 examples:
-  gradsel finetune --preset gps/cub --data CUB/ --output runs/cub
+  gradsel finetune --preset gps/cub --data CUB_200_2011/
   gradsel finetune --data birds/ --model timm/vit_base_patch16_224.augreg_in21k --method gps --k 1 --output runs/birds
   gradsel finetune --data reviews.csv --model distilbert/distilbert-base-uncased --method grft --output runs/reviews
+  gradsel finetune --task segmentation --data Kvasir-SEG/ --model facebook/sam-vit-base --output runs/polyps
   gradsel finetune --config runs/birds/config.yaml --seed 1 --output runs/birds-1
 """
 
@@ -35,12 +39,22 @@ class Flag(NamedTuple):
 
 _DATA = (
     Flag("--data", "data.path"),
+    Flag("--task", "data.task"),
     Flag("--kind", "data.kind"),
+    Flag("--layout", "data.layout"),
+    Flag("--root", "data.root"),
+    Flag("--download", "data.download"),
+    Flag("--validation", "data.validation"),
+    Flag("--classes", "data.classes"),
+    Flag("--image-column", "data.image_column"),
     Flag("--text-column", "data.text_columns", several=True),
     Flag("--label-column", "data.label_column"),
     Flag("--holdout", "data.holdout"),
+    Flag("--validation-holdout", "data.validation_holdout"),
+    Flag("--split-seed", "data.split_seed"),
     Flag("--image-size", "data.image_size"),
     Flag("--augmentation", "data.augmentation"),
+    Flag("--selection-augmentation", "data.selection_augmentation"),
     Flag("--max-length", "data.max_length"),
     Flag("--workers", "data.workers"),
     Flag("--skip-unreadable", "data.skip_unreadable"),
@@ -51,24 +65,48 @@ _MODEL = (
     Flag("--drop-path", "model.drop_path"),
 )
 _METHOD = (
-    Flag("--method", "method.name", "gps, grft, full, linear, bias or lora; default: gps"),
+    Flag("--method", "method.name", "gps, grft, lora, ...; gradsel methods lists all; default: gps"),
     Flag("--k", "method.options.k", "gps: weights per neuron; default: 1", int),
     Flag("--rows", "method.options.rows", "grft: rows per matrix; default: 1", int),
     Flag(
         "--columns",
         "method.options.columns",
-        "grft: columns per matrix, in place of rows; gps: inputs of a layer to choose from",
+        "grft: columns per matrix, in place of rows; gps: inputs of a layer to choose from; paca: columns per layer",
         int,
     ),
     Flag("--sparse", "method.options.sparse", "grft: weights per neuron, in place of rows", int),
     Flag("--anchor", "method.options.anchor", "grft: strength of the pull towards the pre-trained weights", float),
     Flag("--anchor-blocks", "method.options.anchor_blocks", "grft: last blocks that are pulled; default: all"),
+    Flag("--anchor-norm", "method.options.anchor_norm", "grft: norm of the pull, 1 or 2; default: 2", int),
     Flag("--subsets", "method.options.subsets", "grft: parts of the data of which the easiest selects", int),
-    Flag("--criterion", "method.options.criterion", "gps, grft: gradient, absolute, fisher, snip, magnitude or random"),
-    Flag("--selection-loss", "method.options.loss", "gps, grft: contrastive or cross-entropy"),
-    Flag("--rank", "method.options.rank", "lora: rank; default: 8", int),
-    Flag("--alpha", "method.options.alpha", "lora: scale; default: twice the rank", float),
+    Flag(
+        "--criterion",
+        "method.options.criterion",
+        "gps, grft: gradient, absolute, fisher, snip, magnitude or random; default: gradient",
+    ),
+    Flag("--selection-loss", "method.options.loss", "gps, grft: contrastive or cross-entropy; default: contrastive"),
+    Flag(
+        "--scope",
+        "method.options.scope",
+        "gps: what competes for the same number of weights",
+        choices=("neuron", "layer", "net"),
+    ),
+    Flag("--blocks", "method.options.blocks", "gps: numbers of the blocks to train", int, several=True),
+    Flag("--skip-blocks", "method.options.skip_blocks", "gps: numbers of blocks to freeze", int, several=True),
+    Flag("--rank", "method.options.rank", "lora, shira, miss, spt-adapter, spt-lora: rank", int),
+    Flag(
+        "--alpha",
+        "method.options.alpha",
+        "lora: scale, default twice the rank; spt: what makes a matrix adapted",
+        float,
+    ),
     Flag("--dropout", "method.options.dropout", "lora: dropout", float),
+    Flag("--layers", "method.options.layers", "lora: all, or attention (queries and values)"),
+    Flag("--bottleneck", "method.options.bottleneck", "adapter: hidden width; default: a 64th of the width", int),
+    Flag("--places", "method.options.places", "adapter: behind mlp, or both attention and mlp"),
+    Flag("--prompts", "method.options.prompts", "vpt-shallow, vpt-deep: tokens; default: 200, 50 for each block", int),
+    Flag("--budget", "method.options.budget", "spt-adapter, spt-lora: trained scalars besides the head", int),
+    Flag("--sensitivity-batches", "method.options.batches", "spt-adapter, spt-lora: batches that are looked at", int),
 )
 _RECIPE = (
     Flag("--epochs", "recipe.epochs"),
@@ -83,6 +121,8 @@ _RECIPE = (
     Flag("--label-smoothing", "recipe.label_smoothing"),
     Flag("--mixup", "recipe.mixup"),
     Flag("--cutmix", "recipe.cutmix"),
+    Flag("--cooldown-epochs", "recipe.cooldown_epochs"),
+    Flag("--ema", "recipe.ema"),
     Flag("--max-grad-norm", "recipe.max_grad_norm"),
     Flag("--accumulation", "recipe.accumulation"),
     Flag("--patience", "recipe.patience"),
@@ -100,49 +140,74 @@ _RUN = (
 GROUPS = {"data": _DATA, "model": _MODEL, "method": _METHOD, "recipe": _RECIPE, "run": _RUN}
 
 
+#: The flags that most commands have; the help shows them first.
+FIRST = ("--data", "--model", "--method", "--k", "--epochs", "--learning-rate", "--output")
+
+
 def add_to(commands: argparse._SubParsersAction, text: str) -> None:
     """Adds the command to those of ``gradsel``."""
     parser = commands.add_parser(
         "finetune", help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="gradsel finetune --data DATA --model MODEL --output FOLDER [option ...]\n"
+        "       gradsel finetune --preset NAME --data DATA --output FOLDER [option ...]\n"
+        "       gradsel finetune --config YAML --output FOLDER [option ...]",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30),
     )  # fmt: skip
-    parser.add_argument("--config", metavar="YAML", help="settings of an earlier run; flags override them")
-    parser.add_argument(
-        "--preset", metavar="NAME", help="a paper's settings for a data set: gps/cub, grft/rte; flags override them"
-    )
-    parser.add_argument("--print-config", action="store_true", help="print the settings and do nothing")
-    parser.add_argument(
-        "--model-option", action="append", default=[], metavar="NAME=VALUE",
-        help="a further argument of timm.create_model, or of the configuration of transformers",
-    )  # fmt: skip
-    for title, flags in GROUPS.items():
-        group = parser.add_argument_group(title)
+    first = parser.add_argument_group("first of all")
+    for flags in GROUPS.values():
         for flag in flags:
-            _add(group, flag)
+            if flag.flag in FIRST:
+                _add(first, flag)
+    first.add_argument(
+        "--preset",
+        metavar="NAME",
+        help="a paper's settings for a data set: gps/cub, grft/dtd; gradsel presets lists them; flags override them",
+    )
+    first.add_argument("--config", metavar="YAML", help="settings of an earlier run; flags override them")
+    first.add_argument("--print-config", action="store_true", help="print the settings and do nothing")
+    add_flags(parser, {title: [flag for flag in flags if flag.flag not in FIRST] for title, flags in GROUPS.items()})
     parser.set_defaults(command=_finetune)
 
 
+def add_flags(parser: argparse.ArgumentParser, groups: Mapping[str, Sequence[Flag]]) -> None:
+    """Adds flags by the title of their group, and ``--model-option`` to those of the model."""
+    for title, flags in groups.items():
+        group = parser.add_argument_group(title)
+        for flag in flags:
+            _add(group, flag)
+        if title == "model":
+            group.add_argument(
+                "--model-option", action="extend", nargs="+", default=[], metavar="NAME=VALUE",
+                help="further arguments of timm.create_model, or of the configuration of transformers",
+            )  # fmt: skip
+
+
 def _add(group: argparse._ArgumentGroup, flag: Flag) -> None:
-    text, kind, default = _described(flag)
+    text, kind, default, choices = _described(flag)
     if kind is bool:
         group.add_argument(flag.flag, dest=flag.field, default=None, help=text,
                            action="store_false" if flag.flag.startswith("--no-") else "store_true")  # fmt: skip
         return
     options: dict[str, Any] = {"nargs": "+"} if flag.several else {}
-    shown = "" if default in (None, "", [], {}) or "default" in text else f"; default: {default}"
+    shown = "" if default in (None, "", [], {}) or "default" in text else f"; default: {_shown(default)}"
+    name = "{" + ",".join(choices) + "}" if choices else flag.flag.rpartition("-")[2].upper()
     group.add_argument(
         flag.flag, dest=flag.field, default=None, type=kind, help=text + shown,
-        metavar={int: "N", float: "X"}.get(kind, flag.flag.rpartition("-")[2].upper()), **options,
+        metavar={int: "N", float: "X"}.get(kind, name), **options,
     )  # fmt: skip
 
 
-def _described(flag: Flag) -> tuple[str, Any, Any]:
-    """Help, type and default of a flag."""
+def _shown(default: Any) -> str:
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def _described(flag: Flag) -> tuple[str, Any, Any, Sequence[str]]:
+    """Help, type, default and choices of a flag."""
     import dataclasses
     import typing
 
     if flag.field.startswith("method.options."):
-        return flag.help, flag.kind or str, None
+        return flag.help, flag.kind or str, None, flag.choices
     owner: Any = Config
     *path, name = flag.field.split(".")
     for part in path:
@@ -157,10 +222,8 @@ def _described(flag: Flag) -> tuple[str, Any, Any]:
     kind = inner[0] if inner[0] in (int, float, bool) else str
     text = flag.help or field.metadata["help"]
     choices = next((typing.get_args(each) for each in inner if typing.get_origin(each) is typing.Literal), ())
-    if choices:
-        text += f" ({', '.join(choices)})"
     default = None if field.default is dataclasses.MISSING else field.default
-    return text, kind, default
+    return text, kind, default, choices
 
 
 def config_of(arguments: argparse.Namespace) -> Config:
@@ -170,17 +233,47 @@ def config_of(arguments: argparse.Namespace) -> Config:
         ValueError: a setting does not exist or is out of range.
     """
     config = Config() if arguments.config is None else read_config(arguments.config)
-    given = {
-        flag.field: getattr(arguments, flag.field)
-        for flags in GROUPS.values()
-        for flag in flags
-        if getattr(arguments, flag.field) is not None
-    }
+    given = given_by(arguments, GROUPS)
     blocks = given.get("method.options.anchor_blocks")
     if blocks is not None and blocks.isdecimal():
         given["method.options.anchor_blocks"] = int(blocks)
     if given.get("method.name", config.method.name) != config.method.name:
         config = config.replaced({"method.options": {}})
+    if arguments.preset is None:
+        return _with_folder(config.replaced(given), given)
+    from gradsel.training.presets import preset_settings
+
+    found = preset_settings(arguments.preset)
+    config = found.applied(config, {**given, "preset": arguments.preset})
+    if is_first():
+        print(f"preset {arguments.preset}: {found.source}", file=sys.stderr)
+    if is_first() and (kept := [name for name in found.defaults if name not in given]):
+        print(f"not published, so at their defaults: {', '.join(kept)}", file=sys.stderr)
+    return _with_folder(config, given, arguments.preset)
+
+
+def _with_folder(config: Config, given: Mapping[str, Any], preset: str = "") -> Config:
+    """The configuration with a folder for the result, named after the preset, or after data and method."""
+    named = config.output.folder or "output.folder" in given
+    if named or not (preset or config.data.path or config.data.task != "classification"):
+        return config
+    name = (preset or f"{Path(config.data.name).stem}-{config.method.name}").replace("/", "-")
+    return config.replaced({"output.folder": f"runs/{name}"})
+
+
+def config_of_flags(arguments: argparse.Namespace, groups: Mapping[str, Sequence[Flag]]) -> Config:
+    """The settings that some groups of flags say; all others have their defaults.
+
+    Raises:
+        ValueError: a setting does not exist or is out of range.
+    """
+    return Config().replaced(given_by(arguments, groups))
+
+
+def given_by(arguments: argparse.Namespace, groups: Mapping[str, Sequence[Flag]]) -> dict[str, Any]:
+    """The settings that were given, by their dotted names."""
+    flags = [flag for own in groups.values() for flag in own]
+    given = {flag.field: value for flag in flags if (value := getattr(arguments, flag.field)) is not None}
     for text in arguments.model_option:
         name, equals, value = text.partition("=")
         if not equals:
@@ -188,24 +281,17 @@ def config_of(arguments: argparse.Namespace) -> Config:
         import yaml
 
         given[f"model.options.{name}"] = yaml.safe_load(value)
-    if arguments.preset is None:
-        return config.replaced(given)
-    from gradsel.training.presets import preset_settings
-
-    found = preset_settings(arguments.preset)
-    print(f"preset {arguments.preset}: {found.source}", file=sys.stderr)
-    if kept := [name for name in found.defaults if name not in given]:
-        print(f"not published, so at their defaults: {', '.join(kept)}", file=sys.stderr)
-    return found.applied(config, given)
+    return given
 
 
 def _finetune(arguments: argparse.Namespace) -> int:
     def command() -> None:
-        config = config_of(arguments)
-        if arguments.print_config:
-            print(config.to_yaml(), end="")
-            return
-        config.require()
+        with expected():
+            config = config_of(arguments)
+            if arguments.print_config:
+                print(config.to_yaml(), end="")
+                return
+            config.require()
         from gradsel.training import finetune
 
         finetune(config)

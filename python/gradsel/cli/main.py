@@ -9,14 +9,20 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
+from gradsel.cli.running import TRACEBACK
+
 #: Every command with its help; the module of the same name adds its arguments.
 COMMANDS = {
-    "finetune": "fine-tune a pre-trained model on images or texts, and test it",
+    "finetune": "fine-tune a pre-trained model on images, texts or masks, and test it",
     "evaluate": "test a result of finetune, on its own or on other data",
-    "predict": "classify images or texts with a result of finetune",
+    "predict": "classify images or texts, or segment images, with a result of finetune",
     "resume": "go on with a run of finetune that was stopped",
+    "compare": "compare methods on one data set, with tuned learning rates and several seeds",
+    "papers": "run the papers' tables, figures and ablations by name, beside their numbers",
+    "push": "put a result of finetune on a model hub",
     "methods": "list the methods of finetune and their options",
-    "demo": "compare GPS with other ways to fine-tune, on digits, in about a minute",
+    "presets": "list the papers' settings that finetune --preset takes, and where they are from",
+    "demo": "fine-tune a small model on handwritten digits, without a download, in two minutes",
     "count": "count the parameters that the papers' settings, or one policy, train",
     "delta": "the difference that fine-tuning makes to a checkpoint: make, inspect, apply and revert it",
     "config": "which kernels are in use on this machine, and why",
@@ -30,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0; 1 if something given does not fit; 2 if an optional package is missing; 130 after Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    arguments = _parser(argv).parse_args(argv)
+    arguments = parser(argv).parse_args(argv)
+    if arguments.traceback:
+        os.environ[TRACEBACK] = "1"
     try:
         code: int = arguments.command(arguments)
         sys.stdout.flush()
@@ -48,17 +56,19 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("gradsel", description="Gradient-based sparse fine-tuning.")
-    parser.add_argument("--version", action=_Version, nargs=0, help="show program's version number and exit")
-    commands = parser.add_subparsers(required=True, metavar="command")
+def parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser of a command line; only the command that it names has arguments."""
+    found = argparse.ArgumentParser("gradsel", description="Gradient-based sparse fine-tuning.")
+    found.add_argument("--version", action=_Version, nargs=0, help="show program's version number and exit")
+    found.add_argument("--traceback", action="store_true", help="show where an error was raised, besides its message")
+    commands = found.add_subparsers(required=True, metavar="command")
     wanted = next((word for word in argv if not word.startswith("-")), None)
     for name, text in COMMANDS.items():
         if name == wanted:
             import_module(f"gradsel.cli.{name}").add_to(commands, text)
         else:
             commands.add_parser(name, help=text)
-    return parser
+    return found
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 
 from gradsel.cli.running import run
+from gradsel.errors import expected
+from gradsel.training.config import run_in
 
 
 def add_to(commands: argparse._SubParsersAction, text: str) -> None:
@@ -16,6 +18,8 @@ def add_to(commands: argparse._SubParsersAction, text: str) -> None:
 
 def _resume(arguments: argparse.Namespace) -> int:
     def command() -> None:
+        with expected():
+            run_in(arguments.folder)  # before torch is imported
         from gradsel.training import resume
 
         resume(arguments.folder)

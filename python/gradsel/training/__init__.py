@@ -6,6 +6,7 @@ Names are imported when they are first used, so that the command line can show i
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from gradsel.errors import RunError
 from gradsel.training.config import (
     Config,
     DataConfig,
@@ -17,15 +18,19 @@ from gradsel.training.config import (
 )
 
 if TYPE_CHECKING:
-    from gradsel.training.run import Result, evaluate, finetune, predict, resume
+    from gradsel.training.result import Result
+    from gradsel.training.run import finetune, resume
+    from gradsel.training.segmentation.predicting import predict_masks
     from gradsel.training.trainer import Trainer
+    from gradsel.training.using import evaluate, predict
 
 _HOME = {
-    "Result": "gradsel.training.run",
+    "Result": "gradsel.training.result",
     "Trainer": "gradsel.training.trainer",
-    "evaluate": "gradsel.training.run",
+    "evaluate": "gradsel.training.using",
     "finetune": "gradsel.training.run",
-    "predict": "gradsel.training.run",
+    "predict": "gradsel.training.using",
+    "predict_masks": "gradsel.training.segmentation.predicting",
     "resume": "gradsel.training.run",
 }
 
@@ -37,10 +42,12 @@ __all__ = [
     "OutputConfig",
     "RecipeConfig",
     "Result",
+    "RunError",
     "Trainer",
     "evaluate",
     "finetune",
     "predict",
+    "predict_masks",
     "read_config",
     "resume",
 ]

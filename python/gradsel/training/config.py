@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import types
 from collections.abc import Iterable, Mapping
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 PathLike = str | os.PathLike[str]
+#: The settings in the folder of a run.
+CONFIG = "config.yaml"
 
 
 def setting(default: Any, help: str, **bounds: float) -> Any:
@@ -27,20 +30,51 @@ def setting(default: Any, help: str, **bounds: float) -> Any:
 class DataConfig:
     """What to train and test on."""
 
-    path: str = setting("", "folder of images, or a csv or jsonl file (or a folder of them: train.csv, test.csv, ...)")
+    path: str = setting(
+        "", "folder of images, a table (csv, jsonl, parquet) or a folder of them, torchvision/NAME or hf/NAME"
+    )
+    task: Literal["classification", "segmentation", "glue/cola", "glue/mrpc", "glue/rte"] = setting(
+        "classification", "what is learnt; tasks of GLUE are fetched from the hub unless --data has their files"
+    )
     kind: Literal["auto", "images", "texts"] = setting("auto", "what the data are")
+    layout: Literal["auto", "folder", "cub", "nabirds", "flowers", "dogs", "cars", "vtab", "vpt"] = setting(
+        "auto", "how a folder of images is laid out; default: found by its files"
+    )
+    root: str | None = setting(None, "folder of torchvision's data sets")
+    download: bool = setting(False, "let torchvision fetch the data set to the folder --root")
+    validation: Literal["use", "join"] = setting(
+        "use", "of a validation set that the data have: it chooses the best epoch, or joins training as in the papers"
+    )
+    classes: int | None = setting(None, "how many, where labels are numbers; default: as the labels say", low=2)
+    image_column: str | None = setting(None, "the column with images or their paths; default: found by its name")
     text_columns: list[str] | None = setting(None, "one or two columns with the texts; default: found by their names")
     label_column: str | None = setting(None, "the column with the class; default: found by its name")
     holdout: float = setting(
         0.2, "fraction of each class held out for testing, where the data have no test set", above=0, below=1
     )
+    validation_holdout: float | None = setting(
+        None, "fraction of each class of the training set kept for validation, where the data have no such set; "
+        "default: none", above=0, below=1,
+    )  # fmt: skip
+    split_seed: int | None = setting(None, "seed of what is held out or kept; default: that of the run")
     image_size: int | None = setting(None, "height and width of the input; default: the model's", low=1)
-    augmentation: Literal["crop", "flip", "none"] = setting(
-        "crop", "of training images: random crop and flip, flip alone, or none; none also resizes without cropping"
+    augmentation: Literal["crop", "fgvc", "randaugment", "flip", "none"] = setting(
+        "crop",
+        "of training images: crop, crops of at least half of the area and flips; fgvc, smaller crops, as papers do on "
+        "FGVC; randaugment, also RandAugment and erased patches, as in SSF; flip; none. flip and none resize without "
+        "cropping",
+    )
+    selection_augmentation: Literal["same", "strong"] = setting(
+        "same", "of images that weights are ranked on: that of training, or two views with crops, flips and colours"
     )
     max_length: int = setting(128, "tokens after which texts are cut", low=1)
     workers: int = setting(0, "processes that load images", low=0)
-    skip_unreadable: bool = setting(False, "leave unreadable images out instead of stopping")
+    skip_unreadable: bool = setting(False, "leave missing and unreadable images out instead of stopping")
+
+    @property
+    def name(self) -> str:
+        """What the data are called."""
+        return Path(self.path).name or self.task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +102,7 @@ class RecipeConfig:
     """The optimization."""
 
     epochs: int = setting(20, "passes over the training data", low=1)
-    batch_size: int = setting(32, "samples per step", low=1)
+    batch_size: int = setting(32, "samples per batch, all processes together", low=1)
     learning_rate: float | None = setting(None, "the peak; default: the method's starting point", above=0)
     warmup_epochs: float | None = setting(None, "epochs with a rising rate; default: a tenth of the epochs", low=0)
     warmup: Literal["inside", "before"] | None = setting(
@@ -82,6 +116,10 @@ class RecipeConfig:
     label_smoothing: float = setting(0.0, "fraction of the target spread over all classes", low=0, below=1)
     mixup: float = setting(0.0, "alpha of mixup; images only", low=0)
     cutmix: float = setting(0.0, "alpha of cutmix; images only", low=0)
+    cooldown_epochs: int = setting(0, "epochs at the last rate after the others", low=0)
+    ema: float | None = setting(
+        None, "decay of an average of what is trained, which is tested and saved; default: none", above=0, below=1
+    )
     max_grad_norm: float = setting(0.0, "largest norm of the gradient; 0: not clipped", low=0)
     accumulation: int = setting(1, "batches per step of the optimizer", low=1)
     patience: int | None = setting(None, "epochs without improvement on the validation set before stopping", low=1)
@@ -91,7 +129,7 @@ class RecipeConfig:
 class OutputConfig:
     """What is written."""
 
-    folder: str = setting("", "a new folder for the result")
+    folder: str = setting("", "a new folder for the result; default: runs/ and the preset, or data and method")
     keep: int = setting(2, "checkpoints to keep, the best included", low=1)
     save_steps: int | None = setting(None, "steps between checkpoints; default: one after every epoch", low=1)
     report: bool = setting(True, "write report.html")
@@ -109,6 +147,7 @@ class Config:
     method: MethodConfig = field(default_factory=MethodConfig)
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+    preset: str = setting("", "the preset that the settings are from, whose number of classes the data should have")
     seed: int = setting(0, "of everything random", low=0, below=2**31)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: a GPU if there is one")
     precision: Literal["fp32", "bf16", "fp16"] = setting("fp32", "of matrix products")
@@ -128,6 +167,8 @@ class Config:
         """
         flags = {"data.path": "--data", "model.name": "--model", "output.folder": "--output"}
         for name, flag in flags.items():
+            if name == "data.path" and self.data.task.startswith("glue/"):
+                continue  # fetched from the hub
             part, _, short = name.partition(".")
             if not getattr(getattr(self, part), short):
                 raise ValueError(f"{name} is not set; pass {flag}")
@@ -188,6 +229,18 @@ def read_config(path: PathLike) -> Config:
         return Config.from_dict(values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def run_in(folder: PathLike) -> tuple[Path, Config]:
+    """The folder of a run, finished or not, and its settings.
+
+    Raises:
+        ValueError: there is no run in it.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder} has no run of gradsel: there is no {CONFIG} in it")
+    return folder, read_config(folder / CONFIG)
 
 
 def suggestion(wrong: str, known: Iterable[str]) -> str:
@@ -260,6 +313,8 @@ def _check(values: Any, prefix: str) -> None:
                 raise ValueError(f"{prefix}{each.name} must be a {hints[each.name].__name__}, got {value!r}")
             continue
         _converted(hints[each.name], value, f"{prefix}{each.name}")
+        if isinstance(value, float) and math.isinf(value):
+            raise ValueError(f"{prefix}{each.name} must be finite, got {value!r}")
         if value is not None and (low := each.metadata.get("low")) is not None and not value >= low:
             raise ValueError(f"{prefix}{each.name} must be at least {low}, got {value!r}")
         if value is not None and (above := each.metadata.get("above")) is not None and not value > above:

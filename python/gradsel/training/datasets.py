@@ -7,14 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
+from gradsel.errors import RunError
+from gradsel.training.augmentation import centre, fgvc, interpolation, randaugment, seeded, strong
 from gradsel.training.config import DataConfig
-from gradsel.training.data import Split
 from gradsel.training.models import ImageInput, Loaded
+from gradsel.training.processes import ALONE, Processes
+from gradsel.training.splits import Split, Stored
 
 Sample = dict[str, Any]
-_PRIMES = (1_000_003, 7_919)
 
 
 class Images(Dataset[Sample]):
@@ -41,8 +43,7 @@ class Images(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         image = open_image(self.split.inputs[index])
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(((self.seed * _PRIMES[0] + self.epoch) * _PRIMES[1] + index) % 2**63)
+        with seeded(self.seed, self.epoch, index):
             if self.views is None:
                 pixels = self.transform(image)
             else:
@@ -50,26 +51,31 @@ class Images(Dataset[Sample]):
         return {"pixel_values": pixels, "labels": self.split.labels[index]}
 
 
-def open_image(path: str) -> Any:
+def open_image(given: str | Stored) -> Any:
     """An image in RGB.
 
+    Args:
+        given: a path, or an image in a data set of a library.
+
     Raises:
-        ValueError: it cannot be read.
+        RunError: it cannot be read.
     """
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        if isinstance(given, Stored):
+            return given.open().convert("RGB")
+        with Image.open(given) as image:
             return image.convert("RGB")
     except Exception as error:  # PIL raises whatever its decoders do
-        raise ValueError(f"{path} cannot be read as an image ({type(error).__name__})") from None
+        raise RunError(f"{given} cannot be read as an image ({type(error).__name__})") from None
 
 
 def transforms(image: ImageInput, augmentation: str) -> tuple[Callable[[Any], Tensor], Callable[[Any], Tensor]]:
     """What is done to images in training, and in testing."""
     from torchvision.transforms import v2
 
-    how = v2.InterpolationMode(image.interpolation if image.interpolation in ("bilinear", "bicubic") else "bicubic")
+    how = v2.InterpolationMode(interpolation(image))
     end = [
         v2.PILToTensor(),
         v2.ToDtype(torch.float32, scale=True),
@@ -77,14 +83,13 @@ def transforms(image: ImageInput, augmentation: str) -> tuple[Callable[[Any], Te
     ]
     size = list(image.size)
     direct = v2.Resize(size, interpolation=how)
-    larger = [round(side / image.crop) for side in size]
-    training: list[Any] = {
-        "crop": [v2.RandomResizedCrop(size, scale=(0.5, 1.0), interpolation=how), v2.RandomHorizontalFlip()],
-        "flip": [direct, v2.RandomHorizontalFlip()],
-        "none": [direct],
-    }[augmentation]
-    testing = [v2.Resize(larger, interpolation=how), v2.CenterCrop(size)] if augmentation == "crop" else [direct]
-    return v2.Compose([*training, *end]), v2.Compose([*testing, *end])
+    if augmentation in ("fgvc", "randaugment"):
+        return (fgvc if augmentation == "fgvc" else randaugment)(image), centre(image)
+    if augmentation == "crop":
+        crops = v2.RandomResizedCrop(size, scale=(0.5, 1.0), interpolation=how)
+        return v2.Compose([crops, v2.RandomHorizontalFlip(), *end]), centre(image)
+    flips = [v2.RandomHorizontalFlip()] if augmentation == "flip" else []
+    return v2.Compose([direct, *flips, *end]), v2.Compose([direct, *end])
 
 
 class Texts(Dataset[Sample]):
@@ -135,8 +140,9 @@ def datasets_of(
     images: dict[str, Dataset[Sample]] = {
         name: Images(split, training if name == "train" else testing, seed) for name, split in splits.items()
     }
-    views = config.augmentation != "none"
-    return images, Images(splits["train"], training, seed, 2 if views else None), views
+    chosen = strong(loaded.image) if config.selection_augmentation == "strong" else training
+    views = config.selection_augmentation == "strong" or config.augmentation != "none"
+    return images, Images(splits["train"], chosen, seed, 2 if views else None), views
 
 
 class SelectionBatches:
@@ -146,26 +152,28 @@ class SelectionBatches:
 
     Attributes:
         left_out: batches without a pair, in the last pass.
+        dataset: what they are made of.
     """
 
     def __init__(
         self, dataset: Dataset[Sample], size: int, collate: Callable[..., dict[str, Tensor]],
-        device: torch.device, seed: int, workers: int = 0, pairs: bool = True,
+        device: torch.device, seed: int, workers: int = 0, pairs: bool = True, processes: Processes = ALONE,
     ) -> None:  # fmt: skip
         """
         Args:
             pairs: whether the loss needs two samples of a class in every batch.
+            processes: among which the batches are shared out; together they are those of a single process.
         """
-        self._dataset, self._size, self._collate, self._device = dataset, size, collate, device
-        self._seed, self._workers, self._pairs = seed, workers, pairs
+        self.dataset, self._size, self._collate, self._device = dataset, size, collate, device
+        self._seed, self._workers, self._pairs, self._processes = seed, workers, pairs, processes
         self.left_out = 0
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        length = len(self._dataset)  # type: ignore[arg-type]
+        length = len(self.dataset)  # type: ignore[arg-type]
         order = torch.randperm(length, generator=torch.Generator().manual_seed(self._seed)).tolist()
         loader = DataLoader(
-            Subset(self._dataset, order), self._size, collate_fn=self._collate, num_workers=self._workers,
-            generator=torch.Generator().manual_seed(self._seed),
+            self.dataset, batch_sampler=self._processes.share(batches_of(order, self._size)),
+            collate_fn=self._collate, num_workers=self._workers, generator=torch.Generator().manual_seed(self._seed),
         )  # fmt: skip
         self.left_out = 0
         for batch in loader:
@@ -175,4 +183,9 @@ class SelectionBatches:
             yield {name: tensor.to(self._device) for name, tensor in batch.items()}
 
     def __len__(self) -> int:
-        return -(-len(self._dataset) // self._size)  # type: ignore[arg-type]
+        return len(self._processes.share(batches_of(range(len(self.dataset)), self._size)))  # type: ignore[arg-type]
+
+
+def batches_of(samples: Sequence[int], size: int) -> list[list[int]]:
+    """The numbers of the samples of each batch; the last may be smaller."""
+    return [list(samples[start : start + size]) for start in range(0, len(samples), size)]

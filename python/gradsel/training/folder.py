@@ -6,21 +6,17 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from gradsel.methods import Method
-from gradsel.methods.dense import Full, Lora
-from gradsel.methods.selected import Ranked
-from gradsel.parameters.names import named_parameters
-from gradsel.parameters.rules import parameter_rules, ranked_sizes
-from gradsel.training.config import Config
+from gradsel.training.config import CONFIG, Config
+from gradsel.training.costs import size
+from gradsel.training.models import Loaded
 
-CONFIG, LABELS, RESULTS, LOG = "config.yaml", "labels.json", "results.json", "log.txt"
+LABELS, RESULTS, LOG = "labels.json", "results.json", "log.txt"
+CHECKPOINTS, SECONDS = "checkpoints", "seconds.json"
 #: Bytes of a trained scalar in a checkpoint: its value and two moments; then room for an index.
 _BYTES = 16
 
@@ -31,7 +27,9 @@ def require_new(folder: Path) -> None:
     Raises:
         ValueError: see above.
     """
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+    if folder.is_file():
+        raise ValueError(f"output.folder: {folder} is a file; name a new folder")
+    if folder.is_dir() and any(folder.iterdir()):
         hint = f"; gradsel resume {folder} goes on with the run in it" if (folder / CONFIG).exists() else ""
         raise ValueError(f"output.folder: {folder} exists and is not empty{hint}")
     parent = _existing(folder)
@@ -41,34 +39,19 @@ def require_new(folder: Path) -> None:
         )
 
 
-def require_disk(folder: Path, config: Config, how: Method, model: nn.Module, head: Iterable[str]) -> None:
+def require_disk(folder: Path, config: Config, how: Method, loaded: Loaded) -> None:
     """Refuses to begin what would not fit on the disk.
 
     Raises:
         ValueError: the free space is less than checkpoints and result need.
     """
-    needed = (config.output.keep + 3) * _BYTES * trained_about(how, model, head) + 2**20
+    needed = (config.output.keep + 3) * _BYTES * how.trained_on(loaded.model, loaded.head, loaded.parts) + 2**20
     free = shutil.disk_usage(_existing(folder)).free
     if needed > free:
         raise ValueError(
-            f"output.folder: checkpoints and result need about {needed / 1e9:.1f} GB, but the disk of {folder} has "
-            f"{free / 1e9:.1f} GB left; keep fewer checkpoints (--keep) or write elsewhere"
+            f"output.folder: checkpoints and result need about {size(needed)}, but the disk of {folder} has "
+            f"{size(free)} left; keep fewer checkpoints (--keep) or write elsewhere"
         )
-
-
-def trained_about(how: Method, model: nn.Module, head: Iterable[str]) -> int:
-    """About how many scalars a method will train, before anything is ranked."""
-    parameters = named_parameters(model)
-    if isinstance(how, Full):
-        return sum(parameter.numel() for parameter in parameters.values())
-    sizes = ranked_sizes(model, head=head)
-    rules = parameter_rules(model, head=head)
-    whole = sum(parameters[name].numel() for name, rule in rules.items() if rule.action == "whole")
-    if isinstance(how, Ranked):
-        return whole + how.policy().budget(sizes.values())
-    if isinstance(how, Lora):
-        return whole + how.rank * sum(rows + cols for rows, cols in sizes.values())
-    return whole
 
 
 def _existing(folder: Path) -> Path:
@@ -98,13 +81,39 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} cannot be read: {error}") from None
 
 
-class Log:
-    """Lines with the time, in a file and, unless quiet, on standard error."""
+def read_labels(folder: Path) -> list[str]:
+    """The names of the classes.
 
-    def __init__(self, folder: Path, quiet: bool) -> None:
-        self._path, self._quiet = folder / LOG, quiet
+    Raises:
+        ValueError: they are missing or damaged.
+    """
+    found = read_json(folder / LABELS)
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise ValueError(f"{folder / LABELS} is damaged: it is no list of names")
+    return found
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """What a finished run has written last.
+
+    Raises:
+        ValueError: it is missing or damaged.
+    """
+    found = read_json(folder / RESULTS)
+    if not isinstance(found, dict) or not {"kind", "metrics"} <= found.keys():
+        raise ValueError(f"{folder / RESULTS} is damaged: it lacks what gradsel finetune writes")
+    return found
+
+
+class Log:
+    """Lines with the time, in a file and, unless quiet, on standard error; of rank 0 only."""
+
+    def __init__(self, folder: Path, quiet: bool, first: bool = True) -> None:
+        self._path, self._quiet, self._first = folder / LOG, quiet, first
 
     def __call__(self, line: str) -> None:
+        if not self._first:
+            return
         with self._path.open("a", encoding="utf-8") as file:
             file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}\n")
         if not self._quiet:

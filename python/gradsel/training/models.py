@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from gradsel.methods import Parts
 from gradsel.parameters.names import did_you_mean
-from gradsel.parameters.rules import HEAD
+from gradsel.parameters.rules import HEAD, RuleOptions
 from gradsel.training.config import ModelConfig
 
 #: Layers in front of the head that are new together with it.
@@ -43,6 +44,7 @@ class Loaded:
     Attributes:
         family: ``"timm"`` or ``"transformers"``.
         head: names of the modules that are new, for :func:`gradsel.parameters.rules.parameter_rules`.
+        parts: what becomes of parameters that the general rules would treat otherwise.
         image: for images.
         tokenizer: for texts.
         positions: the most tokens of a text.
@@ -54,6 +56,12 @@ class Loaded:
     image: ImageInput | None = None
     tokenizer: Any = None
     positions: int = 10**9
+    parts: Parts = field(default_factory=Parts)
+
+    @property
+    def rules(self) -> RuleOptions:
+        """The arguments of :func:`gradsel.parameters.rules.parameter_rules`."""
+        return self.parts.rules(self.head)
 
 
 def load_model(
@@ -77,12 +85,12 @@ def load_model(
             if kind != "images":
                 raise ValueError(f"model.name: {config.name} is a model for images, the data are {kind}")
             return _timm(name, config, len(classes), image_size)
-        with _quiet():
+        with quiet_transformers():
             return _transformers(config, classes, kind, image_size)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Without the table of new weights and the progress bars of transformers: a new head is what is wanted."""
     from transformers.utils import logging
 
@@ -136,6 +144,11 @@ def _timm(name: str, config: ModelConfig, classes: int, image_size: int | None) 
     options = dict(config.options)
     if config.drop_path:
         options["drop_path_rate"] = config.drop_path
+    same = (image_size, [image_size, image_size], (image_size, image_size))
+    if image_size is not None and options.get("img_size", image_size) not in same:
+        raise ValueError(
+            f"data.image_size is {image_size}, but model.options has img_size={options['img_size']}; pass one of them"
+        )
     model = _try(
         lambda sized: timm.create_model(
             name, pretrained=config.weights == "pretrained", num_classes=classes, **options, **sized
@@ -164,24 +177,32 @@ def _try(make: Any, config: ModelConfig, sized: dict[str, Any]) -> Any:
     except TypeError as error:
         raise ValueError(f"model.options: {config.name} refuses them: {error}") from None
     except Exception as error:
-        raise _unavailable(config, error) from error
+        raise unavailable(config, error) from error
 
 
-def _unavailable(config: ModelConfig, error: Exception) -> ValueError:
+def unavailable(config: ModelConfig, error: Exception) -> ValueError:
+    """The error of a model whose weights cannot be had, in one line."""
     first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     hint = "; pass --weights none for random weights" if config.weights == "pretrained" else ""
     return ValueError(f"model.name: {config.name} cannot be loaded ({type(error).__name__}: {first.strip()}){hint}")
 
 
-def _transformers(config: ModelConfig, classes: Sequence[str], kind: str, image_size: int | None) -> Loaded:
+def settings_of(config: ModelConfig, **more: Any) -> Any:
+    """The configuration of a model of transformers.
+
+    Args:
+        more: further fields of it.
+
+    Raises:
+        ValueError: there is no such model, or it lacks what the settings ask for.
+    """
     import transformers
 
-    names = {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
-    options = dict(config.options)
+    options = {**config.options, **more}
     if config.drop_path:
         options["drop_path_rate"] = config.drop_path
     try:
-        settings = transformers.AutoConfig.from_pretrained(config.name, **names, **options)
+        settings = transformers.AutoConfig.from_pretrained(config.name, **options)
     except Exception as error:
         import timm
 
@@ -192,6 +213,14 @@ def _transformers(config: ModelConfig, classes: Sequence[str], kind: str, image_
         ) from error
     if config.drop_path and not hasattr(type(settings)(), "drop_path_rate"):
         raise ValueError(f"model.drop_path: {config.name} ({settings.model_type}) has no drop path")
+    return settings
+
+
+def _transformers(config: ModelConfig, classes: Sequence[str], kind: str, image_size: int | None) -> Loaded:
+    import transformers
+
+    names = {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
+    settings = settings_of(config, **names)
     if image_size is not None and hasattr(settings, "image_size"):
         settings.image_size = image_size
     auto = (
@@ -212,12 +241,12 @@ def _transformers(config: ModelConfig, classes: Sequence[str], kind: str, image_
             mismatched = {key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]}
             new = {*info["missing_keys"], *mismatched}
     except Exception as error:
-        raise _unavailable(config, error) from error
+        raise unavailable(config, error) from error
     model.float()
     weights = dict(model.named_parameters())
     modules = {name.rpartition(".")[0] for name in new if name in weights} - {""}
     head = (*HEAD, *_NEW, *sorted(modules))
-    image = _image_input(config.name, settings, image_size) if kind == "images" else None
+    image = image_input(config.name, settings, image_size) if kind == "images" else None
     return Loaded(model, "transformers", head, image, tokenizer, _positions(settings, tokenizer))
 
 
@@ -247,7 +276,12 @@ def _tokenizer(name: str, settings: Any) -> Any:
     return tokenizer
 
 
-def _image_input(name: str, settings: Any, image_size: int | None) -> ImageInput:
+def image_input(name: str, settings: Any, image_size: int | None) -> ImageInput:
+    """What a model of transformers expects of images.
+
+    Args:
+        image_size: height and width; None: what the configuration says.
+    """
     import transformers
 
     try:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gradsel.papers.presets import DATA_SETS, Between, GRFTPreset, Preset, gps, grft
+from gradsel.papers.presets import DATA_SETS, GPS, GRFT, GRFTPreset, Preset, gps, grft
 from gradsel.parameters.names import did_you_mean
 from gradsel.ranking.policies import Columns, PerNeuron, Rows
 from gradsel.training.config import Config
@@ -19,10 +20,16 @@ MODELS = {
     "llama-3.2-1b": "meta-llama/Llama-3.2-1B",
 }
 _PAPERS = {"gps": gps, "grft": grft}
-#: Fields of a preset by the settings that they are; without the first ones there is nothing to run.
-_REQUIRED = {"learning_rate": "recipe.learning_rate", "batch_size": "recipe.batch_size", "epochs": "recipe.epochs"}
-_OTHERS = {
+#: The setting without which there is nothing to run; the others have defaults that work.
+_REQUIRED = "recipe.learning_rate"
+#: Fields of a preset by the settings that they are.
+_SETTINGS = {
+    "learning_rate": _REQUIRED,
+    "batch_size": "recipe.batch_size",
+    "epochs": "recipe.epochs",
     "warmup_epochs": "recipe.warmup_epochs",
+    "cooldown_epochs": "recipe.cooldown_epochs",
+    "ema": "recipe.ema",
     "first_learning_rate": "recipe.first_learning_rate",
     "last_learning_rate": "recipe.last_learning_rate",
     "weight_decay": "recipe.weight_decay",
@@ -30,7 +37,14 @@ _OTHERS = {
     "mixup": "recipe.mixup",
     "cutmix": "recipe.cutmix",
     "drop_path": "model.drop_path",
+    "augmentation": "data.augmentation",
+    "selection_augmentation": "data.selection_augmentation",
 }
+#: Options of methods of which one excludes the others.
+_WHAT = {f"method.options.{name}" for name in ("rows", "columns", "sparse")}
+#: Settings that are nothing unless a paper says so, and those that texts have not.
+_EXTRAS = {"ema", "cooldown_epochs"}
+_OF_IMAGES = {"mixup", "cutmix", "drop_path", "augmentation", "selection_augmentation"}
 
 
 @dataclass(frozen=True)
@@ -39,30 +53,43 @@ class PresetSettings:
 
     Attributes:
         values: settings by their dotted names.
-        missing: settings that a run needs and nobody published, with what is known of them.
+        missing: the setting that a run needs and nobody published, if there is one.
         defaults: settings that nobody published, which keep their defaults.
         source: where the values are from; with what is unusual about them.
+        classes: how many the data set has that the preset is for.
     """
 
     values: dict[str, Any]
-    missing: dict[str, str]
+    missing: str | None
     defaults: list[str]
     source: str
+    classes: int
 
     def applied(self, config: Config, given: Mapping[str, Any]) -> Config:
         """A configuration with the preset's settings and then others, which override them.
+
+        With another method, the options of the preset's own are left out, and the recipe stays. With another number of
+        epochs, warm-up and cool-down keep their share of them.
 
         Args:
             given: settings by their dotted names.
 
         Raises:
-            ValueError: neither has what a run needs.
+            ValueError: neither has the setting that a run needs.
         """
-        if lacking := [name for name in self.missing if name not in given]:
-            told = "; ".join(f"{name} ({self.missing[name]})" for name in lacking)
-            flags = " ".join(f"--{name.rpartition('.')[2].replace('_', '-')}" for name in lacking)
-            raise ValueError(f"the preset lacks what nobody published: {told}; pass {flags}")
-        return config.replaced({"method.options": {}}).replaced({**self.values, **given})
+        if self.missing is not None and self.missing not in given:
+            flag = "--" + self.missing.rpartition(".")[2].replace("_", "-")
+            raise ValueError(f"the preset lacks {self.missing}, which nobody published; pass {flag}")
+        dropped = _WHAT if _WHAT & given.keys() else set()
+        if given.get("method.name", self.values["method.name"]) != self.values["method.name"]:
+            dropped = {name for name in self.values if name.startswith("method.options.")}
+        values = {name: value for name, value in self.values.items() if name not in dropped}
+        if (epochs := values.get("recipe.epochs")) is not None:
+            share = given.get("recipe.epochs", epochs) / epochs
+            values["recipe.warmup_epochs"] = values["recipe.warmup_epochs"] * share
+            if "recipe.cooldown_epochs" in values:
+                values["recipe.cooldown_epochs"] = round(values["recipe.cooldown_epochs"] * share)
+        return config.replaced({"method.options": {}}).replaced({**values, **given})
 
 
 def preset_settings(name: str) -> PresetSettings:
@@ -85,22 +112,48 @@ def preset_settings(name: str) -> PresetSettings:
     values: dict[str, Any] = {"method.name": paper, "model.name": MODELS[preset.model]}
     if preset.optimizer is not None:
         values["recipe.optimizer"] = preset.optimizer.lower()
-    if DATA_SETS[preset.data_set].benchmark == "VTAB":
-        values["data.augmentation"] = "none"
-    values |= {f"method.options.{name}": value for name, value in _options(preset).items()}
-    missing, defaults = {}, []
-    for field, setting in {**_REQUIRED, **_OTHERS}.items():
+    values |= _data_settings(preset)
+    options = {f"method.options.{name}": value for name, value in _options(preset).items()}
+    values |= {name: value for name, value in options.items() if value is not None}
+    defaults = [name for name, value in options.items() if value is None]
+    ignored = _OF_IMAGES if DATA_SETS[preset.data_set].benchmark == "GLUE" else set()
+    for field, setting in _SETTINGS.items():
         value = getattr(preset, field)
-        if value is not None and not isinstance(value, Between):
+        if value is not None:
             values[setting] = value
-        elif field in _REQUIRED:
-            missing[setting] = "not published" if value is None else f"{value} over all data sets"
-        else:
+        elif setting not in values and setting != _REQUIRED and field not in (ignored | _EXTRAS):
             defaults.append(setting)
-    return PresetSettings(values, missing, defaults, preset.source + (f"; {preset.note}" if preset.note else ""))
+    missing = _REQUIRED if _REQUIRED not in values else None
+    borrowed = "no augmentation, as in GPS" if preset.augmentation is None and "data.augmentation" in values else ""
+    return PresetSettings(
+        values, missing, defaults, "; ".join(filter(None, (preset.source, borrowed, preset.note))), preset.classes
+    )  # fmt: skip
+
+
+def preset_names() -> list[str]:
+    """The names of all presets."""
+    return [
+        f"{paper}/{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}"
+        for paper, presets in (("gps", GPS), ("grft", GRFT))
+        for name in presets
+    ]
+
+
+def _data_settings(preset: Preset) -> dict[str, Any]:
+    """Where a data set comes from, and how it is split, as far as the benchmark says it."""
+    data_set = DATA_SETS[preset.data_set]
+    if data_set.benchmark == "GLUE":
+        return {"data.task": f"glue/{preset.data_set.lower()}"}
+    if data_set.benchmark == "CIFAR":
+        return {"data.path": "torchvision/CIFAR100"}
+    if data_set.benchmark == "VTAB":
+        # GRFT says nothing of augmentation; GPS has none here.
+        return {"data.validation": "join", "data.classes": preset.classes, "data.augmentation": "none"}
+    return {"data.validation": "join"}
 
 
 def _options(preset: Preset) -> dict[str, Any]:
+    """The options of the method; None where they are not known."""
     policy = preset.policy
     options: dict[str, Any] = {}
     if isinstance(policy, PerNeuron):
@@ -108,6 +161,7 @@ def _options(preset: Preset) -> dict[str, Any]:
     elif isinstance(policy, (Rows, Columns)):
         options["rows" if isinstance(policy, Rows) else "columns"] = policy.k
     if isinstance(preset, GRFTPreset):
-        known = {"subsets": preset.data_subsets, "anchor": preset.anchor, "anchor_blocks": preset.regular_layers}
-        options |= {name: value for name, value in known.items() if value is not None}
+        options |= {
+            "subsets": preset.data_subsets, "anchor": preset.anchor, "anchor_blocks": preset.regular_layers
+        }  # fmt: skip
     return options

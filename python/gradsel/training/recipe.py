@@ -7,11 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradsel.methods import Method
 from gradsel.training.config import RecipeConfig
+from gradsel.training.models import logits_of
 
 
 class Recipe:
@@ -20,7 +21,7 @@ class Recipe:
     Attributes:
         rate: the peak of the learning rate.
         warmup_epochs: epochs with a rising rate.
-        epochs: all epochs, warm-up before them included.
+        epochs: all epochs, warm-up before and cool-down after them included.
     """
 
     def __init__(self, config: RecipeConfig, method: Method, classes: int) -> None:
@@ -36,16 +37,17 @@ class Recipe:
                 "or --warmup before, which adds them"
             )
         self.warmup_epochs = warmup
-        self.epochs = config.epochs + (int(warmup) if before else 0)
+        self.epochs = config.epochs + (int(warmup) if before else 0) + config.cooldown_epochs
         self._mix = _mixing(config, classes)
 
     def rate_at(self, step: int, steps: int) -> float:
-        """The learning rate of a step, 0 to ``steps - 1``: linear to the peak, then half a cosine."""
+        """The learning rate of a step, 0 to ``steps - 1``: linear to the peak, half a cosine, then flat."""
         first, last = self.config.first_learning_rate, self.config.last_learning_rate
         rising = round(steps * self.warmup_epochs / self.epochs)
         if step < rising:
             return first + (self.rate - first) * step / rising
-        falling = min((step - rising) / max(steps - rising, 1), 1.0)
+        last_step = round(steps * (1 - self.config.cooldown_epochs / self.epochs))
+        falling = min((step - rising) / max(last_step - rising, 1), 1.0)
         return last + (self.rate - last) * (1 + math.cos(math.pi * falling)) / 2
 
     def factor(self, steps: int) -> Callable[[int], float]:
@@ -63,6 +65,10 @@ class Recipe:
             return inputs, labels
         images, labels = self._mix(inputs["pixel_values"], labels)
         return {**inputs, "pixel_values": images}, labels
+
+    def outputs(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """The logits [batch, classes] of a batch."""
+        return logits_of(model, inputs)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy in float32, with label smoothing."""

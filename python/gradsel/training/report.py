@@ -1,199 +1,167 @@
-"""report.html: one file with pictures inside, without scripts, in light and dark."""
+"""report.html of a classification: confusion matrix, classes, and examples right and wrong."""
 
 from __future__ import annotations
 
 import base64
-import html
 import io
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy
 from torch import Tensor
 
 from gradsel.selection.selection import Selection
+from gradsel.training import pictures
 from gradsel.training.config import Config
 from gradsel.training.data import Data
-from gradsel.training.folder import write_text
+from gradsel.training.datasets import open_image
+from gradsel.training.glue import metric_of
+from gradsel.training.page import Tile, write_page
+from gradsel.training.splits import Stored
 
 #: Examples right and wrong that are shown of each.
 _EXAMPLES = 8
-#: Classes up to which the confusion matrix has names.
-_NAMED = 30
-_STYLE = """
-:root { color-scheme: light dark; --line: #8884; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-table { border-collapse: collapse; display: block; overflow-x: auto; }
-td, th { border-bottom: 1px solid var(--line); padding: .25rem .75rem .25rem 0; text-align: left; }
-figure { margin: 0; } img { max-width: 100%; height: auto; background: #fff; border-radius: 6px; }
-.examples { display: flex; flex-wrap: wrap; gap: .75rem; } .examples figure { width: 7rem; overflow-wrap: anywhere; }
-.examples img { width: 7rem; height: 7rem; object-fit: cover; } figcaption { font-size: .8rem; }
-pre { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; padding: .75rem; font-size: .85rem; }
-"""
+#: What chooses the best epoch, in a sentence, and as the label of an axis.
+_METRICS = {
+    "top1": ("accuracy", "top-1 on validation, %"),
+    "accuracy": ("accuracy", "accuracy on validation, %"),
+    "f1": ("F1", "F1 on validation, %"),
+    "matthews": ("Matthews correlation", "Matthews correlation on validation, %"),
+}
+#: Characters of a text that are shown.
+_EXCERPT = 280
+#: Classes up to which all of them are listed.
+_CLASSES = 15
+#: Pairs of classes that are listed as confused.
+_PAIRS = 5
+#: Longest side of an example's picture, in pixels, and the side below which its pixels are shown as squares.
+_THUMBNAIL, _COARSE = 192, 64
+
+
+class Example(NamedTuple):
+    """A test sample with what the model says about it.
+
+    Attributes:
+        image: a data URI, or None for texts.
+        texts: one or two texts, shortened.
+        coarse: the image has so few pixels that they should be seen.
+    """
+
+    said: str
+    truth: str
+    right: bool
+    percent: float
+    image: str | None
+    texts: list[str]
+    coarse: bool
+
+    @property
+    def alt(self) -> str:
+        """The example in words."""
+        verdict = "which is right" if self.right else f"but it is {self.truth}"
+        return f"Test image; predicted {self.said} with {self.percent:.0f} %, {verdict}"
 
 
 def write_report(
     folder: Path, config: Config, results: dict[str, Any], data: Data, logits: Tensor, labels: Tensor,
     selection: Selection | None,
 ) -> None:  # fmt: skip
-    """Writes report.html: metrics, curves, confusion matrix, examples, where the trained weights lie, the settings."""
-    title = f"{config.model.name}, fine-tuned on {Path(config.data.path).name}"
-    parts = [_section("Result", _table(_facts(results)))]
-    parts.append(_section("Training", _picture(_curves(results["history"]), "Loss and learning rate by epoch")))
-    parts.append(_section("Confusion", _picture(_confusion(results["metrics"]["confusion"], data.classes),
-                                                "Test samples by class (row) and prediction (column)")))  # fmt: skip
-    parts.append(_section("Classes", _per_class(results["metrics"]["per_class"])))
-    for name, right in (("Wrong", False), ("Right", True)):
-        parts.append(_section(f"{name}, with the most confidence", _examples(data, logits, labels, right)))
-    if selection is not None:
-        figure = _picture(_distribution(selection), "The selected weights by block and type of matrix")
-        parts.append(_section("Where the trained weights lie", figure))
-    parts.append(_section("Settings", f"<pre>{html.escape(config.to_yaml())}</pre>"))
-    head = (
-        f"<meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>{html.escape(title)}</title>"
+    """Writes report.html: metrics, curves, confusion matrix, examples, where the trained weights lie, cost, settings.
+
+    Args:
+        results: what results.json will say.
+        logits: [samples, classes] of the test set.
+        labels: [samples].
+        selection: what was trained, if it was not everything.
+    """
+    metrics, metric = results["metrics"], metric_of(config.data.task)
+    split = ", ".join(f"{count:,} {name}" for name, count in results["samples"].items())
+    five = f"; top-5 {metrics['top5']:.1f} %" if "top5" in metrics else ""
+    write_page(
+        "classification.html.jinja", folder, config, results, selection,
+        lead=f"{results['classes']} classes, {split} samples.",
+        tiles=[
+            Tile("Top-1 accuracy", f"{metrics['top1']:.1f} %", f"of {metrics['samples']:,} test samples{five}"),
+            Tile("F1, macro average", f"{metrics['f1']:.1f} %", f"Matthews correlation {metrics['matthews']:.3f}"),
+        ],
+        metric=(f"eval_{metric}", *_METRICS[metric]),
+        metrics=metrics,
+        confusion=pictures.confusion(metrics["confusion"], data.classes),
+        confusion_alt=_confusion_text(metrics, data.classes),
+        confusion_named=len(data.classes) <= pictures.NAMED,
+        confusion_large=len(data.classes) > pictures.NUMBERED,
+        shown_classes=_shown_classes(metrics["per_class"]),
+        confused=_most_confused(metrics["confusion"], data.classes),
+        wrong=_examples(data, logits, labels, right=False),
+        right=_examples(data, logits, labels, right=True),
+    )  # fmt: skip
+
+
+def _confusion_text(metrics: dict[str, Any], classes: Sequence[str]) -> str:
+    """The confusion matrix in words."""
+    right = sum(row[number] for number, row in enumerate(metrics["confusion"]))
+    return (
+        f"Confusion matrix of {len(classes)} classes: {right:,} of {metrics['samples']:,} samples are on the diagonal"
     )
-    body = f"<h1>{html.escape(title)}</h1>\n" + "\n".join(parts)
-    page = (
-        f"<!doctype html>\n<html lang='en'><head>{head}<style>{_STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
-    )
-    write_text(folder / "report.html", page)
 
 
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{html.escape(title)}</h2>\n{content}\n</section>" if content else ""
+def _shown_classes(per_class: dict[str, dict[str, float]]) -> list[tuple[str, dict[str, float]]]:
+    """All classes in their order, or, where there are many, the worst ones, the worst first."""
+    if len(per_class) <= _CLASSES:
+        return list(per_class.items())
+    return sorted(per_class.items(), key=lambda item: item[1]["f1"])[:_CLASSES]
 
 
-def _table(rows: Sequence[Sequence[Any]], heads: Sequence[str] = ()) -> str:
-    def line(cells: Sequence[Any], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
-
-    return "<table>" + (line(heads, "th") if heads else "") + "".join(line(row, "td") for row in rows) + "</table>"
-
-
-def _facts(results: dict[str, Any]) -> list[tuple[str, str]]:
-    metrics, seconds = results["metrics"], results["seconds"]
-    rows = [("top-1", f"{metrics['top1']:.2f} %")]
-    if "top5" in metrics:
-        rows.append(("top-5", f"{metrics['top5']:.2f} %"))
-    rows += [
-        ("F1, macro average", f"{metrics['f1']:.2f} %"),
-        ("Matthews correlation", f"{metrics['matthews']:.3f}"),
-        ("test samples", f"{metrics['samples']:,}"),
-        ("method", ", ".join(f"{k} {v}" for k, v in results["method"].items() if v is not None).removeprefix("name ")),
-        ("trained", f"{results['trained']:,} of {results['parameters']:,} parameters ({results['share']:.3f} %)"),
-        ("result", f"{results['bytes']:,} bytes; the whole model has {results['bytes_of_full_model']:,}"),
-        ("selection", f"{seconds['selection']:.1f} s"),
-        ("training", f"{seconds['training']:.1f} s for {results['steps']:,} steps, on {results['device']}"),
+def _most_confused(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> list[tuple[int, str, str]]:
+    """How often, which class, and what it was taken for."""
+    pairs = [
+        (count, classes[row], classes[column])
+        for row, of_class in enumerate(counts)
+        for column, count in enumerate(of_class)
+        if row != column and count
     ]
-    if results["peak_memory_bytes"]:
-        rows.append(("peak memory", f"{results['peak_memory_bytes'] / 1e9:.2f} GB"))
-    return rows
+    return sorted(pairs, key=lambda pair: -pair[0])[:_PAIRS]
 
 
-def _picture(figure: Any, caption: str) -> str:
-    if figure is None:
-        return ""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
-    return f"<figure>{_image(buffer.getvalue(), caption)}<figcaption>{html.escape(caption)}</figcaption></figure>"
-
-
-def _image(png: bytes, text: str) -> str:
-    return f"<img alt='{html.escape(text, quote=True)}' src='data:image/png;base64,{base64.b64encode(png).decode()}'>"
-
-
-def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height))
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
-
-
-def _curves(history: Sequence[dict[str, Any]]) -> Any:
-    figure, (losses, rates) = _figure(8, 3, 2)
-    for name, label in (("loss", "training"), ("eval_loss", "validation")):
-        points = [(entry["epoch"], entry[name]) for entry in history if name in entry]
-        if points:
-            losses.plot(*zip(*points, strict=True), marker=".", label=label)
-    points = [(entry["epoch"], entry["learning_rate"]) for entry in history if "learning_rate" in entry]
-    if not points:
-        return None
-    rates.plot(*zip(*points, strict=True), marker=".")
-    losses.set(xlabel="epoch", ylabel="loss")
-    losses.legend()
-    rates.set(xlabel="epoch", ylabel="learning rate")
-    figure.tight_layout()
-    return figure
-
-
-def _confusion(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> Any:
-    matrix = numpy.array(counts, dtype=float)
-    shares = matrix / matrix.sum(1, keepdims=True).clip(1)
-    side = min(max(3.0, 0.35 * len(classes)), 9.0)
-    figure, (axis,) = _figure(side, side)
-    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    if len(classes) <= _NAMED:
-        axis.set_xticks(range(len(classes)), classes, rotation=90)
-        axis.set_yticks(range(len(classes)), classes)
-        if len(classes) <= _NAMED // 2:
-            for row, column in numpy.argwhere(matrix > 0):
-                colour = "white" if shares[row, column] > 0.5 else "black"
-                axis.text(column, row, int(matrix[row, column]), ha="center", va="center", color=colour, fontsize=8)
-    axis.set(xlabel="predicted", ylabel="class")
-    return figure
-
-
-def _per_class(per_class: dict[str, dict[str, float]]) -> str:
-    rows = [
-        (name, *(f"{100 * values[key]:.1f} %" for key in ("precision", "recall", "f1")), f"{values['samples']:,}")
-        for name, values in per_class.items()
-    ]
-    return _table(rows, ("class", "precision", "recall", "F1", "samples"))
-
-
-def _examples(data: Data, logits: Tensor, labels: Tensor, right: bool) -> str:
+def _examples(data: Data, logits: Tensor, labels: Tensor, right: bool) -> list[Example]:
+    """The test samples that the model is most certain of among those right or wrong, first one of each class."""
     confidence, guess = logits.softmax(1).max(1)
-    numbers = [int(n) for n in confidence.argsort(descending=True) if bool(guess[n] == labels[n]) is right]
-    inputs, figures, rows = data.splits["test"].inputs, [], []
-    for number in numbers[:_EXAMPLES]:
-        truth, said = data.classes[int(labels[number])], data.classes[int(guess[number])]
-        told = f"{said}, {100 * float(confidence[number]):.0f} %" + ("" if right else f" (is {truth})")
-        if data.kind == "images":
-            picture = _image(_thumbnail(inputs[number]), told)
-            figures.append(f"<figure>{picture}<figcaption>{html.escape(told)}</figcaption></figure>")
-        else:
-            rows.append((" | ".join(inputs[number])[:300], told))
-    if rows:
-        return _table(rows)
-    return f"<div class='examples'>{''.join(figures)}</div>" if figures else "none"
+    order = confidence.argsort(descending=True, stable=True).tolist()
+    order = [number for number in order if bool(guess[number] == labels[number]) is right]
+    seen: Counter[int] = Counter()
+    place = {}
+    for number in order:
+        place[number] = seen[int(guess[number])]
+        seen[int(guess[number])] += 1
+    chosen = sorted(order, key=place.__getitem__)[:_EXAMPLES]
+    found = []
+    for number in chosen:
+        given = data.splits["test"].inputs[number]
+        image, coarse = _thumbnail(given) if data.kind == "images" else (None, False)
+        found.append(
+            Example(
+                said=data.classes[int(guess[number])],
+                truth=data.classes[int(labels[number])],
+                right=right,
+                percent=100 * float(confidence[number]),
+                image=image,
+                texts=[] if data.kind == "images" else [_excerpt(text) for text in given],
+                coarse=coarse,
+            )
+        )
+    return found
 
 
-def _thumbnail(path: str) -> bytes:
-    from PIL import Image
+def _excerpt(text: str) -> str:
+    return text if len(text) <= _EXCERPT else text[:_EXCERPT].rsplit(" ", 1)[0] + " …"
 
-    with Image.open(path) as image:
-        small = image.convert("RGB")
-    small.thumbnail((160, 160))
+
+def _thumbnail(image: str | Stored) -> tuple[str, bool]:
+    small = open_image(image)
+    coarse = max(small.size) < _COARSE
+    small.thumbnail((_THUMBNAIL, _THUMBNAIL))
     buffer = io.BytesIO()
-    small.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def _distribution(selection: Selection) -> Any:
-    """The trained entries that were ranked, by block, stacked by type of matrix: the papers' distribution plot."""
-    shares = selection.by_block().shares()
-    if not shares:
-        return None
-    names = list(next(iter(shares.values())))
-    figure, (axis,) = _figure(8, 3.5)
-    bottom = numpy.zeros(len(names))
-    for kind, by_block in shares.items():
-        heights = 100 * numpy.array(list(by_block.values()))
-        axis.bar(range(len(names)), heights, bottom=bottom, label=kind)
-        bottom += heights
-    axis.set_xticks(range(len(names)), [name or "outside blocks" for name in names], rotation=90)
-    axis.set(ylabel="share of the selected weights, %")
-    axis.legend(fontsize=7, bbox_to_anchor=(1.01, 1), loc="upper left")
-    return figure
+    kind = "PNG" if coarse else "JPEG"
+    small.save(buffer, kind, **({} if coarse else {"quality": 85}))
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}", coarse

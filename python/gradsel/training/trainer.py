@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import threading
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import transformers
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer_callback import TrainerCallback
@@ -19,17 +22,20 @@ from gradsel.attached import is_attached, is_values
 from gradsel.delta.trained import trained_in
 from gradsel.masks import Frozen, same
 from gradsel.methods import Method
-from gradsel.methods.base import SELECTION, saved_buffers
+from gradsel.methods.base import SELECTION
+from gradsel.nn.buffers import saved_buffers
 from gradsel.optim.adamw import MaskedAdamW
 from gradsel.parameters.names import strip_wrappers, unwrapped
+from gradsel.parameters.rules import HEAD
 from gradsel.selection.selection import Selection
-from gradsel.training.models import logits_of
+from gradsel.tensor_files import load_file, save_file
+from gradsel.training.averaging import Average
 from gradsel.training.recipe import Recipe
 
 #: The values of everything that is trained, and of the buffers.
 TRAINED = "trained.safetensors"
 STATE = "trainer_state.json"
-#: The sum of the losses since the last one that was logged, and the step of that.
+#: The sum of the losses since the last one that was logged, of each process, and the step of that.
 LOSS = "loss.json"
 
 
@@ -40,27 +46,51 @@ class Trainer(transformers.Trainer):
     parameters and of the buffers, the selection if the model is attached, the optimizer, the schedule and the state of
     all random numbers: a run that is resumed from it goes on as if it had not stopped, bit for bit. To resume in a new
     process, prepare the model as before (``attach(model, Selection.load(checkpoint + "/selection.safetensors"))``) and
-    call ``train(resume_from_checkpoint=...)``. ``load_best_model_at_end`` works as usual.
+    call ``train(resume_from_checkpoint=...)``. Best checkpoint, early stopping, accumulation, clipping, mixed precision
+    and several processes work as usual; ``save_model()`` writes what a checkpoint holds of the model.
 
     Without an optimizer an attached model gets :class:`gradsel.MaskedAdamW`, with the rate, betas, epsilon and weight
     decay of the arguments.
 
+    Example::
+
+        model = AutoModelForSequenceClassification.from_pretrained("distilbert/distilbert-base-uncased")
+        selection = gradsel.select(model, batches, gradsel.contrastive())
+        gradsel.attach(model, selection)
+        arguments = TrainingArguments("checkpoints", eval_strategy="epoch", save_strategy="epoch",
+                                      load_best_model_at_end=True, learning_rate=1e-3, bf16=True)
+        trainer = gradsel.training.Trainer(model, arguments, collate, train_data, validation_data,
+                                           callbacks=[EarlyStoppingCallback(3)])
+        trainer.train()
+        gradsel.save_delta(model, "delta.safetensors", selection=selection)
+
     Args:
         method: makes the optimizer; see :mod:`gradsel.methods`.
-        recipe: schedule, mixing and loss. With it the model may be one of timm, which takes a tensor, not a mapping.
+        head: names of the head's modules or parameters, for methods that treat it apart.
+        recipe: schedule, mixing, loss, and the average that is evaluated. With it the model may be one of timm, which
+            takes a tensor, not a mapping.
         **kwargs: as for :class:`transformers.Trainer`.
     """
 
     optimizer: Any
     lr_scheduler: Any
 
-    def __init__(self, *args: Any, method: Method | None = None, recipe: Recipe | None = None, **kwargs: Any) -> None:
-        self.method, self.recipe = method, recipe
+    def __init__(
+        self, *args: Any, method: Method | None = None, recipe: Recipe | None = None, head: Iterable[str] = HEAD,
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
+        self.method, self.recipe, self.head = method, recipe, tuple(head)
         if recipe is not None:
             self.loss_is_scaled_for_ga = False
+        logging.getLogger("transformers.trainer_utils").addFilter(_not_of_times)
         super().__init__(*args, **kwargs)
         self._resumed: dict[str, Any] | None = None
         self.add_callback(_LossSoFar(self))
+        self.add_callback(_OwnRandomness)
+        self.average: Average | None = None
+        if recipe is not None and recipe.config.ema is not None:
+            self.average = Average(recipe.config.ema, lambda: trained_state(unwrapped(self.model)))
+            self.add_callback(self.average)
 
     # --- Optimizer and loss
 
@@ -70,9 +100,13 @@ class Trainer(transformers.Trainer):
             if self.method is not None and self.recipe is not None:
                 config = self.recipe.config
                 decoupled = config.optimizer == "adamw"
-                self.optimizer = self.method.optimizer(model, self.recipe.rate, config.weight_decay, decoupled)
+                self.optimizer = self.method.optimizer(
+                    model, self.recipe.rate, config.weight_decay, decoupled, self.head
+                )
             elif self.method is not None:
-                self.optimizer = self.method.optimizer(model, self.args.learning_rate, self.args.weight_decay)
+                self.optimizer = self.method.optimizer(
+                    model, self.args.learning_rate, self.args.weight_decay, head=self.head
+                )
             elif is_attached(model):
                 self.optimizer = MaskedAdamW(
                     [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad],
@@ -99,9 +133,28 @@ class Trainer(transformers.Trainer):
         labels = inputs.pop("labels")
         if model.training:
             inputs, labels = self.recipe.mix(inputs, labels)
-        logits = logits_of(model, inputs)
+        logits = self.recipe.outputs(model, inputs)
         loss = self.recipe.loss(logits, labels)
         return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self.average.in_model() if self.average is not None and self.average.has_begun else nullcontext():
+            found: dict[str, float] = super().evaluate(*args, **kwargs)
+        return found
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; with several processes, running statistics and loss are those of one process, too."""
+        if self.args.world_size == 1:
+            return super().evaluation_loop(*args, **kwargs)
+        for buffer in saved_buffers(unwrapped(self.model)).values():
+            dist.broadcast(buffer, src=0)  # as DistributedDataParallel does before the next step
+        output = super().evaluation_loop(*args, **kwargs)
+        if self.recipe is not None and output.predictions is not None and output.label_ids is not None:
+            # transformers averages over batches, which count the samples that fill up the last one.
+            logits, labels = torch.as_tensor(output.predictions), torch.as_tensor(output.label_ids)
+            name = next(name for name in output.metrics if name.endswith("_loss"))
+            output.metrics[name] = float(self.recipe.loss(logits, labels))
+        return output
 
     # --- Checkpoints
 
@@ -114,24 +167,43 @@ class Trainer(transformers.Trainer):
         save_file({name: _stored(tensor) for name, tensor in trained_state(model).items()}, str(folder / TRAINED))
         if is_attached(model):
             selection_of(model).save(folder / SELECTION)
+        if self.average is not None and self.average.has_begun:
+            self.average.save(folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        sums = self.accelerator.gather(self._tr_loss.reshape(1)).tolist()
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
-            loss = {"sum": float(self._tr_loss), "step": self._globalstep_last_logged}
-            (folder / LOSS).write_text(json.dumps(loss))
+            (folder / LOSS).write_text(json.dumps({"sums": sums, "step": self._globalstep_last_logged}))
         super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.args.world_size > 1:
+            dist.barrier()  # the state of the run, which makes a checkpoint complete, is written after all of these
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         load_trained(unwrapped(self.model if model is None else model), folder)
         self._resumed = json.loads((folder / LOSS).read_text())
+        if self.average is not None:
+            self.average.load(folder)
 
     def _load_best_model(self) -> None:
-        load_trained(unwrapped(self.model), Path(self.state.best_model_checkpoint))
+        if self.args.world_size > 1:
+            dist.barrier()  # rank 0 may still be writing
+        folder = Path(self.state.best_model_checkpoint)
+        load_trained(unwrapped(self.model), folder)
+        if self.average is not None:
+            self.average.load(folder)
+
+
+def _not_of_times(record: logging.LogRecord) -> bool:
+    """Leaves out that checkpoints are sorted by number: those of small models are written in the same second."""
+    return "mtime may not be reliable" not in record.getMessage()
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
@@ -204,10 +276,19 @@ class _LossSoFar(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer, found = self._trainer, self._trainer._resumed
         if found is not None:
-            trainer._tr_loss += found["sum"]
-            trainer._total_loss_scalar = -found["sum"]  # the loss of the whole call is that of its own steps
+            sums = found["sums"]
+            trainer._tr_loss += sums[args.process_index] if len(sums) == args.world_size else sum(sums) / len(sums)
+            trainer._total_loss_scalar = -float(trainer._tr_loss)  # the loss of the whole call is that of its own steps
             trainer._globalstep_last_logged = found["step"]
             trainer._resumed = None
+
+
+class _OwnRandomness(TrainerCallback):
+    """Gives each process random numbers of its own, for dropout and mixing; the order of the data has its own seed."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.process_index > 0:
+            transformers.set_seed(args.seed + args.process_index)
 
 
 class Epochs(TrainerCallback):
@@ -222,12 +303,21 @@ class Epochs(TrainerCallback):
 class StopCleanly(TrainerCallback):
     """On Ctrl-C or SIGTERM, finishes the step, saves a checkpoint and stops; a second one stops at once.
 
+    With several processes all stop after the same step, whichever got the signal, and a second one is ignored, because
+    launchers pass on what the terminal has already sent.
+
     Attributes:
         stopped: whether training was stopped so.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, anywhere: Callable[[bool], bool] | None = None) -> None:
+        """
+        Args:
+            anywhere: says on every rank whether its argument is true on any; None: there is one process.
+        """
         self.stopped = False
+        self._asked = False
+        self._anywhere = anywhere
         self._before: dict[int, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -235,11 +325,12 @@ class StopCleanly(TrainerCallback):
             self._before = {each: signal.signal(each, self._ask) for each in (signal.SIGINT, signal.SIGTERM)}
 
     def _ask(self, number: int, frame: Any) -> None:
-        if self.stopped:
+        if self._asked and self._anywhere is None:
             raise KeyboardInterrupt
-        self.stopped = True
+        self._asked = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        self.stopped = self._asked if self._anywhere is None else self._anywhere(self._asked)
         # At the end of an epoch, its evaluation comes first.
         if self.stopped and state.global_step % max(round(state.max_steps / state.num_train_epochs), 1):
             control.should_save = control.should_training_stop = True

@@ -6,7 +6,6 @@ import dataclasses
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -36,25 +35,22 @@ def arguments(images, output, *more):
 @pytest.mark.parametrize("command", [[], ["finetune"]], ids=["gradsel", "finetune"])
 def test_help_does_not_import_torch(command):
     code = f"""
-import sys, time
-start = time.perf_counter()
+import sys
 from gradsel.cli.main import main
 try:
     main({[*command, "--help"]!r})
 except SystemExit as left:
     assert left.code == 0
 assert "torch" not in sys.modules and "numpy" not in sys.modules
-print("seconds", time.perf_counter() - start)
 """
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}"}
-    taken = []
-    for _ in range(3):  # the machine may be busy
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-        taken.append(time.perf_counter() - start)
-        assert done.returncode == 0, done.stderr
-        assert "finetune" in done.stdout
-    assert min(taken) < 0.5
+    before = os.times()
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    after = os.times()
+    assert done.returncode == 0, done.stderr
+    assert "finetune" in done.stdout
+    spent = after.children_user + after.children_system - before.children_user - before.children_system
+    assert spent < 0.5  # seconds of a processor, because the machine may be busy
 
 
 def test_a_run_from_beginning_to_end(images, tmp_path, capsys):
@@ -115,8 +111,8 @@ def test_a_folder_without_a_run(command, tmp_path, capsys):
 
 
 def test_a_missing_package_is_named(monkeypatch, images, tmp_path, capsys):
-    for name in [name for name in sys.modules if name.startswith("gradsel.training.run")]:
-        monkeypatch.delitem(sys.modules, name)
+    for name in ("gradsel.training.run", "gradsel.training.loop"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert cli.main(arguments(images, tmp_path / "run")) == 2
     assert "fine-tuning needs transformers" in capsys.readouterr().err
@@ -139,11 +135,11 @@ def test_methods_are_listed_with_every_option(capsys):
     for name, kind in METHODS.items():
         assert f"{name}: {kind.summary}" in printed
         for option in dataclasses.fields(kind):
-            assert f"    {option.name}: " in printed
+            assert f"    {option.name} (--" in printed
 
 
 def test_every_setting_has_a_flag_and_a_place_in_the_documentation():
-    flags = {flag.field: flag.flag for group in GROUPS.values() for flag in group}
+    flags = {flag.field: flag.flag for group in GROUPS.values() for flag in group} | {"preset": "--preset"}
     page = (ROOT / "docs" / "finetune.md").read_text()
     for part, values in Config().to_dict().items():
         for name in values if isinstance(values, dict) else [None]:

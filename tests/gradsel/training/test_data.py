@@ -25,6 +25,25 @@ def sizes(data):
 # --- Images
 
 
+def test_a_part_of_the_training_set_is_kept_for_validation(images, tmp_path):
+    test_only = runs.image_folder(tmp_path / "own", train=6, test=4)
+    data = read(test_only, validation_holdout=0.34)
+    assert sizes(data) == {"train": 12, "test": 12, "validation": 6}
+    train, validation = data.splits["train"], data.splits["validation"]
+    assert sorted(train.inputs + validation.inputs) == sorted(read(test_only).splits["train"].inputs)
+    assert sorted(validation.labels) == [0, 0, 1, 1, 2, 2]
+    assert "6 training samples are kept for validation, with seed 0" in data.notes
+    assert sizes(read(images, validation_holdout=0.5)) == sizes(read(images))  # it has one
+
+
+def test_what_is_held_out_depends_on_a_seed_of_its_own(tmp_path):
+    path = runs.image_folder(tmp_path / "own")
+    config = DataConfig(path=str(path), validation_holdout=0.3, split_seed=5)
+    one, other = read_data(config, seed=1), read_data(config, seed=2)
+    assert one == other == read_data(DataConfig(path=str(path), validation_holdout=0.3), seed=5)
+    assert one.splits != read_data(DataConfig(path=str(path), validation_holdout=0.3), seed=1).splits
+
+
 def test_folders_of_images(images):
     data = read(images)
     assert (data.kind, data.classes) == ("images", sorted(runs.COLOURS))

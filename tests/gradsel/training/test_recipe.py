@@ -35,6 +35,14 @@ def test_grft_warms_up_before_them():
     assert recipe("gps", warmup="before").epochs == 11
 
 
+def test_epochs_of_cooling_down_keep_the_last_rate():
+    how, plain = recipe(cooldown_epochs=5), recipe()
+    assert how.epochs == 15
+    assert [how.rate_at(step, 150) for step in range(100)] == [plain.rate_at(step, 100) for step in range(100)]
+    assert {how.rate_at(step, 150) for step in range(100, 150)} == {1e-8}
+    assert recipe("grft", warmup_epochs=2.0, cooldown_epochs=3).epochs == 15
+
+
 def test_without_warm_up_it_begins_at_the_peak():
     assert recipe(warmup_epochs=0.0).rate_at(0, 10) == 1.0
     with pytest.raises(ValueError, match=r"recipe\.warmup_epochs is 10, which leaves nothing of the 10 epochs"):

@@ -14,11 +14,11 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback
 
 import gradsel
 from gradsel.training.run import Stopped
 from tests.support import runs
+from tests.support.runs import Interrupt
 
 ROOT = Path(__file__).parents[3]
 METHODS = {
@@ -28,42 +28,17 @@ METHODS = {
     "linear": {},
     "bias": {},
     "lora": {"rank": 2, "dropout": 0.1},
+    "shira": {"rank": 2},
+    "ssf": {},
+    "spt-lora": {"budget": 900, "rank": 1},
+    "vpt-deep": {"prompts": 3},
 }
 
 
-class Interrupt(TrainerCallback):
-    """Sends a signal after a step, as Ctrl-C does, or raises, as a crash does."""
-
-    def __init__(self, step, crash=False):
-        self.step, self.crash = step, crash
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            if self.crash:
-                raise RuntimeError("killed")
-            os.kill(os.getpid(), signal.SIGINT)
-
-
-def tensors(folder):
-    return {
-        f"{file.relative_to(folder)}:{name}": tensor
-        for file in sorted(folder.rglob("*.safetensors"))
-        if "checkpoints" not in file.parts
-        for name, tensor in load_file(file).items()
-    }
-
-
-def check_same_result(first, second):
-    ours, theirs = tensors(first.folder), tensors(second.folder)
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        assert torch.equal(tensor, theirs[name]), name
-    for name in first.results.keys() - {"seconds"}:
-        assert first.results[name] == second.results[name], name
-
-
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("kind", ["images", "texts"])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [*(("images", name) for name in METHODS), *(("texts", name) for name in METHODS if name != "vpt-deep")],
+)
 def test_every_method_trains_and_its_folder_gives_the_same_numbers(kind, name, images, table, bert, tmp_path):
     settings = {"method__name": name, "method__options": METHODS[name], "recipe__epochs": 1}
     output = tmp_path / "run"
@@ -74,7 +49,7 @@ def test_every_method_trains_and_its_folder_gives_the_same_numbers(kind, name, i
     result = gradsel.finetune(config, quiet=True)
     files = {path.name for path in output.iterdir()}
     assert {"config.yaml", "labels.json", "results.json", "log.txt", "README.md"} <= files
-    assert "delta.safetensors" in files or name in ("full", "lora")
+    assert "delta.safetensors" in files or name in ("full", "lora", "shira")
     assert result.results == json.loads((output / "results.json").read_text())
     assert 0 < result.results["trained"] <= result.results["parameters"]
     assert gradsel.evaluate(output) == result.metrics
@@ -84,7 +59,7 @@ def test_every_method_trains_and_its_folder_gives_the_same_numbers(kind, name, i
 
 
 def test_a_new_process_gives_the_same_numbers(images, tmp_path):
-    result = gradsel.finetune(runs.image_run(images, tmp_path / "run", output__report=True), quiet=True)
+    result = gradsel.finetune(runs.image_run(images, tmp_path / "run"), quiet=True)
     code = (
         "import json, sys, torch; torch.set_num_threads(1); from gradsel.cli.main import main; "
         f"main(['evaluate', {str(result.folder)!r}, '--json']); "
@@ -99,10 +74,6 @@ def test_a_new_process_gives_the_same_numbers(images, tmp_path):
     assert path == str(images / "test/red/0.png")
     assert len(classes) == 2
     assert all(re.fullmatch(r"(red|green|blue) \d+\.\d %", each) for each in classes)
-    page = (result.folder / "report.html").read_text()
-    assert page.count("data:image/png;base64,") >= 3 + min(8, 12)
-    assert "http" not in page.replace(str(images), "")
-    assert "<script" not in page
 
 
 @pytest.mark.parametrize("step", [2, 6, 7], ids=["in the first epoch", "at the end of the second", "in the third"])
@@ -119,12 +90,12 @@ def test_stopped_by_ctrl_c_and_resumed_is_as_if_it_had_not_stopped(step, images,
     assert not (tmp_path / "stopped" / "results.json").exists()
     with pytest.raises(ValueError, match="is not finished; gradsel resume"):
         gradsel.evaluate(tmp_path / "stopped")
-    check_same_result(gradsel.resume(tmp_path / "stopped", quiet=True), straight)
+    runs.check_same_result(gradsel.resume(tmp_path / "stopped", quiet=True), straight)
     with pytest.raises(ValueError, match="is finished; there is nothing to resume"):
         gradsel.resume(tmp_path / "stopped")
 
 
-@pytest.mark.parametrize("name", ["grft", "full", "lora"])
+@pytest.mark.parametrize("name", ["grft", "full", "lora", "spt-lora"])
 def test_killed_and_resumed_is_as_if_it_had_not_stopped(name, table, bert, tmp_path):
     settings = {"method__name": name, "method__options": METHODS[name], "recipe__epochs": 2}
     if name == "grft":
@@ -136,7 +107,7 @@ def test_killed_and_resumed_is_as_if_it_had_not_stopped(name, table, bert, tmp_p
     half = tmp_path / "killed" / "checkpoints" / "checkpoint-4"
     half.mkdir()
     (half / "trained.safetensors").write_bytes(b"cut off")
-    check_same_result(gradsel.resume(tmp_path / "killed", quiet=True), straight)
+    runs.check_same_result(gradsel.resume(tmp_path / "killed", quiet=True), straight)
 
 
 def test_the_best_epoch_of_the_validation_set_is_what_counts(images, tmp_path):
@@ -191,7 +162,17 @@ def test_the_written_configuration_repeats_the_run(images, tmp_path):
 
     first = gradsel.finetune(runs.image_run(images, tmp_path / "first"), quiet=True)
     config = read_config(tmp_path / "first" / "config.yaml").replaced({"output.folder": str(tmp_path / "second")})
-    check_same_result(first, gradsel.finetune(config, quiet=True))
+    runs.check_same_result(first, gradsel.finetune(config, quiet=True))
+
+
+def test_accumulated_batches_are_one_batch(images, tmp_path):
+    settings = {"method__name": "bias", "recipe__mixup": 0.0, "recipe__cutmix": 0.0}
+    gradsel.finetune(runs.image_run(images, tmp_path / "whole", **settings), quiet=True)
+    settings |= {"recipe__batch_size": 3, "recipe__accumulation": 2}
+    gradsel.finetune(runs.image_run(images, tmp_path / "parts", **settings), quiet=True)
+    whole, parts = (gradsel.Delta.load(tmp_path / name / "delta.safetensors") for name in ("whole", "parts"))
+    for name, part in whole.items():
+        torch.testing.assert_close(parts[name].values, part.values, rtol=1e-3, atol=1e-4)
 
 
 def test_bfloat16(images, tmp_path):
@@ -228,13 +209,6 @@ def test_what_does_not_fit_is_one_line_and_nothing_is_written(changes, message, 
     assert not (tmp_path / "run").exists()
 
 
-def test_several_processes_are_refused(images, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="one process so far; start it without torchrun"):
-        gradsel.finetune(runs.image_run(images, tmp_path / "run"))
-    assert not (tmp_path / "run").exists()
-
-
 def test_folders_and_disks_that_do_not_fit(images, table, bert, tmp_path, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("mine")
@@ -253,6 +227,6 @@ def test_folders_and_disks_that_do_not_fit(images, table, bert, tmp_path, monkey
 
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**6))
-    with pytest.raises(ValueError, match=r"need about .* GB left; keep fewer checkpoints"):
+    with pytest.raises(ValueError, match=r"need about .* MB left; keep fewer checkpoints"):
         gradsel.finetune(runs.image_run(images, tmp_path / "run"))
     assert not (tmp_path / "run").exists()

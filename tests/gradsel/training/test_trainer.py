@@ -71,6 +71,43 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
         assert torch.equal(trained_state(model)[name], tensor), name
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 2},
+        {"bf16": True},
+        {"max_grad_norm": 0.1, "lr_scheduler_type": "cosine", "warmup_steps": 2},
+    ],
+    ids=["accumulation", "bf16", "clipping and schedule"],
+)
+def test_it_resumes_bit_for_bit_with_other_arguments(changes, tmp_path):
+    changes = {"save_steps": 1, "max_steps": 4, **changes}
+    first, second = attached(), attached()
+    Trainer(first, arguments(tmp_path / "first", **changes), train_dataset=data()).train()
+    trainer = Trainer(second, arguments(tmp_path / "second", **changes), train_dataset=data())
+    trainer.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-3"))
+    for name, tensor in trained_state(first).items():
+        assert torch.equal(tensor, trained_state(second)[name]), name
+
+
+def test_early_stopping_keeps_the_best(tmp_path):
+    model = attached()
+    settings = {
+        "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True, "max_steps": 30,
+        "metric_for_best_model": "loss", "learning_rate": 0.5, "save_total_limit": 2,
+    }  # fmt: skip
+    trainer = Trainer(
+        model, arguments(tmp_path, **settings), train_dataset=data(), eval_dataset=data()[:8],
+        callbacks=[transformers.EarlyStoppingCallback(2)],
+    )  # fmt: skip
+    trainer.train()
+    losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    best = min(losses, key=losses.get)
+    assert trainer.state.global_step == best + 2 < 30
+    assert trainer.evaluate()["eval_loss"] == losses[best]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted({f"checkpoint-{best}", f"checkpoint-{best + 2}"})
+
+
 def test_what_does_not_belong_to_the_model_is_refused_and_nothing_changes(tmp_path):
     Trainer(attached(), arguments(tmp_path, max_steps=2), train_dataset=data()).train()
     other = attached(policy=gradsel.PerNeuron(1), criterion=gradsel.random_scores(0))

@@ -1,0 +1,56 @@
+"""``gradsel compare``: methods on one data set and one model, with tuned learning rates and several seeds."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+from gradsel.cli.finetune import GROUPS, add_flags, config_of_flags
+from gradsel.cli.running import run
+from gradsel.errors import expected
+
+_EXAMPLE = """
+example:
+  gradsel compare --data birds/ --model timm/vit_base_patch16_224.augreg_in21k \\
+      --methods gps,gps:criterion=random,lora,ssf --seeds 3 --epochs 20 --output runs/birds-compared
+"""
+#: What is the same for all methods; each has its own options and learning rate.
+_SHARED = {
+    title: [flag for flag in flags if flag.field not in ("recipe.learning_rate", "output.report", "output.keep")]
+    for title, flags in GROUPS.items()
+    if title != "method"
+}
+
+
+def add_to(commands: argparse._SubParsersAction, text: str) -> None:
+    """Adds the command to those of ``gradsel``."""
+    parser = commands.add_parser(
+        "compare", help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument(
+        "--methods", required=True, metavar="A,B,...",
+        help="names of methods, separated by commas, each with options after colons: gps:k=2:scope=net",
+    )  # fmt: skip
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each method that count; default: 3")
+    parser.add_argument(
+        "--factors", type=float, nargs="+", metavar="X",
+        help="what each method's learning rate is multiplied by in the search; one factor: no search; default: a "
+        "ninth, a third, 1, 3, 9",
+    )  # fmt: skip
+    add_flags(parser, _SHARED)
+    parser.set_defaults(command=_compare)
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    def command() -> None:
+        with expected():
+            config = config_of_flags(arguments, _SHARED)
+            config.require()
+        from gradsel.experiments import compare
+        from gradsel.experiments.comparing import FACTORS
+
+        names = re.split(r",(?![^\[]*\])", arguments.methods)  # but not in gps:skip_blocks=[0,1]
+        print(compare(config, names, arguments.seeds, arguments.factors or FACTORS))
+
+    return run("compare", command)

@@ -1,0 +1,1 @@
+"""Segmentation with SAM: images with masks, the encoder ranked, the mask decoder trained."""
