@@ -43,15 +43,15 @@ DATA_SETS: Mapping[str, DataSet] = MappingProxyType(
         "Caltech101": DataSet("VTAB", 102),
         "DTD": DataSet("VTAB", 47),
         "Flowers102": DataSet("VTAB", 102, ("Flowers102 (VTAB)",)),
-        "Pets": DataSet("VTAB", 37, ("Oxford Pets",)),
+        "Pets": DataSet("VTAB", 37, ("Oxford Pets", "Oxford IIIT Pet")),
         "SVHN": DataSet("VTAB", 10),
         "Sun397": DataSet("VTAB", 397),
         "Patch Camelyon": DataSet("VTAB", 2, ("Camelyon", "PCam")),
         "EuroSAT": DataSet("VTAB", 10),
         "Resisc45": DataSet("VTAB", 45),
-        "Retinopathy": DataSet("VTAB", 5),
+        "Retinopathy": DataSet("VTAB", 5, ("Diabetic Retinopathy",)),
         "Clevr/count": DataSet("VTAB", 8),
-        "Clevr/distance": DataSet("VTAB", 6),
+        "Clevr/distance": DataSet("VTAB", 6, ("Clevr/dist",)),
         "DMLab": DataSet("VTAB", 6),
         "KITTI/distance": DataSet("VTAB", 4, ("KITTI",)),
         "dSprites/location": DataSet("VTAB", 16, ("dSprites/loc",)),
@@ -64,16 +64,6 @@ DATA_SETS: Mapping[str, DataSet] = MappingProxyType(
         "RTE": DataSet("GLUE", 2),
     }
 )
-
-
-class Between(NamedTuple):
-    """A range that a paper gives for many data sets without the value for each; both ends are included."""
-
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.low:g} to {self.high:g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,10 +82,14 @@ class Preset:
         first_learning_rate, last_learning_rate: the rates at the start of warm-up and at the end of training.
         batch_size: samples per step.
         epochs, warmup_epochs: passes over the training data. GPS counts warm-up in ``epochs``, GRFT before them.
+        cooldown_epochs: passes at the last rate after them, in which an average settles.
+        ema: decay of an exponential moving average of what is trained.
         weight_decay: weight decay of the selected entries.
         drop_path: the largest probability of dropping a residual branch (stochastic depth).
         mixup, cutmix: alpha of the Beta distributions that mix images.
         label_smoothing: fraction of the target that is spread over all classes.
+        augmentation, selection_augmentation: of images in training, and of those that weights are ranked on, by the
+            names they have in :class:`gradsel.training.DataConfig`.
     """
 
     method: str
@@ -105,17 +99,21 @@ class Preset:
     source: str
     note: str = ""
     optimizer: str | None = None
-    learning_rate: float | Between | None = None
+    learning_rate: float | None = None
     first_learning_rate: float | None = None
     last_learning_rate: float | None = None
-    batch_size: int | Between | None = None
+    batch_size: int | None = None
     epochs: int | None = None
     warmup_epochs: int | None = None
+    cooldown_epochs: int | None = None
+    ema: float | None = None
     weight_decay: float | None = None
     drop_path: float | None = None
     mixup: float | None = None
     cutmix: float | None = None
     label_smoothing: float | None = None
+    augmentation: str | None = None
+    selection_augmentation: str | None = None
 
     @property
     def classes(self) -> int:
@@ -139,6 +137,7 @@ class GPSPreset(Preset):
     epochs: int | None = 100
     warmup_epochs: int | None = 10
     weight_decay: float | None = 0.0
+    selection_augmentation: str | None = "strong"
     scripts_policy: PerNeuron | None = None
 
 
@@ -161,16 +160,37 @@ class GRFTPreset(Preset):
 
 _PresetT = TypeVar("_PresetT", bound=Preset)
 
-# Entries per neuron in the paper (Tab. 7) and in the scripts; then the scripts' learning rate, batch size, drop path.
+# Entries per neuron in the paper (Tab. 7) and in the scripts; then the scripts' learning rate, batch size, drop path,
+# and decay of the average.
 _GPS_FGVC = (
-    ("CUB-200-2011", 2, 2, 3e-3, 32, 0.0),
-    ("NABirds", 10, 20, 1e-4, 32, 0.1),
-    ("Oxford Flowers", 1, 1, 1e-3, 32, 0.1),
-    ("Stanford Dogs", 1, 1, 1e-4, 64, 0.0),
-    ("Stanford Cars", 10, 15, 5e-4, 32, 0.0),
+    ("CUB-200-2011", 2, 2, 3e-3, 32, 0.0, 0.9998),
+    ("NABirds", 10, 20, 1e-4, 32, 0.1, 0.9998),
+    ("Oxford Flowers", 1, 1, 1e-3, 32, 0.1, 0.99),
+    ("Stanford Dogs", 1, 1, 1e-4, 64, 0.0, 0.9998),
+    ("Stanford Cars", 10, 15, 5e-4, 32, 0.0, 0.9998),
 )
-# Entries per neuron; in Tab. 7, all other data sets of VTAB have one.
-_GPS_VTAB = {"Patch Camelyon": 2}
+# Entries per neuron in the paper (Tab. 7) and in the scripts; then the scripts' learning rate, batch size, drop path.
+_GPS_VTAB = (
+    ("CIFAR-100 (VTAB)", 1, 1e-2, 32, 0.0),
+    ("Caltech101", 1, 2e-3, 16, 0.0),
+    ("DTD", 1, 2e-3, 16, 0.0),
+    ("Flowers102", 1, 2e-3, 16, 0.0),
+    ("Pets", 1, 3e-3, 32, 0.0),
+    ("SVHN", 1, 5e-3, 32, 0.0),
+    ("Sun397", 1, 2.5e-3, 16, 0.0),
+    ("Patch Camelyon", 2, 4e-3, 32, 0.0),
+    ("EuroSAT", 1, 2e-3, 16, 0.0),
+    ("Resisc45", 1, 1.5e-3, 16, 0.1),
+    ("Retinopathy", 1, 2e-3, 32, 0.2),
+    ("Clevr/count", 1, 3e-4, 16, 0.1),
+    ("Clevr/distance", 1, 2e-3, 16, 0.1),
+    ("DMLab", 1, 1.5e-3, 16, 0.1),
+    ("KITTI/distance", 1, 1e-3, 16, 0.0),
+    ("dSprites/location", 1, 7e-3, 32, 0.0),
+    ("dSprites/orientation", 1, 5e-4, 16, 0.2),
+    ("SmallNORB/azimuth", 1, 3e-3, 32, 0.1),
+    ("SmallNORB/elevation", 1, 3e-4, 32, 0.2),
+)
 # Tab. 7's runs on the full CIFAR-100: model and entries per neuron.
 _GPS_CIFAR = (
     ("CIFAR-100", "vit-b-16", 5),
@@ -217,8 +237,8 @@ _GRFT_GLUE = ("CoLA", "MRPC", "RTE")
 
 
 def _gps_presets() -> Iterator[tuple[str, GPSPreset]]:
-    source = "GPS, Tab. 7 and section 4.1, and the authors' scripts"
-    for name, k, k_in_scripts, learning_rate, batch_size, drop_path in _GPS_FGVC:
+    source = "GPS, Tab. 7 and section 4.1, and the authors' scripts (github.com/FightingFighting/GPS)"
+    for name, k, k_in_scripts, learning_rate, batch_size, drop_path, ema in _GPS_FGVC:
         yield (
             name,
             GPSPreset(
@@ -230,31 +250,53 @@ def _gps_presets() -> Iterator[tuple[str, GPSPreset]]:
                 note=_GPS_NOTES.get(name, ""),
                 learning_rate=learning_rate,
                 batch_size=batch_size,
+                cooldown_epochs=10,
+                ema=ema,
                 drop_path=drop_path,
                 mixup=0.8,
                 cutmix=1.0,
                 label_smoothing=0.1,
+                augmentation="fgvc",
             ),
         )
-    for name, data in DATA_SETS.items():
-        if data.benchmark == "VTAB":
-            policy = PerNeuron(_GPS_VTAB.get(name, 1))
-            yield (
-                name,
-                GPSPreset(
-                    data_set=name,
-                    model="vit-b-16",
-                    policy=policy,
-                    scripts_policy=policy,
-                    source=f"{source}; learning rate and batch size as ranges over all of VTAB",
-                    note=_GPS_NOTES.get(name, ""),
-                    learning_rate=Between(3e-4, 1e-2),
-                    batch_size=Between(16, 32),
-                ),
-            )
+    for name, k, learning_rate, batch_size, drop_path in _GPS_VTAB:
+        yield (
+            name,
+            GPSPreset(
+                data_set=name,
+                model="vit-b-16",
+                policy=PerNeuron(k),
+                scripts_policy=PerNeuron(k),
+                source=source,
+                note=_GPS_NOTES.get(name, ""),
+                learning_rate=learning_rate,
+                batch_size=batch_size,
+                # The scripts add ten epochs at the last rate here, too. Without an average they change nothing.
+                cooldown_epochs=0,
+                drop_path=drop_path,
+                mixup=0.0,
+                cutmix=0.0,
+                label_smoothing=0.0,
+                augmentation="none",
+            ),
+        )
     for name, model, k in _GPS_CIFAR:
-        source = "GPS, Tab. 7 and section 4.1; warm-up and weight decay as in the authors' scripts for the others"
-        yield name, GPSPreset(data_set="CIFAR-100", model=model, policy=PerNeuron(k), source=source)
+        yield (
+            name,
+            GPSPreset(
+                data_set="CIFAR-100",
+                model=model,
+                policy=PerNeuron(k),
+                source=(
+                    "GPS, Tab. 7 and section 4.1; warm-up and weight decay as in the authors' scripts for the others; "
+                    "images as in SSF, which it follows (github.com/dongzelian/SSF)"
+                ),
+                mixup=0.8,
+                cutmix=1.0,
+                label_smoothing=0.1,
+                augmentation="randaugment",
+            ),
+        )
 
 
 def _grft_presets() -> Iterator[tuple[str, GRFTPreset]]:

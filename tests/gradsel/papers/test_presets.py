@@ -9,7 +9,6 @@ import pytest
 
 from gradsel import Columns, PerNeuron, Rows
 from gradsel.papers import counting, presets
-from gradsel.papers.presets import Between
 
 
 def test_gps_of_one_data_set_is_complete():
@@ -21,7 +20,7 @@ def test_gps_of_one_data_set_is_complete():
         "model": "vit-b-16",
         "policy": {"k": 2, "columns": None},
         "scripts_policy": {"k": 2, "columns": None},
-        "source": "GPS, Tab. 7 and section 4.1, and the authors' scripts",
+        "source": "GPS, Tab. 7 and section 4.1, and the authors' scripts (github.com/FightingFighting/GPS)",
         "note": "",
         "optimizer": "Adam",
         "learning_rate": 3e-3,
@@ -30,11 +29,15 @@ def test_gps_of_one_data_set_is_complete():
         "batch_size": 32,
         "epochs": 100,
         "warmup_epochs": 10,
+        "cooldown_epochs": 10,
+        "ema": 0.9998,
         "weight_decay": 0.0,
         "drop_path": 0.0,
         "mixup": 0.8,
         "cutmix": 1.0,
         "label_smoothing": 0.1,
+        "augmentation": "fgvc",
+        "selection_augmentation": "strong",
     }
     assert preset.policy == PerNeuron(2)
     assert preset.classes == 200
@@ -57,11 +60,15 @@ def test_grft_of_one_data_set_is_complete():
         "batch_size": 32,
         "epochs": 100,
         "warmup_epochs": 10,
+        "cooldown_epochs": None,
+        "ema": None,
         "weight_decay": None,
         "drop_path": None,
         "mixup": None,
         "cutmix": None,
         "label_smoothing": None,
+        "augmentation": None,
+        "selection_augmentation": None,
         "data_subsets": 1,
         "anchor": 1e-3,
         "regular_layers": 1,
@@ -71,33 +78,55 @@ def test_grft_of_one_data_set_is_complete():
 
 
 @pytest.mark.parametrize(
-    ("name", "printed", "scripts", "learning_rate", "batch_size", "drop_path"),
+    ("name", "printed", "scripts", "learning_rate", "batch_size", "drop_path", "ema"),
     [
-        ("cub", 2, 2, 3e-3, 32, 0.0),
-        ("nabirds", 10, 20, 1e-4, 32, 0.1),
-        ("oxford flowers", 1, 1, 1e-3, 32, 0.1),
-        ("stanford dogs", 1, 1, 1e-4, 64, 0.0),
-        ("stanford cars", 10, 15, 5e-4, 32, 0.0),
+        ("cub", 2, 2, 3e-3, 32, 0.0, 0.9998),
+        ("nabirds", 10, 20, 1e-4, 32, 0.1, 0.9998),
+        ("oxford flowers", 1, 1, 1e-3, 32, 0.1, 0.99),
+        ("stanford dogs", 1, 1, 1e-4, 64, 0.0, 0.9998),
+        ("stanford cars", 10, 15, 5e-4, 32, 0.0, 0.9998),
     ],
 )
-def test_gps_names_the_papers_k_and_that_of_the_scripts(name, printed, scripts, learning_rate, batch_size, drop_path):
+def test_gps_names_the_papers_k_and_that_of_the_scripts(
+    name, printed, scripts, learning_rate, batch_size, drop_path, ema
+):
     preset = presets.gps(name)
     assert preset.policy == PerNeuron(printed)
     assert preset.scripts_policy == PerNeuron(scripts)
     assert (preset.learning_rate, preset.batch_size, preset.drop_path) == (learning_rate, batch_size, drop_path)
-    assert (preset.mixup, preset.cutmix, preset.label_smoothing) == (0.8, 1.0, 0.1)
+    assert (preset.mixup, preset.cutmix, preset.label_smoothing, preset.ema) == (0.8, 1.0, 0.1, ema)
     assert bool(preset.note) == (printed != scripts)
 
 
-def test_gps_on_vtab_keeps_the_ranges_it_gives():
+@pytest.mark.parametrize(
+    ("name", "learning_rate", "batch_size", "drop_path"),
+    [
+        ("svhn", 5e-3, 32, 0.0),
+        ("dsprites-loc", 7e-3, 32, 0.0),
+        ("vtab cifar-100", 1e-2, 32, 0.0),
+        ("clevr-count", 3e-4, 16, 0.1),
+        ("clevr_dist", 2e-3, 16, 0.1),
+        ("diabetic_retinopathy", 2e-3, 32, 0.2),
+        ("dmlab", 1.5e-3, 16, 0.1),
+        ("sun397", 2.5e-3, 16, 0.0),
+        ("oxford_iiit_pet", 3e-3, 32, 0.0),
+        ("smallnorb_ele", 3e-4, 32, 0.2),
+    ],
+)
+def test_gps_on_vtab_as_in_the_scripts(name, learning_rate, batch_size, drop_path):
+    preset = presets.gps(name)
+    assert (preset.learning_rate, preset.batch_size, preset.drop_path) == (learning_rate, batch_size, drop_path)
+
+
+def test_gps_on_vtab_neither_mixes_nor_augments():
     vtab = [preset for preset in presets.GPS.values() if presets.DATA_SETS[preset.data_set].benchmark == "VTAB"]
     assert len(vtab) == 19
     for preset in vtab:
-        assert preset.learning_rate == Between(3e-4, 1e-2)
-        assert preset.batch_size == Between(16, 32)
-        assert preset.policy == PerNeuron(2 if preset.data_set == "Patch Camelyon" else 1)
-        assert (preset.drop_path, preset.mixup, preset.cutmix, preset.label_smoothing) == (None,) * 4
-    assert str(Between(3e-4, 1e-2)) == "0.0003 to 0.01"
+        assert 3e-4 <= preset.learning_rate <= 1e-2  # the ranges that GPS prints
+        assert preset.batch_size in (16, 32)
+        assert preset.policy == preset.scripts_policy == PerNeuron(2 if preset.data_set == "Patch Camelyon" else 1)
+        assert (preset.mixup, preset.cutmix, preset.label_smoothing, preset.ema) == (0.0, 0.0, 0.0, None)
+        assert (preset.augmentation, preset.selection_augmentation) == ("none", "strong")
 
 
 def test_gps_on_the_whole_cifar_100_leaves_the_unknown_open():

@@ -1,0 +1,118 @@
+"""The rows of a comparison, one for each run: as a csv file, and summed up as a table."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from gradsel.methods import Method
+from gradsel.training.folder import write_text
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run.
+
+    Attributes:
+        split: what was scored: ``"validation"`` of a learning rate that was tried, ``"test"`` of a run that counts.
+        method: as it was named.
+        config: name and options of the method, as JSON.
+        metric, value: ``"top1"``, in percent; NaN if the run gave no result.
+        trained, percent: trained scalars, and as a percentage of the model's parameters.
+        step_ms: milliseconds of training by steps of the optimizer; loading and evaluation in between are included.
+        peak_bytes: most memory of the GPU; None on the CPU.
+        file_bytes: of the files that hold the result.
+        note: anything unusual.
+    """
+
+    split: str
+    method: str
+    seed: int
+    metric: str
+    value: float
+    learning_rate: float
+    trained: int | None
+    percent: float | None
+    step_ms: float | None
+    peak_bytes: int | None
+    file_bytes: int | None
+    config: str
+    note: str
+
+
+def row_of(
+    split: str, name: str, how: Method, results: Mapping[str, Any], rate: float, seed: int, note: str,
+    value: float | None = None,
+) -> Row:  # fmt: skip
+    """A row of the results of a run; without a value, that of its test set."""
+    steps = results.get("steps")
+    return Row(
+        split=split,
+        method=name,
+        seed=seed,
+        metric="top1",
+        value=results["metrics"]["top1"] if value is None else value,
+        learning_rate=rate,
+        trained=results.get("trained"),
+        percent=results.get("share"),
+        step_ms=round(1000 * results["seconds"]["training"] / steps, 3) if steps else None,
+        peak_bytes=results.get("peak_memory_bytes"),
+        file_bytes=results.get("bytes"),
+        config=json.dumps({"name": how.name, **how.options()}),
+        note=note,
+    )
+
+
+def write_rows(path: Path, rows: Sequence[Any], kind: Any = Row) -> None:
+    """Writes a csv file with a line for each row.
+
+    Args:
+        kind: the dataclass of the rows, whose fields are the columns.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(kind)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: "" if value is None else value for name, value in asdict(row).items()} for row in rows)
+    write_text(path, text.getvalue())
+
+
+def finals(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows that count, by method, in the order of the methods."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.split == "test":
+            found.setdefault(row.method, []).append(row)
+    return found
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean, and the standard deviation of a sample; None for one value."""
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return mean, None
+    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+
+
+def table_of(rows: Sequence[Row]) -> str:
+    """A table in Markdown, with a line for each method."""
+    lines = [
+        "| method | top-1 in % | seeds | learning rate | trained | trained in % | step in ms | file in bytes | |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, own in finals(rows).items():
+        mean, deviation = mean_and_deviation([row.value for row in own])
+        score = f"{mean:.2f}" if deviation is None else f"{mean:.2f} ± {deviation:.2f}"
+        steps = [row.step_ms for row in own if row.step_ms is not None]
+        first = own[0]
+        cells = [
+            name, score, str(len(own)), f"{first.learning_rate:.3g}", f"{first.trained:,}", f"{first.percent:.3f}",
+            f"{sum(steps) / len(steps):.1f}" if steps else "", f"{first.file_bytes:,}", first.note,
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
