@@ -1,1 +1,1 @@
-"""A worked example of the public API: a small ViT on digits, adapted by six methods."""
+"""``gradsel demo``: ``gradsel finetune`` on data that ships with scikit-learn, and studies of what to train on them."""

@@ -1,0 +1,33 @@
+"""The examples run as they are, in a folder of their own, and the documentation shows what they are."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = sorted(path for path in (ROOT / "examples").glob("*.py") if path.name != "made.py")
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_it_runs_without_arguments(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(path)])
+    monkeypatch.syspath_prepend(path.parent)
+    runpy.run_path(str(path), run_name="__main__")
+    printed = capsys.readouterr().out
+    if found := re.search(r"top-1 ([\d.]+) %", printed):
+        assert float(found[1]) > 60  # of two or three classes
+    assert re.search(r"\d bytes|report.html", printed)
+    assert sorted(os.listdir(tmp_path)) == ["made", "runs"]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_the_page_shows_it(path):
+    page = (ROOT / "docs" / "examples.md").read_text()
+    assert f"`examples/{path.name}`:\n\n```python\n{path.read_text()}```\n" in page
