@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
+JOBS ?= 2
 
 .PHONY: demo test test-oldest lint docs bench gpu clean
 .DELETE_ON_ERROR:
@@ -10,13 +11,14 @@ CONSTRAINTS := constraints.txt
 demo: $(VENV)/demo
 	$(BIN)/gradsel demo
 
+# In JOBS processes at once, each with one thread unless a test asks for more.
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadgroup
 
 # The suite on the oldest torch that pyproject.toml allows, in an environment of its own.
 test-oldest:
 	$(MAKE) VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt .venv-oldest/built
-	.venv-oldest/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest --numprocesses $(JOBS) --dist loadgroup
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .
@@ -30,6 +32,7 @@ docs: $(VENV)/docs
 bench: $(VENV)/built
 	$(BIN)/python -m pytest benchmarks
 	$(BIN)/python -m benchmarks.training.train_step
+	$(BIN)/python -m benchmarks.training.overhead
 	$(BIN)/python -m benchmarks.selection.select_memory
 	$(BIN)/python -m benchmarks.draw
 

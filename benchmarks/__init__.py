@@ -2,7 +2,8 @@
 
 - ``harness``: one clock, one results format, one table of colours; shared by all rooms
 - ``kernels``, ``optimizer``, ``selection``: CPU benchmarks of one operation each, run by ``pytest benchmarks``
-- ``training``: whole training steps of every method, ``python -m benchmarks.training.train_step``
+- ``training``: whole training steps of every method, ``python -m benchmarks.training.train_step``; what the Trainer
+  costs, ``python -m benchmarks.training.overhead``
 - ``gpu``: all of it on one GPU within ten minutes, ``python -m benchmarks.gpu``
 - ``results``: what was measured, and the pictures drawn from it
 """

@@ -17,10 +17,12 @@ PACKAGES = {"gradsel": ROOT / "python" / "gradsel", "gradsel_kernels": ROOT / "g
 
 #: The rooms of ``gradsel`` from the top floor to the ground. A room may import those on the floors below it.
 FLOORS = [
+    {"__main__"},
     {"cli"},
-    {"demo", "training"},
+    {"demo", "experiments"},
+    {"training"},
     {"papers", "methods"},
-    {"delta", "optim"},
+    {"delta", "optim", "peft"},
     {"nn"},
     {"ranking"},
     {"selection"},
@@ -28,7 +30,9 @@ FLOORS = [
     {"parameters"},
     {"attached"},
     {"masks"},
-    {"dtypes", "interrupts", "sealed", "tables", "views"},
+    {"sealed"},
+    {"files", "tensor_files"},
+    {"dtypes", "errors", "interrupts", "tables", "views"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from benchmarks.harness.environment import RESULTS, ROOT
-from benchmarks.pages import operators, tasks, training
+from benchmarks.pages import numerics, operators, overhead, tasks, training
 
 #: What each block holds, by the name in its first comment.
 BLOCKS: Mapping[str, Callable[[Path], str]] = {
@@ -16,9 +16,12 @@ BLOCKS: Mapping[str, Callable[[Path], str]] = {
     "training steps in short": training.main_methods,
     "training findings": training.findings,
     "training findings in short": training.findings_in_short,
+    "overhead": overhead.costs,
     "operators": operators.table_of_operations,
     "operator findings": operators.findings,
     "ranking": operators.ranking,
+    "numerics": numerics.distances,
+    "numerics of products": numerics.products,
     "strategies": operators.strategies,
     "shared inputs": operators.shared_inputs,
     "task file": tasks.file_size,

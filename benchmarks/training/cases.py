@@ -20,7 +20,7 @@ from torch.optim import AdamW
 from tqdm.auto import tqdm
 
 import gradsel
-from gradsel.demo.data import digits
+from gradsel.demo.digits import digits
 from gradsel.papers.vit import VisionTransformer
 
 SELECTION_BATCHES = 4
@@ -150,7 +150,8 @@ def vit(size: str, samples: int, **config: int) -> Case:
 
     @functools.cache
     def data() -> Batch:
-        images, labels = digits()
+        pixels, digit = digits()
+        images, labels = torch.from_numpy(pixels).float().unsqueeze(1), torch.from_numpy(digit)
         return (images - images.mean()) / images.std(), labels
 
     def draw(count: int, generator: torch.Generator) -> Batch:

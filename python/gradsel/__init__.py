@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gradsel.delta import Delta, TaskBank, export, load_delta, save_delta
+    from gradsel.integrations.patches import Patches, patches
     from gradsel.nn import AttachReport, attach, detach, sync, trainable_parameters
     from gradsel.optim import MaskedAdam, MaskedAdamW, anchored_groups, state_bytes
     from gradsel.papers import presets, trainable_count
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "gradsel.delta": ("Delta", "TaskBank", "export", "load_delta", "save_delta"),
+    "gradsel.integrations.patches": ("Patches", "patches"),
     "gradsel.nn": ("AttachReport", "attach", "detach", "sync", "trainable_parameters"),
     "gradsel.optim": ("MaskedAdam", "MaskedAdamW", "anchored_groups", "state_bytes"),
     "gradsel.papers": ("presets", "trainable_count"),
@@ -67,6 +69,8 @@ _ROOMS = (
     "attached",
     "delta",
     "dtypes",
+    "errors",
+    "integrations",
     "interrupts",
     "masks",
     "methods",
@@ -74,6 +78,7 @@ _ROOMS = (
     "optim",
     "papers",
     "parameters",
+    "peft",
     "ranking",
     "sealed",
     "selection",
@@ -90,6 +95,7 @@ __all__ = [
     "Global",
     "MaskedAdam",
     "MaskedAdamW",
+    "Patches",
     "PerLayer",
     "PerNeuron",
     "Rows",
@@ -110,6 +116,7 @@ __all__ = [
     "finetune",
     "freeze",
     "load_delta",
+    "patches",
     "predict",
     "presets",
     "random_scores",

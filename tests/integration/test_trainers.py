@@ -48,10 +48,13 @@ def chosen(model: nn.Module) -> gradsel.Selection:
 
 
 def optimizer_for(model: nn.Module, selection: gradsel.Selection, route: str) -> gradsel.MaskedAdamW:
-    """A model attached or with dense gradients: the only line of a training script that changes."""
+    """A model attached or with dense gradients, or an optimizer that selects: all that changes in a training script."""
     if route == "attached":
         gradsel.attach(model, selection)
         return gradsel.MaskedAdamW(gradsel.trainable_parameters(model), lr=1e-2, weight_decay=0.1)
+    if route == "policy":
+        policy, rules = gradsel.PerNeuron(1), {"freeze": ["unused.*"]} if hasattr(model, "unused") else None
+        return gradsel.MaskedAdamW(model.named_parameters(), lr=1e-2, weight_decay=0.1, policy=policy, rules=rules)
     gradsel.freeze(model, selection)
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     return gradsel.MaskedAdamW(trained, lr=1e-2, weight_decay=0.1, masks=selection)
@@ -73,7 +76,7 @@ def check_same(model: nn.Module, other: nn.Module) -> None:
         assert torch.equal(tensor, theirs[name]), name
 
 
-@pytest.fixture(params=["attached", "masks"])
+@pytest.fixture(params=["attached", "masks", "policy"])
 def route(request):
     return request.param
 
@@ -92,7 +95,7 @@ def test_transformers_trainer(route, tmp_path):
         trainer = transformers.Trainer(model, settings, train_dataset=Numbers(), optimizers=(optimizer, None))
         trainer.train(**arguments)
         assert trainer.state.global_step == STEPS
-        return model, before, selection
+        return model, before, optimizer.selection or selection
 
     model, before, selection = run("first")
     resumed, *_ = run("second", resume_from_checkpoint=str(tmp_path / "first" / f"checkpoint-{STOP}"))
@@ -125,7 +128,7 @@ def test_accelerate(route, tmp_path):
                 optimizer.zero_grad()
         if stop:
             accelerator.save_state(str(tmp_path / "state"))
-        return accelerator.unwrap_model(model), before, selection
+        return accelerator.unwrap_model(model), before, optimizer.optimizer.selection or selection
 
     torch.manual_seed(0)
     model, before, selection = run(stop=False, resume=False)
@@ -155,7 +158,8 @@ def test_lightning(route, tmp_path):
         model = bert()
         selection = chosen(model)
         before = copy.deepcopy(model.state_dict())
-        module = Lit(model, optimizer_for(model, selection, route))
+        optimizer = optimizer_for(model, selection, route)
+        module = Lit(model, optimizer)
         trainer = lightning.Trainer(
             max_steps=STEPS, accelerator="cpu", devices=1, gradient_clip_val=0.5, logger=False,
             enable_progress_bar=False, enable_model_summary=False,
@@ -164,7 +168,7 @@ def test_lightning(route, tmp_path):
         epoch = Subset(Numbers(), range(BATCH))  # one batch: Lightning repeats the last one when it resumes
         trainer.fit(module, DataLoader(epoch, BATCH), ckpt_path=checkpoint, weights_only=False)
         assert trainer.global_step == STEPS
-        return model, before, selection
+        return model, before, optimizer.selection or selection
 
     model, before, selection = run()
     resumed, *_ = run(str(tmp_path / f"step={STOP}.ckpt"))
