@@ -35,6 +35,18 @@ class AdamCall(NamedTuple):
     grad_scale: Tensor | None
     found_inf: Tensor | None
 
+    def states(self) -> list[Tensor]:
+        """All that belongs to the optimizer, the first moment of the first tensor first."""
+        return [
+            *self.exp_avgs,
+            *self.exp_avg_sqs,
+            *self.max_exp_avg_sqs,
+            *self.originals,
+            *self.steps,
+            *self.indices,
+            *self.compensations,
+        ]
+
 
 class AdamOptions(NamedTuple):
     """The hyperparameters of a call, in the order in which the native module takes them."""

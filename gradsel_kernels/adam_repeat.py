@@ -19,9 +19,9 @@ from torch import Tensor
 from gradsel_kernels import _adam_checks as checks
 from gradsel_kernels import backends
 from gradsel_kernels.adam import operands
-from gradsel_kernels.adam_call import AdamCall, AdamOptions, records
+from gradsel_kernels.adam_call import AdamOptions, records
 from gradsel_kernels.adam_item import ITEM_WORDS, WORD_OF
-from gradsel_kernels.adam_table import AdamTable
+from gradsel_kernels.adam_table import table_of
 from gradsel_kernels.backends import native
 
 
@@ -80,8 +80,7 @@ class RepeatedAdam:
         tensors, keywords = operands(**lists)
         options: dict[str, Any] = dict.fromkeys(AdamOptions._fields)
         call, _ = records(*tensors, **keywords, **options)
-        checks.masked_adam_(call)
-        self._table = AdamTable(call)
+        self._table = table_of(call)
         self._sources = [(i, s.parameter, s.convert) for i, s in enumerate(sources) if s.convert is not None]
         self._converted: list[Tensor] = []
         self._watch = watch = native.module().Watch()
@@ -95,7 +94,7 @@ class RepeatedAdam:
             watch.written(*each)
         for tensor in (*call.weights, *call.values):
             watch.parameter(tensor)
-        for tensor in _states(call):
+        for tensor in call.states():
             watch.state(tensor)
         for i, (source, grad) in enumerate(zip(sources, call.grads, strict=True)):
             word, offset = 0, 0
@@ -147,18 +146,6 @@ def can_repeat(device: torch.device) -> bool:
         and not torch._C._len_torch_function_stack()
         and hasattr(backends.resolve(device), "adam_of_table")
     )
-
-
-def _states(call: AdamCall) -> list[Tensor]:
-    return [
-        *call.exp_avgs,
-        *call.exp_avg_sqs,
-        *call.max_exp_avg_sqs,
-        *call.originals,
-        *call.steps,
-        *call.indices,
-        *call.compensations,
-    ]
 
 
 @cache

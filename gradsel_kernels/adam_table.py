@@ -143,17 +143,7 @@ def _numbers(call: AdamCall) -> tuple:
 
 def _lasting(call: AdamCall) -> list[Tensor]:
     """All tensors but the gradients and the first moment of the first tensor."""
-    return [
-        *call.weights,
-        *call.values,
-        *call.exp_avgs[1:],
-        *call.exp_avg_sqs,
-        *call.max_exp_avg_sqs,
-        *call.originals,
-        *call.steps,
-        *call.indices,
-        *call.compensations,
-    ]
+    return [*call.weights, *call.values, *call.states()[1:]]
 
 
 # With map, one attribute at a time: a loop takes twice as long, which shows in a small step.

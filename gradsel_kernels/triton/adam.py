@@ -152,18 +152,25 @@ def _scalars(options: AdamOptions, anchored: bool) -> tuple[tuple[float, ...], d
     return (1 - options.beta1, options.beta2, 1 - options.beta2, options.eps, decay, pull), flags
 
 
+def advance(
+    table: Tensor, tensors: int, step_dtype: torch.dtype, rounding: int, call: AdamCall, options: AdamOptions
+) -> tuple[Tensor, Tensor | None]:
+    """Counts the steps of a table's tensors; bias corrections, and for stochastic rounding the keys of its numbers."""
+    corrections = torch.empty((tensors, 2), dtype=torch.float64, device=table.device)
+    stochastic = rounding == device_code.STOCHASTIC.value
+    keys = torch.empty(tensors, dtype=torch.int64, device=table.device) if stochastic else None
+    device_code.advance[(triton.cdiv(tensors, STEPS),)](
+        table, corrections, keys, call.found_inf, tensors, options.lr, options.beta1, options.beta2,
+        STEP=TRITON_DTYPES[step_dtype], TENSORS=STEPS, num_warps=1, enable_fp_fusion=False,
+    )  # fmt: skip
+    return corrections, keys
+
+
 def _launch(
     prepared: _Prepared, call: AdamCall, options: AdamOptions, scalars: tuple[float, ...], flags: dict[str, Any]
 ) -> None:
     bucket, table, tiles, tensors = prepared
-    device = table.device
-    corrections = torch.empty((tensors, 2), dtype=torch.float64, device=device)
-    stochastic = bucket.rounding == device_code.STOCHASTIC.value
-    keys = torch.empty(tensors, dtype=torch.int64, device=device) if stochastic else None
-    device_code.advance[(triton.cdiv(tensors, STEPS),)](
-        table, corrections, keys, call.found_inf, tensors, options.lr, options.beta1, options.beta2,
-        STEP=TRITON_DTYPES[bucket.step_dtype], TENSORS=STEPS, num_warps=1, enable_fp_fusion=False,
-    )  # fmt: skip
+    corrections, keys = advance(table, tensors, bucket.step_dtype, bucket.rounding, call, options)
     total = tiles.numel()
     if not total:
         return

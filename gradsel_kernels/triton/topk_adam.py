@@ -15,7 +15,7 @@ from gradsel_kernels.adam_item import ITEM_WORDS, AdamItem
 from gradsel_kernels.adam_table import AdamTable
 from gradsel_kernels.triton import adam
 from gradsel_kernels.triton import adam_device as device_code
-from gradsel_kernels.triton.adam import STEPS, _to_device
+from gradsel_kernels.triton.adam import _to_device
 from gradsel_kernels.triton.common import TRITON_DTYPES, on_device
 from gradsel_kernels.triton.topk import (
     BYTES_IN_REGISTERS,
@@ -123,14 +123,7 @@ def _launch(
     scalars: tuple[float, ...],
     flags: dict[str, Any],
 ) -> None:
-    device = table.device
-    corrections = torch.empty((tensors, 2), dtype=torch.float64, device=device)
-    stochastic = bucket.rounding == device_code.STOCHASTIC.value
-    keys = torch.empty(tensors, dtype=torch.int64, device=device) if stochastic else None
-    device_code.advance[(triton.cdiv(tensors, STEPS),)](
-        table, corrections, keys, call.found_inf, tensors, options.lr, options.beta1, options.beta2,
-        STEP=TRITON_DTYPES[torch.float32], TENSORS=STEPS, num_warps=1, enable_fp_fusion=False,
-    )  # fmt: skip
+    corrections, keys = adam.advance(table, tensors, torch.float32, bucket.rounding, call, options)
     if not tiles.numel():
         return
     search = bucket.config

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 
-from gradsel.cli.finetune import GROUPS, add_flags, config_of_flags
+from gradsel.cli.finetune import add_flags, config_of_flags, shared
 from gradsel.cli.running import run
 from gradsel.errors import expected
 
@@ -15,11 +15,7 @@ example:
       --methods gps,gps:criterion=random,lora,ssf --seeds 3 --epochs 20 --output runs/birds-compared
 """
 #: What is the same for all methods; each has its own options and learning rate.
-_SHARED = {
-    title: [flag for flag in flags if flag.field not in ("recipe.learning_rate", "output.report", "output.keep")]
-    for title, flags in GROUPS.items()
-    if title != "method"
-}
+_SHARED = shared("recipe.learning_rate", "output.report", "output.keep")
 
 
 def add_to(commands: argparse._SubParsersAction, text: str) -> None:

@@ -169,6 +169,13 @@ def add_to(commands: argparse._SubParsersAction, text: str) -> None:
     parser.set_defaults(command=_finetune)
 
 
+def shared(*own: str) -> dict[str, list[Flag]]:
+    """The flags of commands that make several runs, each with a method, and perhaps fields, of its own."""
+    return {
+        title: [flag for flag in flags if flag.field not in own] for title, flags in GROUPS.items() if title != "method"
+    }
+
+
 def add_flags(parser: argparse.ArgumentParser, groups: Mapping[str, Sequence[Flag]]) -> None:
     """Adds flags by the title of their group, and ``--model-option`` to those of the model."""
     for title, flags in groups.items():

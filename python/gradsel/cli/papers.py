@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from gradsel.cli.finetune import GROUPS, add_flags, given_by
+from gradsel.cli.finetune import add_flags, given_by, shared
 from gradsel.cli.running import run
 from gradsel.errors import expected
 from gradsel.tables import table
@@ -21,11 +21,7 @@ examples:
 #: Settings that are each run's own: its data and method.
 _OWN = ("data.path", "data.task", "data.kind", "data.layout", "data.root", "data.download", "output.report")
 #: What may be set for all runs of an experiment.
-_SHARED = {
-    title: [flag for flag in flags if flag.field not in (*_OWN, "output.folder", "output.keep")]
-    for title, flags in GROUPS.items()
-    if title != "method"
-}
+_SHARED = shared(*_OWN, "output.folder", "output.keep")
 
 
 def add_to(commands: argparse._SubParsersAction, text: str) -> None:

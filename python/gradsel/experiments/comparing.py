@@ -15,7 +15,7 @@ from transformers.trainer_callback import TrainerCallback
 
 from gradsel.errors import RunError, expected
 from gradsel.experiments.drawing import draw
-from gradsel.experiments.tidy import Row, finals, row_of, table_of, write_rows
+from gradsel.experiments.tidy import Row, finals, row_of, settings_before, table_of, write_rows
 from gradsel.methods import Method, method
 from gradsel.training.config import Config, PathLike, read_config
 from gradsel.training.data import read_data
@@ -158,16 +158,9 @@ def _require_same(folder: Path, config: Config, factors: Sequence[float]) -> Non
     del values["method"], values["output"]
     values["recipe"].pop("learning_rate")
     values = {**values, "factors": [float(factor) for factor in factors]}
-    path = folder / SETTINGS
-    if path.is_file():
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if different := [name for name in values if before.get(name) != values[name]]:
-            raise RunError(f"output.folder: {folder} has a comparison with other settings of {', '.join(different)}")
-        return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunError(f"output.folder: {folder} exists and is not empty")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    before = settings_before(folder / SETTINGS, values, "output.folder")
+    if before and (different := [name for name in values if before.get(name) != values[name]]):
+        raise RunError(f"output.folder: {folder} has a comparison with other settings of {', '.join(different)}")
 
 
 def _config_of(config: Config, contestant: Contestant, rate: float, seed: int, folder: PathLike) -> Config:

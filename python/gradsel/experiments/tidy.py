@@ -11,6 +11,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from gradsel.errors import RunError
 from gradsel.methods import Method
 from gradsel.training.folder import write_text
 
@@ -51,7 +54,6 @@ def row_of(
     value: float | None = None,
 ) -> Row:  # fmt: skip
     """A row of the results of a run; without a value, that of its test set."""
-    steps = results.get("steps")
     return Row(
         split=split,
         method=name,
@@ -59,14 +61,43 @@ def row_of(
         metric="top1",
         value=results["metrics"]["top1"] if value is None else value,
         learning_rate=rate,
-        trained=results.get("trained"),
-        percent=results.get("share"),
-        step_ms=round(1000 * results["seconds"]["training"] / steps, 3) if steps else None,
-        peak_bytes=results.get("peak_memory_bytes"),
-        file_bytes=results.get("bytes"),
-        config=json.dumps({"name": how.name, **how.options()}),
         note=note,
+        **measured(how, results),
     )
+
+
+def measured(how: Method, results: Mapping[str, Any]) -> dict[str, Any]:
+    """What rows say of a run besides its score: counts, time, bytes, and the method with its options."""
+    steps = results.get("steps")
+    return {
+        "trained": results.get("trained"),
+        "percent": results.get("share"),
+        "step_ms": round(1000 * results["seconds"]["training"] / steps, 3) if steps else None,
+        "peak_bytes": results.get("peak_memory_bytes"),
+        "file_bytes": results.get("bytes"),
+        "config": json.dumps({"name": how.name, **how.options()}),
+    }
+
+
+def settings_before(path: Path, values: Mapping[str, Any], argument: str) -> dict[str, Any] | None:
+    """What an earlier call wrote down in a folder of runs. Without one, the folder is made and ``values`` go there.
+
+    Args:
+        path: of the settings.
+        argument: names the folder in the error.
+
+    Raises:
+        RunError: the folder has something else in it.
+    """
+    folder = path.parent
+    if path.is_file():
+        before: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return before
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(f"{argument}: {folder} exists and is not empty")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(path, yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True))
+    return None
 
 
 def write_rows(path: Path, rows: Sequence[Any], kind: Any = Row) -> None:

@@ -76,7 +76,6 @@ class Call:
         versions: dict[Tensor, tuple[int, int]],
         seed: int | None,
     ) -> None:
-        self.numbers = numbers
         self.targets = targets
         self.states = states
         self.device = targets[0].parameter.device

@@ -8,7 +8,6 @@ import json
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
 from torch import nn
 
 import gradsel
@@ -16,6 +15,7 @@ from gradsel.delta.parts import same_bits
 from gradsel.integrations.patches import Patches
 from gradsel.integrations.receiving import Receiver, UpdateRefused, write_patches
 from tests.support import tiny
+from tests.support.checkpoints import llama, saved
 from tests.support.deltas import plain
 
 IDS = torch.arange(12).view(2, 6)
@@ -29,21 +29,6 @@ def moe():
         max_position_embeddings=32, tie_word_embeddings=True,
     )  # fmt: skip
     return transformers.Qwen3MoeForCausalLM(config).eval()
-
-
-def llama(dtype=torch.float32):
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=32, tie_word_embeddings=False, attention_bias=True,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).eval().to(dtype)
-
-
-def saved(model, folder):
-    """The tensors that save_pretrained writes."""
-    model.save_pretrained(folder)
-    return load_file(folder / "model.safetensors")
 
 
 def attached(model, k=2, **rules):

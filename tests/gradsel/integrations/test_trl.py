@@ -12,14 +12,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers
-from safetensors.torch import load_file
 
 import gradsel
 from gradsel.delta.parts import same_bits
 from gradsel.integrations import vllm
 from gradsel.integrations.trl import PatchTransfer
 from tests.support import fake_vllm
+from tests.support.checkpoints import llama, saved
 from tests.support.deltas import plain
 
 IDS = torch.arange(12).view(2, 6)
@@ -27,17 +26,7 @@ SYNC = ["pause", "start_weight_update", "update_weights", "finish_weight_update"
 
 
 def base_model(dtype=torch.bfloat16):
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=32, tie_word_embeddings=False, attention_bias=True,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).eval().to(dtype)
-
-
-def saved(model, folder):
-    model.save_pretrained(folder)
-    return load_file(folder / "model.safetensors")
+    return llama(dtype, layers=1)
 
 
 class Training:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from gradsel.experiments.papers.experiment import Cell, Experiment
 from gradsel.experiments.papers.selections import Measured
-from gradsel.experiments.tidy import mean_and_deviation
+from gradsel.experiments.tidy import mean_and_deviation, measured
 from gradsel.methods import method
 from gradsel.papers.printed import Printed, printed
 from gradsel.training.config import Config
@@ -53,7 +52,7 @@ class Row:
 def rows_of(experiment: Experiment, cell: Cell, found: Measured, config: Config, note: str) -> list[Row]:
     """The rows of one run."""
     how, results = method(config.method.name, **config.method.options), found.results
-    steps = results.get("steps")
+    of_run = measured(how, results)
     return [
         Row(
             experiment=experiment.name,
@@ -65,13 +64,8 @@ def rows_of(experiment: Experiment, cell: Cell, found: Measured, config: Config,
             metric=name,
             value=value,
             learning_rate=config.recipe.learning_rate if results else None,
-            trained=results.get("trained"),
-            percent=results.get("share"),
-            step_ms=round(1000 * results["seconds"]["training"] / steps, 3) if steps else None,
-            peak_bytes=results.get("peak_memory_bytes"),
-            file_bytes=results.get("bytes"),
-            config=json.dumps({"name": how.name, **how.options()}),
             note=note,
+            **of_run,
         )
         for name, value in found.values.items()
     ]

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from gradsel.errors import RunError, expected, one_line
 from gradsel.experiments.papers import selections
 from gradsel.experiments.papers.experiment import Cell, Experiment
@@ -18,7 +16,7 @@ from gradsel.experiments.papers.measures import Job, completed
 from gradsel.experiments.papers.planning import config_of
 from gradsel.experiments.papers.results import Row, rows_of, table_of
 from gradsel.experiments.papers.sources import SOURCES
-from gradsel.experiments.tidy import write_rows
+from gradsel.experiments.tidy import settings_before, write_rows
 from gradsel.training.folder import write_text
 
 SETTINGS, ROWS, TABLE, RUNS, DATA = "experiment.yaml", "results.csv", "table.md", "runs", "data"
@@ -155,17 +153,10 @@ def _slug(cell: Cell) -> str:
 def _require_same(folder: Path, experiment: Experiment, given: Mapping[str, Any]) -> None:
     """Writes down what is run, or checks it against what an earlier call wrote."""
     values = {"experiment": experiment.name, "settings": json.loads(json.dumps(dict(given)))}
-    path = folder / SETTINGS
-    if path.is_file():
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if before != values:
-            settings = before["settings"] or "of the paper"
-            raise ValueError(f"--output: {folder} has {before['experiment']} with the settings {settings}")
-        return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"--output: {folder} exists and is not empty")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    before = settings_before(folder / SETTINGS, values, "--output")
+    if before and before != values:
+        settings = before["settings"] or "of the paper"
+        raise ValueError(f"--output: {folder} has {before['experiment']} with the settings {settings}")
 
 
 def _across(experiment: Experiment, jobs: Mapping[Cell, tuple[Job, str]]) -> list[Row]:
