@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gradsel_kernels._checks import FLOATS, Layout, describe, floating, no_overlap, same_device, sum_dtype
-from gradsel_kernels.adam_call import AdamCall, entry, grad_is_dense
+from gradsel_kernels.adam_call import NUMBERS, AdamCall, entry, grad_is_dense
 
 
 def masked_adam_(call: AdamCall) -> None:
@@ -31,6 +31,14 @@ def scaler(call: AdamCall) -> None:
             continue
         if scalar.numel() != 1 or scalar.dtype is not torch.float32 or scalar.device != device:
             raise ValueError(f"{name} must be one float32 on {device}, got {describe(scalar)}")
+
+
+def numbers(given: Tensor | None) -> None:
+    """Checks hyperparameters that come as a tensor."""
+    wanted = len(NUMBERS)
+    if given is None or (given.dtype is torch.float64 and given.shape == (wanted,) and given.device.type == "cpu"):
+        return
+    raise ValueError(f"numbers must be {wanted} float64 on the CPU ({', '.join(NUMBERS)}), got {describe(given)}")
 
 
 def split_seeds(seeds: Sequence[int | None]) -> tuple[list[int], list[bool]]:

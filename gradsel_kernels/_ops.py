@@ -38,7 +38,8 @@ SCHEMAS = {
         "Tensor(e!)[] max_exp_avg_sqs, Tensor[] originals, Tensor(f!)[] steps, Tensor[] indices, int[] layouts, *, "
         "float lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled_weight_decay, "
         "bool maximize, float anchor, bool anchor_l1, bool anchor_decoupled, Tensor? grad_scale=None, "
-        "Tensor? found_inf=None, int[] seeds=[], bool[] stochastic=[], Tensor(g!)[]? compensations=None) -> ()"
+        "Tensor? found_inf=None, int[] seeds=[], bool[] stochastic=[], Tensor(g!)[]? compensations=None, "
+        "Tensor? numbers=None) -> ()"
     ),
     "topk_masked_adam_": (
         "(Tensor(a!)[] weights, Tensor(b!)[] values, Tensor[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, "
@@ -118,7 +119,8 @@ def selected_weight_grad_bias(
 
 
 @_fake
-def masked_adam_(*args, **kwargs) -> None:
+def masked_adam_(*args, numbers: Tensor | None = None, **kwargs) -> None:
+    _adam_checks.numbers(numbers)
     _adam_checks.masked_adam_(records(*args, **kwargs)[0])
 
 

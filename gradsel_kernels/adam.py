@@ -39,6 +39,7 @@ def masked_adam_(
     found_inf: Tensor | None = None,
     seeds: Sequence[int | None] | None = None,
     compensations: Sequence[Tensor | None] | None = None,
+    numbers: Tensor | None = None,
 ) -> None:
     """One step of Adam or AdamW on the selected entries of every tensor, in place.
 
@@ -97,6 +98,8 @@ def masked_adam_(
             p - weight, rounded too (compensated summation, Kahan 1965; for weights in Zamirai et al. 2020, "Revisiting
             BFloat16 Training"). It is 0 where the weight is not finite. A weight changed in between keeps its
             compensation. In float16, whose numbers are multiples of 2^-24, it adds few digits to small weights.
+        numbers: float64 [6] on the CPU: lr, beta1, beta2, eps, weight_decay and anchor, in place of the arguments. They
+            are read at the call. To compiled code, a float argument is a constant, and a tensor is not.
 
     Raises:
         TypeError, ValueError: tensors that do not fit together; the message names the tensor's number. A tensor with
@@ -128,6 +131,7 @@ def masked_adam_(
         anchor_decoupled=anchor_decoupled,
         grad_scale=grad_scale,
         found_inf=found_inf,
+        numbers=numbers,
         **keywords,
     )
 

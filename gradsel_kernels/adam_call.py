@@ -63,6 +63,10 @@ class AdamOptions(NamedTuple):
     anchor_decoupled: bool
 
 
+#: The options that a tensor can hold instead.
+NUMBERS = ("lr", "beta1", "beta2", "eps", "weight_decay", "anchor")
+
+
 def records(
     *lists: Any,
     seeds: Sequence[int] = (),

@@ -92,9 +92,9 @@ class RepeatedAdam:
             watch.without_grad(parameter)
         for each in written:
             watch.written(*each)
-        for tensor in (*call.weights, *call.values):
+        for tensor in _held((*call.weights, *call.values)):
             watch.parameter(tensor)
-        for tensor in call.states():
+        for tensor in _held(call.states()):
             watch.state(tensor)
         for i, (source, grad) in enumerate(zip(sources, call.grads, strict=True)):
             word, offset = 0, 0
@@ -136,6 +136,11 @@ class RepeatedAdam:
         backends.resolve(self.device).adam_of_table(self._table, call, options)
         self._converted = []
         self._watch.done()
+
+
+def _held(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Each tensor once: the empty one that stands for all that a call does without would be there many times."""
+    return list({id(tensor): tensor for tensor in tensors}.values())
 
 
 def can_repeat(device: torch.device) -> bool:

@@ -1,5 +1,6 @@
 #include "python/tensors.h"
 
+#include <algorithm>
 #include <stdexcept>
 #include <utility>
 
@@ -187,6 +188,27 @@ int64_t version_of(PyObject* tensor) { return as_integer(got(version_getter, ten
 
 bool read_form(PyObject* tensor, Form& form) {
   return shim.from_python ? read_form_of(Opened(tensor).get(), form) : read_form_by_methods(tensor, form);
+}
+
+bool still_has(PyObject* tensor, const Form& form) {
+  if (!shim.from_python) {
+    Form now;
+    return read_form_by_methods(tensor, now) && now.address == form.address && now.agrees(form);
+  }
+  const Opened opened(tensor);
+  const Handle handle = opened.get();
+  void* data = nullptr;
+  int32_t dtype = 0;
+  int64_t dim = 0, *sizes = nullptr, *strides = nullptr;
+  expect(shim.data_ptr(handle, &data), "where a tensor lies");
+  if (reinterpret_cast<intptr_t>(data) != form.address) return false;
+  expect(shim.dtype(handle, &dtype), "a tensor's dtype");
+  expect(shim.dim(handle, &dim), "a tensor's shape");
+  if (dtype != form.dtype || static_cast<size_t>(dim) != form.shape.size()) return false;
+  expect(shim.sizes(handle, &sizes), "a tensor's shape");
+  expect(shim.strides(handle, &strides), "a tensor's strides");
+  return std::equal(form.shape.begin(), form.shape.end(), sizes) &&
+         std::equal(form.strides.begin(), form.strides.end(), strides);
 }
 
 Memory::Memory(PyObject* tensor) : object_(Owned::borrowed(tensor)) {

@@ -74,6 +74,10 @@ int64_t version_of(PyObject* tensor);
 // A strided tensor's form; false for other layouts.
 bool read_form(PyObject* tensor, Form& form);
 
+// Whether a tensor still lies at the address of a form that was read from it, in this form. That takes half as long: only
+// strided tensors have an address, and it lies on one device.
+bool still_has(PyObject* tensor, const Form& form);
+
 // Address and number of entries of a tensor, read again and again. It holds a reference of C++, so not to parameters:
 // torch.utils.swap_tensors, by which models may be converted, refuses tensors that have any.
 class Memory {

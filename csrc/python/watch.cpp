@@ -113,10 +113,8 @@ bool Watch::lists_hold() const {
 }
 
 bool Watch::tensors_hold() {
-  for (const Parameter& watched : parameters_) {
-    if (!read_form(watched.tensor.get(), scratch_)) return false;
-    if (scratch_.address != watched.form.address || !scratch_.agrees(watched.form)) return false;
-  }
+  for (const Parameter& watched : parameters_)
+    if (!still_has(watched.tensor.get(), watched.form)) return false;
   for (const State& watched : states_) {
     int64_t address = 0, numel = 0;
     watched.memory.read(address, numel);

@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 
 from gradsel_kernels import _checks
+from gradsel_kernels._adam_checks import numbers as check_numbers
 from gradsel_kernels._ops import NAMESPACE, SCHEMAS, library
 from gradsel_kernels._version import __version__
 from gradsel_kernels._warnings import user_stacklevel
-from gradsel_kernels.adam_call import records
+from gradsel_kernels.adam_call import NUMBERS, records
 from gradsel_kernels.topk_adam_call import check as check_first_step
 from gradsel_kernels.topk_adam_call import first_step_records
 
@@ -147,8 +148,11 @@ def _scatter_rows_(weight: Tensor, cols: Tensor, values: Tensor) -> None:
     _bump_versions([weight])
 
 
-def _masked_adam_(*args, **kwargs) -> None:
+def _masked_adam_(*args, numbers: Tensor | None = None, **kwargs) -> None:
     call, options = records(*args, **kwargs)
+    if numbers is not None:
+        check_numbers(numbers)
+        options = options._replace(**dict(zip(NUMBERS, numbers.tolist(), strict=True)))
     if call.weights:
         resolve((call.exp_avgs or call.weights)[0].device).masked_adam_(call, options)
         _bump_versions([*call.weights, *call.values])

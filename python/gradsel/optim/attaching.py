@@ -60,6 +60,7 @@ def attach_with(optimizer: Stepping, model: nn.Module, selection: Selection | No
         group["params"] = [parameter for _, parameter in kept]
     optimizer._masks = own
     optimizer._own_masks = {}
-    optimizer._versions, optimizer._plans = {}, {}
+    optimizer._versions = {}
+    optimizer._forget_calls()
     optimizer._selector = None
     return report

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from gradsel.attached import VALUES_VERSION, WEIGHT_VERSION, Selected, links_of, owner_of
 from gradsel.dtypes import trained_dtype
-from gradsel.masks import Mask
+from gradsel.masks import Mask, Whole
+from gradsel.sharding import is_sharded, local_of
 from gradsel_kernels.adam_call import AdamOptions
 from gradsel_kernels.adam_repeat import RepeatedAdam, Source, Written, can_repeat
 
@@ -44,6 +45,24 @@ class Target(NamedTuple):
     def is_compact(self) -> bool:
         """Whether the parameter holds the selected entries only, as its gradient and moments then do."""
         return self.weight is not self.parameter
+
+    @property
+    def here(self) -> Target:
+        """What this rank updates: its shards, or everything if the parameter is no DTensor.
+
+        Values whose weight is not sharded alike are updated alone, and written to it afterwards.
+        """
+        shards = None if self.selected is None else self.selected.shards
+        parameter = local_of(self.parameter).detach() if self.is_sharded else self.parameter
+        if shards is not None and shards.aligned:
+            return Target(parameter, local_of(self.weight), shards.share.mask, None)
+        if not self.is_sharded and shards is None:
+            return self
+        return Target(parameter, parameter, Whole(parameter.shape), None)
+
+    @property
+    def is_sharded(self) -> bool:
+        return is_sharded(self.parameter)
 
 
 def target_of(parameter: Tensor, masks: Mapping[Tensor, Mask]) -> Target:
@@ -98,15 +117,16 @@ class Call:
         """
         for target in self.targets:
             if target.selected is not None:
-                target.selected.refresh(target.weight)
-        self._places = [target.mask.place(target.weight) for target in self.targets]
-        values: list[Tensor | None] = [target.parameter if target.is_compact else None for target in self.targets]
-        states = self.states
+                refresh(target)
+        self._here = [target.here for target in self.targets]
+        self._places = [target.mask.place(target.weight) for target in self._here]
+        values: list[Tensor | None] = [target.parameter if target.is_compact else None for target in self._here]
         for j in self._rounded:
             target = self.targets[j]
             if self._versions.get(target.parameter) != version_of(target.parameter):
                 self._complete(target)
-            values[j] = states[j]["master"]
+            values[j] = local_of(self.states[j]["master"])
+        states = [_local_state(s) if t.is_sharded else s for t, s in zip(self.targets, self.states, strict=True)]
         self._grads = [self._grad(j, target.parameter.grad) for j, target in enumerate(self.targets)]
         compensated = any("compensation" in state for state in states)
         self._lists = {
@@ -127,7 +147,8 @@ class Call:
 
     def _grad(self, j: int, grad: Any) -> Tensor:
         """The gradient of a target in the form that the kernel takes."""
-        target, place = self.targets[j], self._places[j]
+        target, place = self._here[j], self._places[j]
+        grad = local_of(grad)
         if target.is_compact:
             return grad.contiguous()
         if place.weight is target.weight and target.weight.ndim <= 2:
@@ -138,7 +159,7 @@ class Call:
         """Records what the kernel has written. To be called after it has run."""
         for target in self.targets:
             if target.selected is not None:
-                target.selected.mark(target.weight, target.parameter)
+                done(target)
         for j in self._rounded:
             parameter = self.targets[j].parameter
             self._versions[parameter] = version_of(parameter)
@@ -152,6 +173,8 @@ class Call:
             more: links besides those by which targets and states are found; see :class:`RepeatedAdam`.
             fixed, without_grad: likewise.
         """
+        if any(target is not here for target, here in zip(self.targets, self._here, strict=True)):
+            return None  # shards are found anew in every step
         sources, links, written = [], list(more), []
         for j, (target, state) in enumerate(zip(self.targets, self.states, strict=True)):
             parameter, selected = target.parameter, target.selected
@@ -161,7 +184,7 @@ class Call:
             is_view = viewed is grad or viewed.untyped_storage().data_ptr() == grad.untyped_storage().data_ptr()
             sources.append(Source(parameter, None if is_view else partial(self._grad, j)))
             links += links_of(parameter)
-            links += [(state, key, tensor) for key, tensor in state.items()]
+            links += [(state, key, tensor) for key, tensor in state.items() if isinstance(tensor, Tensor)]
             if selected is not None:
                 links.append((vars(selected), "seen", selected.seen))
                 written.append(Written(parameter, selected.seen, VALUES_VERSION))
@@ -228,6 +251,31 @@ class Plan:
             each.run(options, scalar("grad_scale", each.device), scalar("found_inf", each.device))
 
 
+def refresh(target: Target) -> None:
+    """Makes values and weight of an attached target agree before a step."""
+    assert target.selected is not None
+    if target.selected.shards is None:
+        target.selected.refresh(target.weight)
+    else:
+        target.selected.shards.refresh()
+
+
+def done(target: Target) -> None:
+    """Records that a step has written values and weight of an attached target; completes it where it could not."""
+    assert target.selected is not None
+    shards = target.selected.shards
+    if shards is None:
+        target.selected.mark(target.weight, target.parameter)
+    elif shards.aligned:
+        shards.mark()
+    else:
+        shards.write()
+
+
+def _local_state(state: State) -> State:
+    return {key: local_of(value) if isinstance(value, Tensor) else value for key, value in state.items()}
+
+
 def calls_by_device(
     targets: Iterable[tuple[int, Target]],
     complete: Callable[[Target], State],
@@ -252,4 +300,6 @@ def refuse_sparse(grads: Iterable[Tensor]) -> None:
 
 def version_of(parameter: Tensor) -> tuple[int, int]:
     """Changes with every write to a parameter, except in place through ``.data``."""
-    return parameter._version, parameter.data_ptr()
+    held = local_of(parameter)
+    version = parameter._version if held is parameter else parameter._version + held._version
+    return version, held.data_ptr()

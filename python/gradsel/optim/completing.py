@@ -11,6 +11,7 @@ from gradsel.dtypes import trained_dtype
 from gradsel.masks import Mask, fingerprint
 from gradsel.optim.call import State, Target
 from gradsel.optim.state import FINGERPRINT, MOMENTS
+from gradsel.sharding import sharded_like
 
 
 def complete(state: State, target: Target, group: dict[str, Any], may_be_written: bool) -> None:
@@ -22,20 +23,20 @@ def complete(state: State, target: Target, group: dict[str, Any], may_be_written
     Args:
         may_be_written: something other than this optimizer may have written the parameter since the last step.
     """
-    parameter, _, mask, selected = target
+    parameter, _, mask, _ = target
     dtype = trained_dtype(parameter)
     if "step" not in state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
     moments = dtype if dtype is torch.float64 else group["state_dtype"] or dtype
     for name in MOMENTS if group["amsgrad"] else MOMENTS[:2]:
         if name not in state:
-            state[name] = torch.zeros(mask.compact_shape, dtype=moments, device=parameter.device)
+            state[name] = _zeros(target, moments)
         elif state[name].dtype != moments:  # state_dtype was another one
             state[name] = state[name].to(moments)
     if FINGERPRINT not in state and not mask.is_whole:
         state[FINGERPRINT] = fingerprint(mask)
     if group["anchor"] and "original" not in state:
-        state["original"] = (mask.gather(parameter) if selected is None else selected.entries).to(dtype)
+        state["original"] = _original(target).to(dtype)
     if "original" in state and state["original"].dtype != dtype:  # the model was cast
         state["original"] = state["original"].to(dtype)
     if parameter.dtype != dtype:
@@ -43,6 +44,22 @@ def complete(state: State, target: Target, group: dict[str, Any], may_be_written
     else:
         for name in ("master", "compensation"):
             state.pop(name, None)
+
+
+def _zeros(target: Target, dtype: torch.dtype) -> Tensor:
+    """One for each selected entry, sharded like the parameter."""
+    parameter = target.parameter
+    if target.is_sharded:
+        return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+    return torch.zeros(target.mask.compact_shape, dtype=dtype, device=parameter.device)
+
+
+def _original(target: Target) -> Tensor:
+    """The selected entries before training, sharded like the parameter."""
+    if target.selected is None:
+        return target.mask.gather(target.parameter)
+    entries = target.selected.entries
+    return sharded_like(entries, target.parameter) if target.is_sharded else entries
 
 
 def _complete_low_precision(state: State, parameter: Tensor, mask: Mask, mode: str, may_be_written: bool) -> None:

@@ -16,6 +16,7 @@ from gradsel.attached import SUFFIX, owner_of
 from gradsel.masks import Mask, Whole
 from gradsel.parameters.names import strip_wrappers
 from gradsel.selection.selection import lookup
+from gradsel.sharding import is_sharded
 from gradsel_kernels._warnings import user_stacklevel
 
 #: Options that a parameter group from an older version of torch's Adam, or of MaskedAdam, may lack.
@@ -71,6 +72,11 @@ def bind(group: dict[str, Any], masks: Mapping[str, Mask] | None) -> dict[Tensor
             raise ValueError(
                 f"the mask of {name} is for shape {list(mask.shape)}, the parameter has {list(parameter.shape)}; "
                 "select on this model"
+            )
+        if is_sharded(parameter) and mask.nnz and not mask.is_whole:
+            raise ValueError(
+                f"{name} is a DTensor, for which MaskedAdam takes no mask: call gradsel.attach(model, selection), and "
+                "leave out masks"
             )
         bound[parameter] = mask.to(parameter.device)
     return bound
@@ -164,11 +170,6 @@ def warn_of_rounded_moments(options: dict[str, Any]) -> None:
 
 def check_parameter(parameter: Tensor, capturable: bool) -> None:
     """Refuses parameters that the kernels cannot update."""
-    if hasattr(parameter, "device_mesh"):
-        raise RuntimeError(
-            "MaskedAdam does not support DTensors, so neither FSDP2 nor tensor parallelism; use "
-            "DistributedDataParallel, or torch.optim.Adam for a model that is trained whole"
-        )
     if parameter.is_complex():
         raise RuntimeError("MaskedAdam does not support complex parameters; use torch.view_as_real")
     if capturable and parameter.device.type not in _get_capturable_supported_devices():

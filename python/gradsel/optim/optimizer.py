@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,8 @@ from gradsel.parameters.rules import RuleOptions
 from gradsel.ranking.criteria import Criterion, Score
 from gradsel.ranking.policies import Policy
 from gradsel.selection.selection import Selection
+
+Loss = TypeVar("Loss")
 
 
 class MaskedAdam(Stepping):
@@ -145,7 +147,8 @@ class MaskedAdam(Stepping):
     ) -> None:
         check_masks(masks)
         self._selection = masks
-        self._masks, self._own_masks, self._versions, self._plans = {}, {}, {}, {}
+        self._masks, self._own_masks, self._versions = {}, {}, {}
+        self._forget_calls()
         defaults = {
             "lr": lr,
             "betas": tuple(beta.squeeze() if isinstance(beta, Tensor) else beta for beta in betas),
@@ -211,6 +214,12 @@ class MaskedAdam(Stepping):
         if masks is not self._selection:
             self._own_masks.update(bound)
         warn_of_rounded_moments(group)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], Loss]) -> Loss: ...
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -349,7 +358,8 @@ class MaskedAdam(Stepping):
         for parameter, own in self.state.items():
             if "step" in own and not isinstance(own["step"], Tensor):  # from torch before 1.12
                 own["step"] = torch.tensor(float(own["step"]), device=parameter.device)
-        self._plans, self._versions = {}, {}
+        self._versions = {}
+        self._forget_calls()
 
     def __getstate__(self) -> dict[str, Any]:
         # Optimizer pickles and copies only its own three attributes. A copy without masks would train everything.

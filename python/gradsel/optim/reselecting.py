@@ -38,9 +38,10 @@ def reselect_with(optimizer: Stepping, selection: Selection | Mapping[str, Mask]
             kept[parameter] = state
         else:
             del kept[parameter]
+    optimizer.has_reselected |= optimizer._selection is not None
     optimizer._selection = selection
     optimizer._masks.update(masks)
-    optimizer._plans.clear()
+    optimizer._forget_calls()
 
 
 def load_selection(optimizer: Stepping, state_dict: dict[str, Any]) -> None:

@@ -14,13 +14,15 @@ from gradsel.attached import is_attached
 from gradsel.dtypes import trained_dtype
 from gradsel.masks import Frozen, Mask, fingerprint, from_parts
 from gradsel.parameters import fingerprints as weights
-from gradsel.parameters.names import named_parameters
+from gradsel.parameters.names import shaped_parameters
 from gradsel.parameters.rules import Rule, RuleOptions, parameter_rules
 from gradsel.parameters.trainable import has_memory
+from gradsel.quantised import StandIn
 from gradsel.ranking.criteria import Criterion, Score, criterion_of
 from gradsel.ranking.policies import PerNeuron, Policy
-from gradsel.ranking.selecting import Ranker, report_missing, require_ranked, unranked
+from gradsel.ranking.selecting import Ranker, report_missing, require_ranked, require_uneven, unranked
 from gradsel.selection.selection import Selection
+from gradsel.sharding import is_sharded
 
 
 class Selector:
@@ -56,10 +58,12 @@ class Selector:
             raise ValueError(
                 "the model is attached, so it has a selection; leave out policy, or call gradsel.detach(model)"
             )
-        parameters = named_parameters(model)
+        require_uneven(policy, criterion_of(criterion))
+        parameters = shaped_parameters(model)
         self.policy, self._given, self.criterion = policy, criterion, criterion_of(criterion)
         self.rules: dict[str, Rule] = parameter_rules(model, **(rules or {}))
         require_ranked(self.rules, parameters)
+        _require_gradients(self.rules, parameters)
         self.shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         self.after, self.every = after, every
         #: Steps since the last selection, or since the start if there is none.
@@ -80,8 +84,13 @@ class Selector:
         return row_by_row and isinstance(self._given, str) and self._given == "gradient" and self.after == 1
 
     def check(self, names: list[str], parameters: list[Tensor]) -> None:
-        """Refuses parameters that the model does not have."""
+        """Refuses parameters that the model does not have, and DTensors, of which a rank has no whole gradient."""
         for name, parameter in zip(names, parameters, strict=True):
+            if is_sharded(parameter):
+                raise ValueError(
+                    f"{name} is a DTensor, in which policy= cannot select: call gradsel.select(model, ...), then "
+                    "gradsel.attach(model, selection), and leave out policy"
+                )
             if self.shapes.get(name) != tuple(parameter.shape):
                 found = list(self.shapes[name]) if name in self.shapes else "no such parameter"
                 raise ValueError(
@@ -210,6 +219,19 @@ class Selector:
         self.steps = saved["steps"]
         self._sums = {name: total.to(parameters[name].device, copy=True) for name, total in saved["sums"].items()}
         return selection
+
+
+def _require_gradients(rules: Mapping[str, Rule], parameters: Mapping[str, Tensor]) -> None:
+    """Refuses quantised weights, which get no gradients by which an optimizer could rank them."""
+    quantised = [
+        name for name, rule in rules.items() if rule.action == "rank" and isinstance(parameters[name], StandIn)
+    ]
+    if quantised:
+        raise ValueError(
+            f"{len(quantised)} ranked weights are quantised, first {quantised[0]}: backward leaves no gradients on "
+            "them for an optimizer to rank. Call gradsel.select(model, ...) and gradsel.attach(model, selection), and "
+            "make the optimizer without a policy"
+        )
 
 
 def model_of(params: Any, model: nn.Module | None) -> nn.Module:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 import gradsel_kernels as gk
 from gradsel.masks import Mask, Whole
+from gradsel.optim import compiling
 from gradsel.optim.call import Call, Plan, State, Target, calls_by_device, refuse_sparse, target_of, version_of
 from gradsel.optim.completing import complete
 from gradsel.optim.first_step import select_in_step
@@ -46,15 +47,65 @@ class Stepping(Optimizer):
     _selection: Selection | Mapping[str, Mask] | None
     _masks: dict[Tensor, Mask]
     _own_masks: dict[Tensor, Mask]  #: from groups with masks of their own
+    #: Whether another selection was trained before this one, so that other entries have moved as well.
+    has_reselected: bool = False
     #: Makes the selection, with ``policy``.
     _selector: Selector | None = None
     #: Versions and addresses of low-precision parameters after the last step of this optimizer.
     _versions: dict[Tensor, tuple[int, int]]
     _plans: dict[int, Plan]  #: by number of the group
+    #: Another text once masks or states have been replaced: torch.compile compiles again when a text changes.
+    _epoch: str = "0"
+    _entries: dict[Tensor, Tensor]  #: for :mod:`gradsel.optim.compiling`
+
+    def _update(self) -> None:
+        if torch.compiler.is_dynamo_compiling() and (
+            self._selector is None or (self._selection is not None and self._selector.every is None)
+        ):
+            self._update_compiled()
+        else:
+            self._update_eagerly()
+
+    def _update_compiled(self) -> None:
+        """What torch.compile traces: one operator for each group, without a graph break."""
+        with torch._C.DisableTorchFunctionSubclass():
+            calls = []
+            for number, group in enumerate(self.param_groups):
+                check_anchor(group)
+                anchored = True if group["anchor"] != 0 else False  # noqa: SIM210  # compiled anew if it changes
+                into: tuple[list, ...] = tuple([] for _ in compiling.LISTS)
+                devices = self._init_group(number, self._epoch, anchored, *into)
+                if devices > 1:
+                    self._update_eagerly()
+                    return
+                if devices:
+                    calls.append((group, into))
+            for group, into in calls:
+                device = into[0][0].device
+                scaler = {name: self._from_scaler(name, device) for name in ("grad_scale", "found_inf")}
+                compiling.step(group, into, scaler)
 
     @torch._disable_dynamo
-    def _update(self) -> None:
-        """A graph break under torch.compile: one kernel call has nothing to fuse, and plans check themselves."""
+    def _init_group(self, number: int, epoch: str, anchored: bool, *into: list) -> int:
+        """Fills lists for :func:`compiling.step`. Not traced: see :mod:`gradsel.optim.compiling`.
+
+        Args:
+            number: of the group.
+            epoch, anchored: what is compiled holds for these only.
+
+        Returns:
+            On how many devices there is something to do.
+        """
+        group = self.param_groups[number]
+        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+            calls = self._calls(number, [parameter.grad for parameter in group["params"]])
+            for call in calls:
+                compiling.fill(call, call.lists(group["amsgrad"], anchored), into, self._entries)
+        return len(calls)
+
+    @torch._disable_dynamo
+    def _update_eagerly(self) -> None:
+        """A graph break under torch.compile: plans check themselves."""
         with torch._C.DisableTorchFunctionSubclass():  # reads the weights of attached models as plain tensors
             self._update_groups()
 
@@ -78,6 +129,11 @@ class Stepping(Optimizer):
                     continue
                 plan = Plan(group, grads, calls, self.state, _DECIDING_OPTIONS)
             self._plans[number] = plan
+
+    def _forget_calls(self) -> None:
+        """To be called when masks or states have been replaced."""
+        self._plans, self._entries = {}, {}
+        self._epoch = str(int(self._epoch) + 1)
 
     def _run(self, call: Call, group: dict[str, Any]) -> None:
         scaler: dict[str, Any] = {name: self._from_scaler(name, call.device) for name in ("grad_scale", "found_inf")}

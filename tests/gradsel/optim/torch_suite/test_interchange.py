@@ -1,4 +1,4 @@
-"""torch's checks of optimizers: states exchanged with torch's Adam, averaged models, compiled steps."""
+"""torch's checks of optimizers: states exchanged with torch's Adam, averaged models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.optim import lr_scheduler
 
 import gradsel
 import gradsel_kernels as gk
-from tests.gradsel.optim.torch_suite.cases import HalfAdam, closure_of, each_input, problem, steps
+from tests.gradsel.optim.torch_suite.cases import each_input, problem, steps
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 
@@ -74,22 +74,3 @@ def test_no_warnings_in_an_ordinary_loop():
         for _ in range(3):
             steps(optimizer, loss)
             scheduler.step()
-
-
-def test_compiled_steps_are_eager_ones_and_do_not_recompile():
-    """torch.compile(optimizer.step) runs, is a graph break, and takes new learning rates without compiling again."""
-    params, loss = problem()
-    twins, twin_loss = problem()
-    optimizer, plain = HalfAdam(params), HalfAdam(twins)
-    step = torch.compile(optimizer.step)
-    torch._dynamo.utils.counters.clear()
-    compiled = []
-    for t in range(6):
-        for o, f in ((optimizer, loss), (plain, twin_loss)):
-            closure_of(o, f)()
-            o.param_groups[0]["lr"] = 0.1 / (t + 1)
-        step()
-        plain.step()
-        compiled.append(torch._dynamo.utils.counters["frames"]["total"])
-        assert all(map(torch.equal, params, twins))
-    assert compiled[1:] == compiled[1:2] * 5

@@ -1,0 +1,48 @@
+"""A table of how near the optimizer's step is to its goals, from ``targets-cpu.csv``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks.harness.results import Row
+from benchmarks.pages.figures import paragraph, rows_of, table, where
+
+#: How a measured number is written, by its measure.
+WRITTEN = {
+    "us": "{:,.0f} us",
+    "times": "{:.2f}x",
+    "faster": "{:.0f}x faster",
+    "over": "{:.0f} us more",
+    "over each": "{:.2f} us more a tensor",
+}
+SAMPLED = {"loop": "in a loop of its own", "cold": "caches emptied before"}
+
+
+def _time(microseconds: float) -> str:
+    return f"{microseconds:,.0f} us" if microseconds < 9950 else f"{microseconds / 1000:,.0f} ms"
+
+
+def goals(results: Path) -> str:
+    rows = rows_of(results / "targets-cpu.csv")
+    found = {(row["benchmark"], row["size"], row["sampled"], row["provider"]): row for row in rows}
+
+    def line(row: Row) -> list[str]:
+        other = found[row["benchmark"], row["size"], row["sampled"], row["baseline"]]
+        number, limit = float(row["measured"]), float(row["goal"].split()[1].rstrip("x"))
+        met = number >= limit if row["goal"].startswith(">=") else number <= limit
+        return [
+            f"{row['benchmark']}: {row['size']}",
+            SAMPLED[row["sampled"]],
+            _time(float(row["p50_us"])),
+            f"{row['baseline']} {_time(float(other['p50_us']))}",
+            WRITTEN[row["measure"]].format(number),
+            row["goal"] + ("" if met else ", **missed**"),
+        ]
+
+    source = paragraph(
+        f"Medians of interleaved rounds, measured on {where(rows)} "
+        "([all numbers](../benchmarks/results/targets-cpu.csv)). What is compared are the medians of the rounds' own "
+        "differences and ratios."
+    )
+    lines = [line(row) for row in rows if row["measure"]]
+    return f"{source}\n\n{table(['', '', 'ours', 'against', 'measured', 'goal'], lines)}"
