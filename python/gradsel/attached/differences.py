@@ -1,0 +1,61 @@
+"""A quantised weight that is trained in part: its values are differences, because it cannot hold other entries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradsel.attached.selected import SUFFIX, Original
+from gradsel.masks import Mask, fingerprint
+
+
+@dataclass(eq=False)
+class Differences(Original):
+    """How a quantised weight is trained in part.
+
+    Its values are a plain parameter of differences from the dequantised weight, which start at zero. They are added to
+    the weight each time it is made dense; nothing is ever written to the weight.
+
+    Attributes:
+        entries: zeros that take no memory.
+        mask: the selected entries.
+        product: how their gradient is computed.
+        quantised: the fingerprint of the weight.
+    """
+
+    mask: Mask = field(kw_only=True)
+    product: Any = field(kw_only=True)
+    quantised: str = field(kw_only=True)
+    _fingerprint: int | None = None
+
+    def fingerprint(self) -> int:
+        """That of the mask."""
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(self.mask)
+        return self._fingerprint
+
+    def values(self) -> Tensor | None:
+        """The values as a module holds them now; None if no module does."""
+        held = (module._parameters.get(short + SUFFIX) for module, short in self.alive())
+        return next((values for values in held if values is not None), None)
+
+    def follow(self, device: torch.device) -> None:
+        """Moves the mask to a device."""
+        if self.entries.device != device:
+            self.mask = self.mask.to(device)
+            self.product = self.product.to(device)
+            self.entries = no_differences(self.mask, device)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Differences:
+        memo[id(self)] = made = Differences(
+            self.name, self.entries, mask=self.mask, product=self.product, quantised=self.quantised
+        )
+        return made
+
+
+def no_differences(mask: Mask, device: torch.device) -> Tensor:
+    """Zeros for each selected entry that take no memory: what differences are before training."""
+    return torch.zeros((), device=device).expand(mask.compact_shape)
