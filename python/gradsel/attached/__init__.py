@@ -1,5 +1,6 @@
 """What is attached: weights and their values, the record of a model, and what optimizers' steps do to both."""
 
+from gradsel.attached.differences import Differences, no_differences
 from gradsel.attached.record import (
     RECORD,
     STATE,
@@ -7,7 +8,9 @@ from gradsel.attached.record import (
     Record,
     attached_root,
     attachments_of,
+    differences_in,
     is_attached,
+    masks_in,
     require_complete,
     selected_in,
 )
@@ -25,7 +28,8 @@ from gradsel.attached.selected import (
 from gradsel.attached.steps import links_of, owner_of, watch_optimizers
 
 __all__ = [
-    "LINK", "RECORD", "STATE", "SUFFIX", "VALUES_VERSION", "WEIGHT_VERSION", "Attachments", "Original", "Record",
-    "Selected", "SelectedValues", "attached_root", "attachments_of", "is_attached", "is_values", "links_of", "owner_of",
-    "require_complete", "selected_in", "values_of", "watch_optimizers",
+    "LINK", "RECORD", "STATE", "SUFFIX", "VALUES_VERSION", "WEIGHT_VERSION", "Attachments", "Differences", "Original",
+    "Record", "Selected", "SelectedValues", "attached_root", "attachments_of", "differences_in", "is_attached",
+    "is_values", "links_of", "masks_in", "no_differences", "owner_of", "require_complete", "selected_in", "values_of",
+    "watch_optimizers",
 ]  # fmt: skip

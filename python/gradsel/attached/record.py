@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from gradsel.attached.selected import LINK, Original, Selected
+from gradsel.attached.differences import Differences
+from gradsel.attached.selected import LINK, SUFFIX, Original, Selected
 from gradsel.attached.steps import watch_optimizers
 
 #: The attribute of a module with what attach() did to its parameters.
@@ -25,6 +26,7 @@ class Attachments:
         flags: requires_grad before.
         partial: those trained in part.
         whole: those trained whole.
+        differences: quantised ones that are trained in part.
         record: of the module that attach() was called on.
     """
 
@@ -34,12 +36,13 @@ class Attachments:
         self.flags: dict[str, bool] = {}
         self.partial: dict[str, Selected] = {}
         self.whole: dict[str, Original] = {}
+        self.differences: dict[str, Differences] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachments:
         module = memo[id(self.module())]
         made = Attachments(module, copy.deepcopy(self.record, memo))
         made.flags = dict(self.flags)
-        for short, original in (self.partial | self.whole).items():
+        for short, original in (self.partial | self.whole | self.differences).items():
             made.add(short, copy.deepcopy(original, memo))
         return made
 
@@ -55,8 +58,8 @@ class Attachments:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         linked = state.pop("linked")
-        vars(self).update(state, module=weakref.ref(state["module"]), partial={}, whole={})
-        for short, original in (state["partial"] | state["whole"]).items():
+        vars(self).update(state, module=weakref.ref(state["module"]), partial={}, whole={}, differences={})
+        for short, original in (state["partial"] | state["whole"] | state["differences"]).items():
             self.add(short, original)
         for parameter, kind, selected in linked:
             parameter.__class__ = kind
@@ -67,6 +70,8 @@ class Attachments:
         """Makes this module one of those that hold a parameter."""
         if isinstance(original, Selected):
             self.partial[short] = original
+        elif isinstance(original, Differences):
+            self.differences[short] = original
         else:
             self.whole[short] = original
         module = self.module()
@@ -85,6 +90,7 @@ class Record:
         rebased: names of the parameters whose originals it has replaced so far.
         ranks_agree: the masks of all ranks have been compared.
         converting: the model or a part of it is being cast or moved.
+        sharded: those trained in part whose weights FSDP has sharded, by name.
     """
 
     trained: list[str]
@@ -93,6 +99,13 @@ class Record:
     rebased: list[str] = field(default_factory=list)
     ranks_agree: bool = False
     converting: bool = False
+    sharded: dict[str, Selected] = field(default_factory=dict)
+
+
+def masks_in(attachments: Attachments) -> dict[str, int]:
+    """Fingerprints of the masks of a module's parameters that are trained in part, by their names in it."""
+    found = {short: selected.fingerprint() for short, selected in attachments.partial.items()}
+    return found | {short: differences.fingerprint() for short, differences in attachments.differences.items()}
 
 
 def attachments_of(module: nn.Module) -> Attachments | None:
@@ -104,6 +117,12 @@ def selected_in(module: nn.Module) -> dict[str, Selected]:
     """How the parameters of a module are trained in part, by their names in it; nothing in one that is not attached."""
     attachments = attachments_of(module)
     return {} if attachments is None else attachments.partial
+
+
+def differences_in(module: nn.Module) -> dict[str, Differences]:
+    """The quantised weights of a module that are trained in part, by their names in it."""
+    attachments = attachments_of(module)
+    return {} if attachments is None else attachments.differences
 
 
 def is_attached(model: nn.Module) -> bool:
@@ -134,6 +153,7 @@ def require_complete(root: nn.Module, what: str) -> None:
         attachments = attachments_of(module)
         if attachments is not None:
             found |= {s.name for short, s in attachments.partial.items() if s.weight() is not None}
+            found |= {d.name for short, d in attachments.differences.items() if short + SUFFIX in module._parameters}
             for short, original in attachments.whole.items():
                 whole = module._parameters.get(short)
                 if whole is not None and whole.shape == original.entries.shape:

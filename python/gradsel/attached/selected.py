@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gradsel.dtypes import trained_dtype
 from gradsel.masks import Mask, fingerprint
+from gradsel.sharding import Shards
 
 #: What attach() appends to a parameter's name for its values.
 SUFFIX = "_values"
@@ -66,12 +67,15 @@ class Selected(Original):
         kind: the class of the parameter.
         direct: what the direct routes need, by route: a Product, a Lookup, or a Product and its Taps.
         seen: the state of values and weight in which they last agreed; see :meth:`refresh`. None: not known.
+        shards: what this rank holds of weight and values if FSDP has sharded them. A module then has these between
+            forwards, and gathered ones during a forward and its backward.
     """
 
     mask: Mask = field(kw_only=True)
     kind: type = nn.Parameter
     direct: dict[str, Any] = field(default_factory=dict)
     seen: list[int] | None = None
+    shards: Shards | None = None
     _fingerprint: int | None = None
 
     def fingerprint(self) -> int:
@@ -114,6 +118,13 @@ class Selected(Original):
             The values, or what torch.func.functional_call has put in their place, which is not written to the weight.
         """
         values = self.values()
+        if self.shards is not None:  # shards agree before they are gathered, and what is gathered nobody writes
+            if values is not None and not is_values(values):
+                raise RuntimeError(
+                    f"{self.name}{SUFFIX} has been replaced (functional_call does so) in a model that is sharded; "
+                    "write to it in place instead"
+                )
+            return None if values is None else self.shards.in_forward(values)
         if not isinstance(values, SelectedValues):
             return values
         now = self.state_of(weight, values)
@@ -164,6 +175,9 @@ class Selected(Original):
 
     def write(self, weight: Tensor, values: Tensor) -> None:
         """Writes the values to the weight."""
+        if self.shards is not None:
+            self.shards.write()
+            return
         self.mask.scatter_(weight, values)
         self.mark(weight, values)
 
@@ -178,7 +192,7 @@ class Selected(Original):
         return made
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "seen": None}
+        return {**super().__getstate__(), "seen": None, "shards": None}
 
 
 def _is_faked() -> bool:
@@ -252,4 +266,8 @@ def uncast(new: Tensor, values: Tensor) -> Tensor:
 
 
 def is_values(parameter: Tensor) -> bool:
-    return isinstance(parameter, SelectedValues)
+    """Whether a parameter holds values, in one piece or sharded."""
+    if isinstance(parameter, SelectedValues):
+        return True
+    selected: Selected | None = vars(parameter).get(LINK)
+    return selected is not None and selected.shards is not None and selected.shards.values is parameter

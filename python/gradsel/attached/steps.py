@@ -24,16 +24,23 @@ def owner_of(parameter: Tensor) -> tuple[Tensor, Selected] | None:
     Raises:
         RuntimeError: the model holds other values instead of these.
     """
-    selected: Selected | None = vars(parameter).get(LINK) if isinstance(parameter, SelectedValues) else None
+    selected: Selected | None = vars(parameter).get(LINK) if is_values(parameter) else None
     if selected is None:
         return None
+    if selected.shards is not None:
+        if selected.shards.values is not parameter:
+            raise RuntimeError(
+                f"the optimizer holds {selected.name}{SUFFIX} as it was before FSDP sharded it, or gathered for a "
+                "forward, so training would have no effect. Make the optimizer after fully_shard(), and not between a "
+                "forward and its backward"
+            )
+        return selected.shards.both[0], selected
     current = selected.values()
     if current is not parameter and current is not None:
         raise RuntimeError(
             f"the optimizer holds values of {selected.name} that the model no longer has: {selected.name}{SUFFIX} is "
             f"now a {type(current).__name__} of its own, so training would have no effect. Make the optimizer after "
-            "whatever replaces parameters (load_state_dict(assign=True), for example); FSDP and tensor parallelism are "
-            "not supported on an attached model"
+            "whatever replaces parameters (load_state_dict(assign=True), for example)"
         )
     if current is None:
         return None
@@ -97,6 +104,8 @@ _stepped: weakref.WeakSet = weakref.WeakSet()
 
 
 def _after_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    if torch.compiler.is_dynamo_compiling() and getattr(optimizer, "writes_weights", False):
+        return  # the compiled step writes them
     if not getattr(optimizer, "writes_weights", False):
         _write(optimizer)
     if optimizer not in _stepped:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,15 @@ from gradsel.attached import (
     STATE,
     SUFFIX,
     Attachments,
+    Differences,
     Original,
     Record,
     Selected,
     SelectedValues,
     attachments_of,
+    differences_in,
     is_attached,
+    no_differences,
     require_complete,
     selected_in,
     values_of,
@@ -32,11 +35,18 @@ from gradsel.masks import Mask
 from gradsel.nn.buffers import BUFFERS, keep_buffers, restore_buffers
 from gradsel.nn.direct import direct_route, needed_by
 from gradsel.nn.hooks import hook, hook_root, unhook
+from gradsel.nn.quantised import Attached
+from gradsel.nn.sharding import link_shards, refuse_tensor_parallel, sharded_values
 from gradsel.nn.weights import SelectedWeight
 from gradsel.parameters.names import Use, parameter_uses, strip_wrappers
 from gradsel.parameters.trainable import require_trainable
+from gradsel.quantised import Quantised, install, installed, quantised_in, uninstall
 from gradsel.selection.selection import Selection, lookup
+from gradsel.sharding import entries_of, is_sharded, reshard
 from gradsel.tables import grouped, shape_text, table
+from gradsel.views import NeuronView
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass
@@ -44,7 +54,7 @@ class Route:
     """How one parameter is trained.
 
     Attributes:
-        route: "direct", "harvest", "whole" or "frozen".
+        route: "direct", "harvest", "differences" (a quantised weight), "whole" or "frozen".
         why: in a few words.
         trained: number of trained entries.
     """
@@ -78,8 +88,10 @@ class AttachReport(Mapping[str, Route]):
         ]
         direct, harvest = (sum(r.route == route for r in self.values()) for route in ("direct", "harvest"))
         lines = table(("parameter", "shape", "route", "why", "trained"), cells)
+        added = sum(r.route == "differences" for r in self.values())
         lines.append(f"{sum(r.trained for r in self.values()):,} entries trained; {direct} parameters by the direct "
-                     f"route, {harvest} by the harvest of a dense gradient")  # fmt: skip
+                     f"route, {harvest} by the harvest of a dense gradient"
+                     + (f", {added} by differences from quantised weights" if added else ""))  # fmt: skip
         return "\n".join(lines)
 
 
@@ -88,7 +100,12 @@ def attach(model: nn.Module, selection: Selection) -> AttachReport:
 
     A partly selected weight is frozen and gets a parameter of its selected entries, ``<name>_values``, in float32
     (float64 for float64); parameters selected whole are trained as they are; all others are frozen. Modules keep their
-    classes and forwards, parameters stay the same objects. Give ``trainable_parameters(model)`` to an optimizer, to
+    classes and forwards, parameters stay the same objects.
+
+    A quantised weight (bitsandbytes, torchao) stays quantised. Its ``<name>_values`` are float32 *differences* from the
+    dequantised weight, which start at zero, and its module gets a forward that adds them (docs/quantised.md).
+
+    Give ``trainable_parameters(model)`` to an optimizer, to
     :class:`~gradsel.optim.MaskedAdam` best of all. Attach before wrapping the model in DistributedDataParallel or
     torch.compile, and make the optimizer afterwards.
 
@@ -97,7 +114,8 @@ def attach(model: nn.Module, selection: Selection) -> AttachReport:
     ``torch.optim`` optimizers are; call :func:`sync` after any other change.
 
     ``state_dict()`` has the keys of the plain model and ``<name>_values`` beside them, so that training goes on exactly
-    where it stopped; :func:`gradsel.export` writes the plain model. Loading a plain checkpoint makes it the new base.
+    where it stopped; :func:`gradsel.export` writes the plain model, and so does ``model.save_pretrained()`` of
+    transformers. Loading a plain checkpoint makes it the new base.
 
     Args:
         model: any module.
@@ -117,25 +135,39 @@ def attach(model: nn.Module, selection: Selection) -> AttachReport:
         )
     if is_attached(model):
         raise ValueError("the model is attached already; call gradsel.detach(model) first")
+    reshard(model)
     uses = parameter_uses(model)
     masks = {name: lookup(selection, name) for name in uses}
     parameters = _parameters_of(uses)
-    _check(masks, parameters, uses, selection)
+    quantised = {name: found for name, p in parameters.items() if (found := quantised_in(model).get(id(p))) is not None}
+    _check(masks, parameters, uses, selection, quantised)
 
     routes: dict[str, Route] = {}
-    values: dict[str, SelectedValues] = {}
+    values: dict[str, nn.Parameter] = {}
     partial: dict[str, Selected] = {}
+    differences: dict[str, Differences] = {}
     whole: dict[str, Original] = {}
     attached: dict[nn.Module, Attachments] = {}
     record = Record([name for name, mask in masks.items() if mask.nnz])
     for name, mask in masks.items():
         parameter = parameters[name]
         trained_in_part = bool(mask.nnz) and not mask.is_whole
-        if trained_in_part:
+        if trained_in_part and name in quantised:
             mask = mask.to(parameter.device)
-            original = mask.gather(parameter.detach())
+            differences[name] = Differences(
+                name,
+                no_differences(mask, parameter.device),
+                mask=mask,
+                product=mask.product(NeuronView()),
+                quantised=quantised[name].fingerprint(),
+            )
+            routes[name] = Route("differences", quantised[name].kind, mask.shape, mask.nnz)
+        elif trained_in_part:
+            mask = mask.to(parameter.device)
+            sharded = is_sharded(parameter)
+            original = entries_of(mask, parameter.detach()) if sharded else mask.gather(parameter.detach())
             entries = original.to(trained_dtype(parameter), copy=True)
-            values[name] = values_of(entries)
+            values[name] = sharded_values(mask, parameter, entries) if sharded else values_of(entries)
             partial[name] = Selected(name, original, mask=mask, kind=type(parameter))
             vars(values[name])[LINK] = partial[name]
         else:
@@ -143,7 +175,9 @@ def attach(model: nn.Module, selection: Selection) -> AttachReport:
         for _, module, short in uses[name]:
             attachments = attached.setdefault(module, Attachments(module, record))
             attachments.flags[short] = parameter.requires_grad
-            if trained_in_part:
+            if name in differences:
+                attachments.add(short, differences[name])
+            elif trained_in_part:
                 attachments.add(short, partial[name])
                 route = direct_route(module, short)
                 if route is not None:
@@ -164,9 +198,17 @@ def attach(model: nn.Module, selection: Selection) -> AttachReport:
         for name, selected in partial.items():
             weight = parameters[name]
             vars(weight)[LINK] = selected
-            weight.__class__ = SelectedWeight
+            if is_sharded(weight):
+                link_shards(selected, weight, values[name], record)
+            else:
+                weight.__class__ = SelectedWeight
             for _, module, short in uses[name]:
                 module.register_parameter(short + SUFFIX, values[name])
+        for name, each in differences.items():
+            added = nn.Parameter(each.entries.clone())
+            for _, module, short in uses[name]:
+                module.register_parameter(short + SUFFIX, added)
+                install(module, Attached(module, each))
         setattr(model, RECORD, record)
         keep_buffers(model)
         hook_root(model)  # first: it decides for all others what kind of checkpoint is loaded
@@ -175,7 +217,10 @@ def attach(model: nn.Module, selection: Selection) -> AttachReport:
             hook(module, attachments)
         for name, selected in partial.items():
             with torch._C.DisableTorchFunctionSubclass():
-                selected.mark(parameters[name], values[name])
+                if selected.shards is None:
+                    selected.mark(parameters[name], values[name])
+                else:
+                    selected.shards.mark()
     return AttachReport({name: routes[name] for name in masks})
 
 
@@ -184,7 +229,11 @@ def _parameters_of(uses: Mapping[str, list[Use]]) -> dict[str, nn.Parameter]:
 
 
 def _check(
-    masks: Mapping[str, Mask], parameters: Mapping[str, Tensor], uses: Mapping[str, list[Use]], selection: Selection
+    masks: Mapping[str, Mask],
+    parameters: Mapping[str, Tensor],
+    uses: Mapping[str, list[Use]],
+    selection: Selection,
+    quantised: Mapping[str, Quantised],
 ) -> None:
     unknown = [name for name in selection if strip_wrappers(name) not in uses]
     if unknown:
@@ -194,17 +243,22 @@ def _check(
         )
     for name, mask in masks.items():
         parameter = parameters[name]
-        if mask.shape != tuple(parameter.shape):
+        shape = quantised[name].shape if name in quantised else tuple(parameter.shape)
+        if mask.shape != shape:
             raise ValueError(
-                f"the mask of {name} is for shape {list(mask.shape)}, the parameter has {list(parameter.shape)}; "
+                f"the mask of {name} is for shape {list(mask.shape)}, the parameter has {list(shape)}; "
                 "select on this model"
             )
         if not mask.nnz:
+            continue
+        if name in quantised:
+            _check_quantised(name, mask, uses[name])
             continue
         require_trainable(name, parameter)
         if mask.is_whole:
             continue
         for _, module, short in uses[name]:
+            refuse_tensor_parallel(name, module, parameter)
             if hasattr(module, short + SUFFIX):
                 raise ValueError(f"{name}: the module has an attribute {short + SUFFIX} already, attach() needs it")
             if getattr(module, "max_norm", None) is not None:
@@ -213,27 +267,50 @@ def _check(
                 raise ValueError(f"{name}: its module is TorchScript, which cannot be attached; use the Python module")
 
 
-def detach(model: nn.Module, restore: bool = False) -> nn.Module:
+def _check_quantised(name: str, mask: Mask, uses: list[Use]) -> None:
+    if mask.is_whole:
+        raise ValueError(f"{name} is quantised, so a choice of its entries can be trained, but not all of them")
+    for _, module, short in uses:
+        if installed(module) is not None:
+            raise ValueError(f"{name}: a delta has been applied to this quantised weight; revert it before attach()")
+        if hasattr(module, short + SUFFIX):
+            raise ValueError(f"{name}: the module has an attribute {short + SUFFIX} already, attach() needs it")
+        if "forward" in vars(module) and "_old_forward" not in vars(module):
+            raise ValueError(
+                f"{name}: the forward of its module has been replaced by {vars(module)['forward']!r}, and attach() "
+                "needs to replace that of a quantised layer; take it back, or freeze this weight by name"
+            )
+
+
+def detach(model: Model, restore: bool = False) -> Model:
     """Takes back what :func:`attach` did: parameters and ``requires_grad`` flags are as before.
 
     Args:
         model: the attached model, or a wrapper around it.
         restore: give every trained parameter its original entries back, to the bit, and every buffer (running
-            statistics) what it held; otherwise they stay as trained.
+            statistics) what it held; otherwise they stay as trained. A quantised weight cannot take its differences
+            over: see :func:`gradsel.merge`.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: the model is not attached; with ``restore``, a trained parameter is no longer part of it. Nothing
-            has changed.
+        ValueError: the model is not attached; with ``restore``, a trained parameter is no longer part of it; without
+            it, quantised weights have differences that would be lost. Nothing has changed.
     """
     roots = [module for module in model.modules() if RECORD in vars(module)]
     if not roots:
         raise ValueError("the model is not attached, or attach() was called on a module around it; pass that one")
+    if sharded := [name for root in roots for name in vars(root)[RECORD].sharded]:
+        raise ValueError(
+            f"{sharded[0]} is sharded, and FSDP keeps its values as parameters of the model: detach() is for a model "
+            "that is not. The trained weights are in state_dict(), the trained entries in gradsel.Delta.of(model)"
+        )
     if restore:
         for root in roots:
             require_complete(root, "detach(restore=True)")
+    else:
+        _require_no_differences(roots)
     sync(model, writing=False)
     with uninterrupted():
         for root in roots:
@@ -247,6 +324,22 @@ def detach(model: nn.Module, restore: bool = False) -> nn.Module:
             unhook(root)
             delattr(root, RECORD)
     return model
+
+
+def _require_no_differences(roots: list[nn.Module]) -> None:
+    lost = {
+        differences.name
+        for root in roots
+        for module in root.modules()
+        for differences in differences_in(module).values()
+        if (values := differences.values()) is not None and bool(values.any())
+    }
+    if lost:
+        raise ValueError(
+            f"{len(lost)} quantised weights have been trained, first {min(lost)}, and cannot take over their "
+            "differences: gradsel.save_delta(model, path) keeps them, gradsel.merge(model, torch.bfloat16) writes them "
+            "to a dense model; detach(model, restore=True) drops them"
+        )
 
 
 def _detach_module(module: nn.Module, attachments: Attachments, restore: bool) -> None:
@@ -267,6 +360,9 @@ def _detach_module(module: nn.Module, attachments: Attachments, restore: bool) -
         if isinstance(values, SelectedValues):
             vars(values).pop(LINK, None)
             values.__class__ = nn.Parameter  # type: ignore[assignment]
+    for short in attachments.differences:
+        own.pop(short + SUFFIX, None)
+        uninstall(module)
     for short, flag in attachments.flags.items():
         if (parameter := own.get(short)) is not None:
             parameter.requires_grad_(flag)
@@ -294,6 +390,9 @@ def sync(model: nn.Module, writing: bool = True) -> None:
                 weight, values = selected.weight(), selected.values()
                 if weight is None or values is None:
                     continue
-                selected.refresh(weight)
+                if selected.shards is not None:
+                    selected.shards.refresh()
+                else:
+                    selected.refresh(weight)
                 if writing:
                     selected.write(weight, values)

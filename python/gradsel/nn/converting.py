@@ -50,6 +50,8 @@ class Conversion:
         convert = type(module)._apply
         if record.converting:  # called for a module around this one
             return convert(module, fn, *args, **kwargs)
+        if record.sharded:
+            return self._of_shards(fn, convert, *args, **kwargs)
         places = list(_places_in(module))
         record.converting = True
         try:
@@ -60,6 +62,25 @@ class Conversion:
         finally:
             record.converting = False
             _link(places)
+
+    def _of_shards(self, fn: Callable[[Tensor], Tensor], convert: Callable, *args: Any, **kwargs: Any) -> nn.Module:
+        """Of a model that FSDP has sharded: it may be moved, but not cast, since values would lose digits."""
+        module, record = self.attachments.module(), self.attachments.record
+        for name, selected in record.sharded.items():
+            assert selected.shards is not None
+            for tensor in selected.shards.both:
+                probe = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+                if fn(probe).dtype is not probe.dtype:
+                    raise RuntimeError(
+                        f"{name} is attached and sharded, so the model cannot be cast any more: cast it before "
+                        "fully_shard() and attach()"
+                    )
+        converted = convert(module, fn, *args, **kwargs)
+        for selected in record.sharded.values():
+            assert selected.shards is not None
+            for tensor in selected.shards.both:  # torch exchanges what is in them, their attributes included
+                vars(tensor)[LINK] = selected
+        return converted
 
 
 def _places_in(root: nn.Module) -> Iterable[_Place]:

@@ -226,7 +226,9 @@ def _applied(function: type[Function], *args: Any) -> Tensor:
 def autocast_input(input: Tensor) -> Tensor:
     """The input in the dtype that autocast would have it in, if it is on."""
     device = input.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not torch.compiler.is_compiling() and not torch.amp.is_autocast_available(device):  # torch 2.11 cannot trace it
+        return input
+    if not torch.is_autocast_enabled(device):
         return input
     if input.dtype is torch.float64:
         return input

@@ -17,24 +17,31 @@ from gradsel.attached import (
     STATE,
     SUFFIX,
     Attachments,
+    Record,
     Selected,
     SelectedValues,
     attachments_of,
+    masks_in,
 )
 from gradsel.nn import functional
 from gradsel.nn.converting import Conversion, adopt_values, adopt_weight
 from gradsel.nn.loading import after_root_load, after_state_dict, before_load, before_root_load
+from gradsel.nn.saving import save_as_before, save_plainly
+from gradsel.nn.sharding import check_gathered, take_place, unwatch_assignments, watch_assignments
 from gradsel.nn.weights import SelectedWeight
 from gradsel.parameters.trainable import why_untrainable
+from gradsel.sharding import agree_over, mesh_of
 
 
 def hook(module: nn.Module, attachments: Attachments) -> None:
     """Registers the hooks of one module."""
     _watch_registration()
-    if attachments.partial:
+    if attachments.partial or attachments.differences:
         module.register_forward_pre_hook(before_forward)
+    if attachments.partial:
         vars(module).setdefault("_apply", Conversion(attachments))
-    if attachments.partial or attachments.whole:
+        watch_assignments(module, attachments)
+    if attachments.partial or attachments.whole or attachments.differences:
         module.register_state_dict_post_hook(after_state_dict)
         module.register_load_state_dict_pre_hook(before_load)
 
@@ -43,6 +50,7 @@ def hook_root(root: nn.Module) -> None:
     """Registers those of the module that attach() was called on."""
     root.register_load_state_dict_pre_hook(before_root_load)
     root.register_load_state_dict_post_hook(after_root_load)
+    save_plainly(root)
 
 
 _HOOKS = (before_root_load, after_root_load, before_load, after_state_dict)
@@ -61,6 +69,8 @@ def unhook(module: nn.Module) -> None:
                 del hooks[key]
     if isinstance(vars(module).get("_apply"), Conversion):
         del module._apply
+    save_as_before(module)
+    unwatch_assignments(module)
 
 
 def before_forward(module: nn.Module, args: Any) -> None:
@@ -74,6 +84,9 @@ def before_forward(module: nn.Module, args: Any) -> None:
         _compare_ranks(attachments)
     own = module._parameters
     for short, selected in attachments.partial.items():
+        if selected.shards is not None:
+            check_gathered(module, short, selected)
+            continue
         weight, values = own.get(short), own.get(short + SUFFIX)
         if (
             type(weight) is not SelectedWeight
@@ -164,6 +177,8 @@ def _registered(module: nn.Module, short: str, parameter: nn.Parameter | None) -
 
 
 def _assign(module: nn.Module, attachments: Attachments, short: str, parameter: nn.Parameter) -> None:
+    if take_place(module, attachments, short, parameter):
+        return
     plain = short.removesuffix(SUFFIX)
     selected = attachments.partial.get(plain)
     original = attachments.whole.get(short) if selected is None else selected
@@ -207,24 +222,33 @@ def _take_place(short: str, plain: str, selected: Selected, parameter: nn.Parame
 
 
 def _compare_ranks(attachments: Attachments) -> None:
-    """At the first forward in DistributedDataParallel: all ranks must train the same entries."""
+    """At the first forward in DistributedDataParallel or under FSDP: all ranks must train the same entries."""
+    if sharded := attachments.record.sharded:
+        mesh = mesh_of(next(iter(sharded.values())).shards.both[0])  # type: ignore[union-attr]
+        different = agree_over(mesh, {name: selected.fingerprint() for name, selected in sharded.items()})
+        _refuse_different(attachments.record, different)
+        return
     parallel = DistributedDataParallel._active_ddp_module
     if parallel is None or not dist.is_initialized():
         return
     group = parallel.process_group
     own: Mapping[str, int] = {
-        f"{path}.{short}": selected.fingerprint()
+        f"{path}.{short}": mask
         for path, module in parallel.module.named_modules()
         if (there := attachments_of(module)) is not None
-        for short, selected in there.partial.items()
+        for short, mask in masks_in(there).items()
     }
     everywhere: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everywhere, own, group=group)
-    attachments.record.ranks_agree = True
     different = [name for name in own if any(other.get(name) != own[name] for other in everywhere)]
-    if different or any(other.keys() != own.keys() for other in everywhere):
-        attachments.record.ranks_agree = False
-        first = f", first {different[0]}" if different else ""
+    different += [name for other in everywhere for name in other if name not in own]
+    _refuse_different(attachments.record, different)
+
+
+def _refuse_different(record: Record, different: list[str]) -> None:
+    record.ranks_agree = not different
+    if different:
+        first = f", first {different[0]}"
         raise RuntimeError(
             f"ranks are attached to different selections ({len(different)} parameters differ{first}), so they would "
             "train different models. Pass process_group=torch.distributed.group.WORLD to gradsel.select(), or save the "

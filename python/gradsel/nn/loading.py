@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gradsel.attached import RECORD, SUFFIX, Attachments, Original, Selected, attachments_of
+from gradsel.attached import RECORD, SUFFIX, Attachments, Differences, Original, Selected, attachments_of, masks_in
 from gradsel.attached.steps import some
 from gradsel.dtypes import trained_dtype
 from gradsel.nn.buffers import begin_with
@@ -24,7 +24,7 @@ def after_state_dict(module: nn.Module, state_dict: StateDict, prefix: str, loca
     """Puts the fingerprints of a module's masks beside its values."""
     attachments = attachments_of(module)
     if attachments is not None:
-        local_metadata[METADATA] = {short: s.fingerprint() for short, s in attachments.partial.items()}
+        local_metadata[METADATA] = masks_in(attachments)
 
 
 def before_root_load(root: nn.Module, state_dict: StateDict, prefix: str, *rest: Any) -> None:
@@ -40,8 +40,15 @@ def before_root_load(root: nn.Module, state_dict: StateDict, prefix: str, *rest:
         attachments = attachments_of(module)
         own_metadata = metadata.get((prefix + path).removesuffix("."), {})
         brought |= METADATA in own_metadata
+        for short, differences in {} if attachments is None else attachments.differences.items():
+            start = prefix + (f"{path}." if path else "") + short
+            brought |= start + SUFFIX in state_dict
+            _require_own(differences, start, state_dict, own_metadata)
         for short, selected in {} if attachments is None else attachments.partial.items():
             start = prefix + (f"{path}." if path else "") + short
+            if selected.shards is not None:
+                brought |= _brings_shards(state_dict, start, selected, own_metadata.get(METADATA, {}).get(short))
+                continue
             values, weight = (_given(state_dict, key, selected) for key in (start + SUFFIX, start))
             known = own_metadata.get(METADATA, {}).get(short)
             if values is not None:
@@ -51,11 +58,7 @@ def before_root_load(root: nn.Module, state_dict: StateDict, prefix: str, *rest:
                 else:  # a file of safetensors: what the weight holds tells whose values these are
                     fits = weight is None or _agree(selected.mask.to(weight.device).gather(weight), values)
                 if not fits:
-                    raise RuntimeError(
-                        f"{start}{SUFFIX} holds the values of another selection than the one that the model is "
-                        "attached to; attach the model to the selection that the checkpoint was trained with, or load "
-                        "the plain weights (gradsel.export) before attach()"
-                    )
+                    raise RuntimeError(f"{start}{SUFFIX} holds the {_OTHER}")
                 own = selected.weight()
                 if weight is None and selected.replaced is not None and own is not None:
                     matches |= _agree(selected.mask.gather(own.detach()), values)
@@ -73,8 +76,41 @@ def before_root_load(root: nn.Module, state_dict: StateDict, prefix: str, *rest:
             kept.replaced = None
 
 
+def _require_own(differences: Differences, key: str, state_dict: StateDict, metadata: Mapping[str, Any]) -> None:
+    """Refuses differences of another selection."""
+    short = key.rpartition(".")[2]
+    known = metadata.get(METADATA, {}).get(short)
+    if key + SUFFIX in state_dict and known not in (None, differences.fingerprint()):
+        raise RuntimeError(
+            f"{key}{SUFFIX} holds the differences of another selection than the one that the model is attached to; "
+            "attach the model to the selection that the checkpoint was trained with"
+        )
+
+
+_OTHER = (
+    "values of another selection than the one that the model is attached to; attach the model to the selection that "
+    "the checkpoint was trained with, or load the plain weights (gradsel.export) before attach()"
+)
+
+
+def _brings_shards(state_dict: Mapping[str, Any], name: str, selected: Selected, known: int | None) -> bool:
+    """Whether a checkpoint has the values of a sharded weight; whose they are shows once they are loaded."""
+    has_weight, has_values = (key in state_dict for key in (name, name + SUFFIX))
+    if has_weight and not has_values:
+        raise RuntimeError(
+            f"the checkpoint has {name} and not {name}{SUFFIX}, so it is one of the plain model: load it before "
+            "fully_shard() and attach()"
+        )
+    if has_values and known is not None and known != selected.fingerprint():
+        raise RuntimeError(f"{name}{SUFFIX} holds the {_OTHER}")
+    return has_values
+
+
 def after_root_load(root: nn.Module, incompatible_keys: Any) -> None:
     record = vars(root)[RECORD]
+    for name, selected in record.sharded.items():
+        if selected.shards is not None and not selected.shards.agree():
+            raise RuntimeError(f"the checkpoint has {name}{SUFFIX} with the {_OTHER}")
     rebased, record.rebased, record.loading = record.rebased, [], None
     _report_rebased(rebased)
 

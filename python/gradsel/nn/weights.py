@@ -274,7 +274,7 @@ def _current(weight: Tensor, selected: Selected) -> Tensor | None:
 
 def _dense(weight: SelectedWeight, selected: Selected, values: Tensor) -> Tensor:
     """The dense weight with these values, as a plain tensor."""
-    if torch.compiler.is_dynamo_compiling() or is_values(values):
+    if torch.compiler.is_dynamo_compiling() or is_values(values) or selected.shards is not None:
         return weight.detach()
     made = weight.detach().clone()
     with torch.no_grad():

@@ -7,8 +7,12 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
+from gradsel.dtypes import integer_sum
+from gradsel.masks import Flat
 from gradsel.parameters.names import named_parameters
 from gradsel.parameters.trainable import has_memory
+from gradsel.quantised import quantised_in
+from gradsel.sharding import entries_of, is_sharded, local_of, sum_over_shards
 from gradsel.tables import shape_text
 
 #: Number of entries of a parameter that go into its fingerprint individually.
@@ -24,15 +28,22 @@ def fingerprint(parameter: Tensor) -> str:
     in the sum; swapped values show only if one is among the single entries. The device and memory format do not matter.
 
     Args:
-        parameter: any shape, dtype and strides.
+        parameter: any shape, dtype and strides. The fingerprint of a DTensor is that of the whole; all ranks call it.
     """
     numel = parameter.numel()
     count = min(numel, _SAMPLE)
     places = torch.arange(count, device=parameter.device) * numel // max(count, 1)
-    sample = parameter.detach()[torch.unravel_index(places, parameter.shape)].reshape(-1).cpu()
+    if is_sharded(parameter):
+        picked = Flat(places, parameter.shape)
+        sample = entries_of(picked, parameter).cpu()
+    else:
+        sample = parameter.detach()[torch.unravel_index(places, parameter.shape)].reshape(-1).cpu()
     content = hashlib.blake2b(sample.view(torch.uint8).numpy().tobytes(), digest_size=8)
     if (integers := INTEGERS.get(parameter.element_size())) is not None:
-        content.update(str(int(parameter.detach().view(integers).sum(dtype=torch.int64))).encode())
+        total = integer_sum(local_of(parameter).detach().view(integers))
+        if is_sharded(parameter):
+            total = int(sum_over_shards(torch.tensor(total, device=parameter.device), parameter))
+        content.update(str(total).encode())
     return f"{kind_of(parameter)} {content.hexdigest()}"
 
 
@@ -43,4 +54,9 @@ def kind_of(parameter: Tensor) -> str:
 
 def fingerprints(model: nn.Module) -> dict[str, str]:
     """The fingerprints of all parameters, by name without the prefixes of DistributedDataParallel and torch.compile."""
-    return {name: fingerprint(p) for name, p in named_parameters(model).items() if has_memory(p)}
+    quantised = quantised_in(model)
+    return {
+        name: quantised[id(p)].fingerprint() if id(p) in quantised else fingerprint(p)
+        for name, p in named_parameters(model).items()
+        if id(p) in quantised or has_memory(local_of(p))
+    }

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from gradsel.quantised import StandIn, quantised_in
+
 #: Parts that torch.compile and checkpoint_wrapper insert into the names of parameters.
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
 
@@ -15,6 +17,15 @@ WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters by name without the prefixes of DistributedDataParallel, torch.compile and checkpoint_wrapper."""
     return {strip_wrappers(name): parameter for name, parameter in model.named_parameters()}
+
+
+def shaped_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Those of :func:`named_parameters`, with a stand-in in the shape of the dense weight for each quantised one."""
+    quantised = quantised_in(model)
+    return {
+        name: StandIn(quantised[id(parameter)]) if id(parameter) in quantised else parameter
+        for name, parameter in named_parameters(model).items()
+    }
 
 
 Use = tuple[str, nn.Module, str]  # full name, owning module, name in it

@@ -19,12 +19,13 @@ from gradsel.parameters.names import (
     Use,
     did_you_mean,
     has_part,
-    named_parameters,
     parameter_uses,
+    shaped_parameters,
     strings,
     strip_wrappers,
 )
 from gradsel.parameters.trainable import is_reduced, why_untrainable
+from gradsel.quantised import opaque_layers, quantised_weight, why_unknown
 from gradsel.views import NeuronView
 
 #: Modules with one of these names anywhere in their path are the head.
@@ -149,6 +150,9 @@ def parameter_rules(
     owners = parameter_uses(model)
     overrides = {"rank": strings(rank), "whole": strings(whole), "freeze": strings(freeze)}
     all_names = [name for uses in owners.values() for name, _, _ in uses]
+    opaque = list(opaque_layers(model))
+    _require_no_opaque(opaque, overrides["freeze"])
+    all_names += [codes for codes, _ in opaque]
     _check_patterns(model, overrides, all_names)
     heads = strings(head)
     if heads != HEAD:
@@ -178,12 +182,25 @@ def parameter_rules(
 
 def ranked_sizes(model: nn.Module, **options: Unpack[RuleOptions]) -> dict[str, tuple[int, int]]:
     """Rows and columns of the neuron view of every ranked parameter; takes the arguments of :func:`parameter_rules`."""
-    return sizes_of(parameter_rules(model, **options), named_parameters(model))
+    return sizes_of(parameter_rules(model, **options), shaped_parameters(model))
 
 
 def sizes_of(rules: Mapping[str, Rule], parameters: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
     """Rows and columns of the neuron view of every parameter that these rules rank."""
     return {name: rule.view.shape(parameters[name].shape) for name, rule in rules.items() if rule.action == "rank"}
+
+
+def _require_no_opaque(opaque: list[tuple[str, str]], freeze: tuple[str, ...]) -> None:
+    """Refuses quantised layers whose weight is no parameter, unless they are frozen by name."""
+    found = [(codes, kind) for codes, kind in opaque if not any(fnmatchcase(codes, pattern) for pattern in freeze)]
+    if found:
+        codes, kind = found[0]
+        pattern = f"*.{codes.rpartition('.')[2]}"
+        raise ValueError(
+            f"{len(found)} quantised layers hold their weights where they cannot be trained, first {codes} of a {kind} "
+            "(GPTQ, AWQ, HQQ and the like). Load the model quantised by bitsandbytes (nf4, int8) or torchao instead, "
+            f"or freeze these layers by name and train the others: freeze=[{pattern!r}]"
+        )
 
 
 def _check_patterns(model: nn.Module, overrides: Mapping[str, tuple[str, ...]], names: list[str]) -> None:
@@ -213,7 +230,13 @@ def _checked_kinds(kinds: Mapping[str, str]) -> Mapping[str, str]:
 def _named(action: str, uses: list[Use]) -> Rule:
     name, module, short = uses[0]
     parameter = getattr(module, short)
-    if action != "freeze" and (found := why_untrainable(parameter)) is not None:
+    if action == "whole" and quantised_weight(module, short) is not None:
+        raise ValueError(
+            f"whole names {name}, which is quantised: a choice of its entries can be trained, as differences (name it "
+            "in rank), but not all; to train it whole, leave it out when the model is quantised (transformers: "
+            "llm_int8_skip_modules)"
+        )
+    if action != "freeze" and (found := _obstacle(module, short, parameter)) is not None:
         raise ValueError(f"{action} names {name}, which cannot be trained: it is {found}")
     return Rule(_feasible(action, parameter), "named", _view(uses), named=True)
 
@@ -286,12 +309,26 @@ def _routers(model: nn.Module) -> list[nn.Module]:
 def _default(kind: str, uses: list[Use], actions: Mapping[str, str]) -> Rule:
     _, module, short = uses[0]
     parameter = getattr(module, short)
-    if (found := why_untrainable(parameter)) is not None:
-        return Rule("freeze", found, blocked=actions[kind] == "rank" and is_reduced(parameter, short))
+    if actions[kind] == "whole" and quantised_weight(module, short) is not None:
+        found = (
+            f"a quantised {kind}, of which a choice of entries can be trained (rank=[...]), but not all; or leave it "
+            "out when the model is quantised (transformers: llm_int8_skip_modules)"
+        )
+        return Rule("freeze", found, blocked=True)
+    if (found := _obstacle(module, short, parameter)) is not None:  # type: ignore[assignment]
+        return Rule("freeze", found, blocked=actions[kind] != "freeze" and is_reduced(parameter, short))
     reason = "neither weight nor bias" if kind == "other" else kind
     if kind == "embedding" and len(uses) > 1:
         reason += ", tied"
     return Rule(_feasible(actions[kind], parameter), reason, _view(uses))
+
+
+def _obstacle(module: nn.Module, short: str, parameter: Tensor) -> str | None:
+    """Why no entries of a parameter can be ranked or trained; None if they can, if need be as differences."""
+    if quantised_weight(module, short) is not None or (found := why_untrainable(parameter, sharded=True)) is None:
+        return None
+    hint = why_unknown(module, parameter)
+    return found if hint is None else f"{found}; {hint}"
 
 
 def _of_adapter(what: str, uses: list[Use], actions: Mapping[str, str]) -> Rule:

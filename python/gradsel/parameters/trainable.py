@@ -5,12 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from gradsel.sharding import is_sharded, local_of
+
 #: float8 and smaller have no arithmetic in torch.
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def why_untrainable(parameter: Tensor) -> str | None:
-    """Why no entries of a parameter can be ranked or trained, in a few words; None if they can."""
+def why_untrainable(parameter: Tensor, sharded: bool = False) -> str | None:
+    """Why no entries of a parameter can be ranked or trained, in a few words; None if they can.
+
+    Args:
+        sharded: what is asked for can be done with the shards of a DTensor.
+    """
+    if sharded and is_sharded(parameter):
+        partial = any(placement.is_partial() for placement in getattr(parameter, "placements", ()))
+        return "a DTensor of partial sums" if partial else why_untrainable(local_of(parameter))
     kind = type(parameter.data if type(parameter) is nn.Parameter else parameter)
     if nn.parameter.is_lazy(parameter):
         return "not initialised"
@@ -42,7 +51,8 @@ def is_reduced(parameter: Tensor, short: str) -> bool:
     """Whether an untrainable parameter stands for a weight that could be trained: it is quantised or sharded."""
     integers = parameter.dtype in (torch.uint8, torch.int8) and short.endswith(("weight", "proj"))
     small = integers or (parameter.is_floating_point() and parameter.dtype not in _DTYPES)
-    return small or _is_wrapper(parameter) or hasattr(parameter, "device_mesh")
+    stored = hasattr(parameter, "quant_state") or hasattr(parameter, "CB")  # of bitsandbytes, in any dtype
+    return small or stored or _is_wrapper(parameter) or hasattr(parameter, "device_mesh")
 
 
 def require_trainable(name: str, parameter: Tensor) -> None:
@@ -50,7 +60,7 @@ def require_trainable(name: str, parameter: Tensor) -> None:
     Raises:
         ValueError: entries of this parameter cannot be trained.
     """
-    reason = why_untrainable(parameter)
+    reason = why_untrainable(parameter, sharded=True)
     if reason is not None:
         raise ValueError(f"{name} is {reason}, which cannot be trained; freeze it, as in select(freeze=[{name!r}])")
     if parameter.is_meta:

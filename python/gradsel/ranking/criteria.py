@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gradsel.dtypes import trained_dtype
+
 #: Scores of one weight, from its neuron view and that of its summed gradient, both [rows, cols]. The largest magnitudes
 #: are selected.
 Score = Callable[[Tensor, Tensor], Tensor]
@@ -24,7 +26,9 @@ class Criterion:
         each_batch: maps the gradient of one batch, which it may change in place, to what is summed over batches. None:
             the gradient itself is summed, with its sign.
         squared: scores are squares already, so the scores of rows and columns are plain sums of them.
+        even: the squared scores of every input have the same sum, so whole inputs cannot be ranked by them.
         reset: called before each selection, so that all selections start from the same state.
+        by_entry: the score of an entry depends on nothing but its weight and gradient.
     """
 
     name: str
@@ -32,7 +36,9 @@ class Criterion:
     needs_gradient: bool = True
     each_batch: Callable[[Tensor], Tensor] | None = None
     squared: bool = False
+    even: bool = False
     reset: Callable[[], object] = lambda: None
+    by_entry: bool = False
 
 
 def random_scores(seed: int = 0) -> Criterion:
@@ -45,12 +51,28 @@ def random_scores(seed: int = 0) -> Criterion:
     return Criterion(f"random, seed {seed}", score, needs_gradient=False, reset=lambda: generator.manual_seed(seed))
 
 
+def relative_to_input(grad: Tensor) -> Tensor:
+    """Gradients [rows, cols], each over the root mean square of those of its input; 0 where all of these are 0.
+
+    The gradient of a weight is that of its neuron times its input, so a few inputs that are large for every sample hold
+    the largest gradients of most neurons, whatever these need. Adam, which divides by the gradient, makes nothing of
+    their size. Relative to the input, the choice is between neurons' own gradients.
+    """
+    wide = grad.to(trained_dtype(grad))
+    scale = wide.abs().amax(0)  # first, so that no square overflows or vanishes
+    scaled = wide / torch.where(scale > 0, scale, 1)
+    return scaled / scaled.square().mean(0).sqrt_().clamp_(min=torch.finfo(wide.dtype).tiny)
+
+
 _CRITERIA: dict[str, Callable[[], Criterion]] = {
-    "gradient": lambda: Criterion("gradient", lambda weight, grad: _given(grad)),
-    "absolute": lambda: Criterion("absolute", lambda weight, grad: _given(grad), each_batch=torch.abs_),
-    "fisher": lambda: Criterion("fisher", lambda weight, grad: _given(grad), each_batch=torch.square_, squared=True),
-    "snip": lambda: Criterion("snip", lambda weight, grad: weight * _given(grad)),
-    "magnitude": lambda: Criterion("magnitude", lambda weight, grad: weight, needs_gradient=False),
+    "gradient": lambda: Criterion("gradient", lambda weight, grad: _given(grad), by_entry=True),
+    "absolute": lambda: Criterion("absolute", lambda weight, grad: _given(grad), each_batch=torch.abs_, by_entry=True),
+    "fisher": lambda: Criterion(
+        "fisher", lambda weight, grad: _given(grad), each_batch=torch.square_, squared=True, by_entry=True
+    ),
+    "relative": lambda: Criterion("relative", lambda weight, grad: relative_to_input(_given(grad)), even=True),
+    "snip": lambda: Criterion("snip", lambda weight, grad: weight * _given(grad), by_entry=True),
+    "magnitude": lambda: Criterion("magnitude", lambda weight, grad: weight, needs_gradient=False, by_entry=True),
     "random": random_scores,
 }
 

@@ -13,10 +13,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gradsel.dtypes import trained_dtype
 from gradsel.errors import OtherRankFailed
+from gradsel.sharding import group_of, is_sharded, mesh_of
 
 
-def process_group_of(model: nn.Module) -> dist.ProcessGroup | None:
-    """The process group of the DistributedDataParallel modules in a model; None if there are none."""
+def process_group_of(model: nn.Module, ranked: Mapping[str, Tensor]) -> dist.ProcessGroup | None:
+    """The ranks that hold a DTensor, or those of DistributedDataParallel modules in a model; None without either."""
+    for parameter in ranked.values():
+        if is_sharded(parameter):
+            return group_of(mesh_of(parameter))
     groups = [wrapper.process_group for wrapper in _wrappers(model)]
     if any(group is not groups[0] for group in groups):
         raise ValueError("parts of the model have different process groups; pass process_group=")
@@ -80,11 +84,15 @@ def total_over(count: int, group: dist.ProcessGroup | None, device: torch.device
 def add_over(totals: dict[str, Tensor], members: Mapping[str, Tensor], group: dist.ProcessGroup) -> None:
     """Adds up the sums of all ranks, in place; a parameter without a gradient on a rank counts as zero there.
 
+    FSDP has averaged the gradients of DTensors over the ranks already. Beside them, others are averaged, too.
+
     Args:
         totals: the sums that this rank has, by name.
         members: the parameters, in the same order on every rank.
     """
     device = next(iter(members.values())).device
+    share = 1 / dist.get_world_size(group) if any(map(is_sharded, members.values())) else 1.0
+    members = {name: parameter for name, parameter in members.items() if not is_sharded(parameter)}
     have = torch.tensor([name in totals for name in members], dtype=torch.uint8, device=device)
     dist.all_reduce(have, dist.ReduceOp.MAX, group=group)
     for (name, parameter), anywhere in zip(members.items(), have.tolist(), strict=True):
@@ -93,4 +101,4 @@ def add_over(totals: dict[str, Tensor], members: Mapping[str, Tensor], group: di
             total = torch.zeros_like(parameter, dtype=trained_dtype(parameter)) if own is None else own
             reduced = total.to(parameter.device).contiguous()
             dist.all_reduce(reduced, group=group)
-            totals[name] = reduced.to(total.device)
+            totals[name] = reduced.mul_(share).to(total.device)

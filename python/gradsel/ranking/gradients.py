@@ -16,6 +16,8 @@ from gradsel.dtypes import trained_dtype
 from gradsel.ranking.distributed import add_over, failing_together, total_over, unsynchronised
 from gradsel.ranking.planning import NOT_ONE, GradientPlan
 from gradsel.ranking.replay import Replay
+from gradsel.ranking.shards import shard_of
+from gradsel.sharding import is_sharded
 
 #: ``loss(model, batch)``
 Loss = Callable[[Any, Any], Tensor]
@@ -61,7 +63,7 @@ def collect(
     result = Collected()
     replay = Replay(model, batches, len(plan.groups))
     for number, names in enumerate(plan.groups):
-        for parameter in model.parameters():
+        for parameter in (*model.parameters(), *ranked.values()):  # stand-ins are not in the model
             parameter.requires_grad_(False)
             parameter.grad = None
         members = {name: ranked[name].requires_grad_(True) for name in names}
@@ -163,6 +165,7 @@ class _Sums:
                 "reentrant checkpointing share the weight; use use_reentrant=False"
             )
         self._arrived.add(name)
+        grad = shard_of(grad, parameter) if is_sharded(parameter) else grad
         grad = grad.to_dense() if grad.layout is not torch.strided else grad
         grad = grad.to(torch.device("cpu") if self._offload else grad.device, trained_dtype(grad))
         if self._loss_scale != 1:

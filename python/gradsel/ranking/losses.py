@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,10 @@ class SupConLoss(nn.Module):
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
         self.temperature = temperature
+
+    if TYPE_CHECKING:
+
+        def __call__(self, features: Tensor, labels: Tensor) -> Tensor: ...
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         """

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from gradsel.dtypes import trained_dtype
+from gradsel.sharding import local_of
 
 MODES = ("auto", "full", "streaming", "grouped")
 #: ``auto`` plans to use at most this fraction of the free memory.
@@ -110,7 +111,7 @@ def _length(batches: Iterable[Any]) -> int | None:
 
 
 def _sum_bytes(parameter: Tensor) -> int:
-    return parameter.numel() * trained_dtype(parameter).itemsize
+    return local_of(parameter).numel() * trained_dtype(parameter).itemsize
 
 
 def _transient(parameter: Tensor) -> int:

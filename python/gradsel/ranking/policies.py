@@ -74,6 +74,11 @@ class Policy(ABC):
     def choose(self, scores: Scores) -> Mask:
         """The mask of one parameter."""
 
+    @property
+    def k_of_rows(self) -> int | None:
+        """If the mask of a parameter is made of the same number of best entries of every row, that number."""
+        return None
+
 
 class _OneByOne:
     """Ranks parameters that do not compete with each other."""
@@ -123,6 +128,10 @@ class PerNeuron(_Counted):
 
     def entries(self, rows: int, cols: int) -> int:
         return rows * min(self.k, cols)
+
+    @property
+    def k_of_rows(self) -> int | None:
+        return self.k if self.columns is None else None
 
     def choose(self, scores: Scores) -> Mask:
         matrix = scores.matrix

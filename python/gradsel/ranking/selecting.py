@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,17 +15,20 @@ from tqdm.auto import tqdm
 from typing_extensions import Unpack
 
 import gradsel_kernels as gk
-from gradsel.masks import Frozen, Mask, Whole
+from gradsel.masks import Frozen, Mask, PerRow, Whole
 from gradsel.parameters.fingerprints import fingerprints
-from gradsel.parameters.names import named_parameters
+from gradsel.parameters.names import parameter_uses, shaped_parameters
 from gradsel.parameters.rules import Rule, RuleOptions, parameter_rules, sizes_of
+from gradsel.quantised import Ranked, StandIn, install, installed, uninstall
 from gradsel.ranking.criteria import Criterion, Score, criterion_of
 from gradsel.ranking.distributed import process_group_of
 from gradsel.ranking.gradients import Loss, collect
 from gradsel.ranking.planning import make_plan
-from gradsel.ranking.policies import PerNeuron, Policy, Ranking, Scores
+from gradsel.ranking.policies import Columns, PerNeuron, Policy, Ranking, Scores
 from gradsel.ranking.preserving import preserved
+from gradsel.ranking.shards import best_of_rows, gathered, is_by_matrix
 from gradsel.selection.selection import Selection
+from gradsel.sharding import is_sharded, local_of, reshard, sum_over_shards, whole_of
 from gradsel_kernels._warnings import user_stacklevel
 
 
@@ -60,8 +64,9 @@ def select(
             ``Global(fraction)``, ``Rows(k)`` or ``Columns(k)``.
         criterion: what is ranked by magnitude: ``"gradient"``, its sum over batches; ``"absolute"``, the sum of its
             magnitudes; ``"fisher"``, the sum of its squares (the empirical Fisher information, batch by batch);
-            ``"snip"``, weight times gradient (Lee et al. 2019); ``"magnitude"``, the weight; ``"random"``; or a
-            function ``(weight, grad) -> score`` of the neuron views, which receives copies.
+            ``"relative"``, the sum over the root mean square of the sums of its input; ``"snip"``, weight times
+            gradient (Lee et al. 2019); ``"magnitude"``, the weight; ``"random"``; or a function
+            ``(weight, grad) -> score`` of the neuron views, which receives copies.
         memory: how gradients are held while they are summed. ``"full"``: all of them, 4 bytes for each ranked entry.
             ``"streaming"``, for a single batch: each is ranked and freed as soon as backward has computed it.
             ``"grouped"``: within ``max_gradient_bytes``, in several passes over the data; every pass must see the same
@@ -71,7 +76,8 @@ def select(
         offload: keep the sums on the CPU.
         loss_scale: multiplies the loss, and divides the gradients in float32, to avoid underflow in float16.
         process_group: ranks that each see part of the data and select jointly: gradients are added over all ranks
-            before ranking, so that all get the same masks. None: the group of a DistributedDataParallel model, if any.
+            before ranking, so that all get the same masks. None: that of a DistributedDataParallel or sharded model, if
+            any. FSDP averages the gradients of all ranks in each backward, so there a batch is that of all ranks.
         progress: whether to show a progress bar; None: only on a terminal.
         **rules: ``head``, ``kinds``, ``blocks``, ``skip_blocks``, ``rank``, ``whole``, ``freeze``: what is ranked,
             trained whole or frozen; see :func:`gradsel.parameters.rules.parameter_rules`.
@@ -88,8 +94,9 @@ def select(
         raise TypeError(f"policy must be a policy such as PerNeuron(1), got {policy!r}")
     if not (math.isfinite(loss_scale) and loss_scale > 0):
         raise ValueError(f"loss_scale must be positive and finite, got {loss_scale}")
+    reshard(model)
     rule_of = parameter_rules(model, **rules)
-    parameters = named_parameters(model)
+    parameters = shaped_parameters(model)
     require_ranked(rule_of, parameters)
     ranked = {name: parameters[name] for name, rule in rule_of.items() if rule.action == "rank"}
     chosen.reset()
@@ -98,7 +105,7 @@ def select(
     if chosen.needs_gradient and ranked:
         if batches is None or loss is None:
             raise ValueError(f"criterion {chosen.name!r} needs gradients: pass batches and loss")
-        group = process_group or process_group_of(model)
+        group = process_group or process_group_of(model, ranked)
         if group is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             raise ValueError(
                 f"{dist.get_world_size()} processes run, and each would rank gradients of its own data, which gives "
@@ -106,7 +113,7 @@ def select(
                 "select in one process and load the selection in the others"
             )
         plan = make_plan(ranked, batches, memory, max_gradient_bytes, offload, group)
-        with preserved(model):
+        with preserved(model), standing_in(model, ranked):
             seen = collect(
                 model, ranked, batches, loss, plan, ranker.add,
                 each_batch=chosen.each_batch, loss_scale=loss_scale, group=group, quiet=_quiet(progress),
@@ -159,10 +166,39 @@ def report_missing(missing: list[str], rules: Mapping[str, Rule]) -> None:
         )
 
 
+@contextmanager
+def standing_in(model: nn.Module, ranked: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Inside, gradients of quantised weights go to their stand-ins."""
+    used = []
+    for name, uses in parameter_uses(model).items():
+        stand_in = ranked.get(name)
+        if isinstance(stand_in, StandIn):
+            for _, module, _ in uses:
+                if installed(module) is not None:
+                    raise ValueError(f"a delta has been applied to the quantised {name}; revert it before selecting")
+                used.append((module, Ranked(module, name, stand_in)))
+    try:
+        for module, forward in used:
+            install(module, forward)
+        yield
+    finally:
+        for module, _ in used:
+            uninstall(module)
+
+
 def unranked(rule: Rule, shape: tuple[int, ...]) -> Mask:
     if rule.action == "whole":
         return Whole(shape)
     return Frozen(shape, "no gradient" if rule.action == "rank" else rule.reason)
+
+
+def require_uneven(policy: Policy, criterion: Criterion) -> None:
+    """Refuses to rank whole inputs by scores that give all of them the same."""
+    if isinstance(policy, Columns) and criterion.even:
+        raise ValueError(
+            f"criterion {criterion.name!r} gives all inputs of a weight the same score, so {policy} has nothing to "
+            "rank them by; choose another criterion"
+        )
 
 
 class Ranker:
@@ -176,18 +212,29 @@ class Ranker:
         ranked: Mapping[str, nn.Parameter],
         loss_scale: float,
     ) -> None:
+        require_uneven(policy, criterion)
         self._criterion = criterion
         self._rules = rules
         self._parameters = ranked
         self._loss_scale = loss_scale
+        self._k = policy.k_of_rows if criterion.by_entry else None
+        self._of_shards: dict[str, Mask] = {}
         self._ranking: Ranking = policy.start(sizes_of(rules, ranked))
         self._silent: dict[str, int] = {}  # number of neurons whose scores are all zero
         self._zeros = self._entries = 0
 
     @torch.no_grad()
     def add(self, name: str, grad: Tensor | None) -> None:
-        """Ranks one parameter by the sum of its gradients."""
+        """Ranks one parameter by the sum of its gradients; of a DTensor, this rank's shard of it."""
         parameter, view = self._parameters[name].detach(), self._rules[name].view
+        stand_in = self._parameters[name]
+        if isinstance(stand_in, StandIn):
+            parameter = stand_in.quantised.dense(stand_in.dtype)
+        elif is_sharded(parameter):
+            if self._k is not None and is_by_matrix(parameter, view) and self._ranked_by_shards(name, grad, self._k):
+                return
+            grad = None if grad is None else gathered(grad, parameter)
+            parameter = whole_of(parameter)
         matrix = None if grad is None else view.of(grad)
         score = self._score(name, view.of(parameter), matrix)
         if score.numel():
@@ -200,6 +247,23 @@ class Ranker:
             self._zeros += grad.numel() - int(torch.count_nonzero(grad))
             self._entries += grad.numel()
         self._ranking.add(name, Scores(score, tuple(parameter.shape), view, self._criterion.squared))
+
+    def _ranked_by_shards(self, name: str, grad: Tensor | None, k: int) -> bool:
+        """Ranks a DTensor without gathering it; False if a score is not finite, which the whole of it explains."""
+        parameter, view = self._parameters[name].detach(), self._rules[name].view
+        score = self._score(name, view.of(local_of(parameter)), None if grad is None else view.of(grad))
+        best = best_of_rows(score, parameter, k)
+        if not best.finite:
+            return False
+        if best.silent:
+            self._silent[name] = best.silent
+        if grad is not None:
+            counts = torch.tensor([grad.numel() - int(torch.count_nonzero(grad)), grad.numel()], device=grad.device)
+            zeros, entries = sum_over_shards(counts, parameter).tolist()
+            self._zeros += zeros
+            self._entries += entries
+        self._of_shards[name] = PerRow(best.cols, tuple(parameter.shape), view)
+        return True
 
     def _score(self, name: str, weight: Tensor, grad: Tensor | None) -> Tensor:
         weight = weight if grad is None else weight.to(grad.device)
@@ -227,7 +291,8 @@ class Ranker:
 
     def masks(self) -> dict[str, Mask]:
         """The masks of all ranked parameters."""
-        return {name: mask.to(self._parameters[name].device) for name, mask in self._ranking.finish().items()}
+        found = self._ranking.finish() | self._of_shards
+        return {name: mask.to(self._parameters[name].device) for name, mask in found.items()}
 
     def report(self) -> dict[str, Any]:
         """Notes on zero gradients; warns about neurons whose scores are all zero."""

@@ -67,6 +67,7 @@ def test_values_of_another_selection_are_refused(kind: str, metadata: bool) -> N
         )
 
 
+@pytest.mark.supports("bf16", "save/load")
 @pytest.mark.parametrize("kind", KINDS)
 def test_shards_in_any_order_resume_exactly(kind: str) -> None:
     model, _, selection = attached(kind, torch.bfloat16)

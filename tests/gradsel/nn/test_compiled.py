@@ -23,6 +23,7 @@ from tests.support.every_layer import (
 from tests.support.selections import PARTIAL, random_selection
 
 
+@pytest.mark.supports("torch.compile", "attach", "MaskedAdam")
 @pytest.mark.parametrize("kind", PARTIAL)
 def test_compiled_as_one_graph(kind: str) -> None:
     model: EveryLayer = every_layer()

@@ -42,6 +42,8 @@ CONVERSIONS: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
+@pytest.mark.supports("bf16", "merge")
+@pytest.mark.supports("fp16", "merge")
 @pytest.mark.parametrize("conversion", CONVERSIONS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_conversions_carry_everything_through(kind: str, conversion: str, way: str) -> None:

@@ -25,6 +25,7 @@ from tests.support.toy import cross_entropy
 RULES = {"tied Llama": {"rank": ["model.embed_tokens.weight"]}, "GPT-2": {"rank": ["transformer.wte.weight"]}}
 
 
+@pytest.mark.supports("CPU", "attach", "other optimizers", "merge")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["ViT", "ConvNeXt", "Llama", "tied Llama", "GPT-2"])
 def test_double_precision_equals_dense_training_with_masked_gradients(name, kind):
@@ -66,6 +67,7 @@ def test_double_precision_equals_dense_training_with_masked_gradients(name, kind
         torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12, msg=name)
 
 
+@pytest.mark.supports("CPU", "attach", "MaskedAdam")
 @pytest.mark.parametrize("name", ["ViT", "ConvNeXt", "Llama"])
 def test_single_precision_loss_curve(name):
     """MaskedAdam on an attached model against torch's Adam on masked gradients."""
@@ -91,6 +93,8 @@ def test_single_precision_loss_curve(name):
     check_consistent(model)
 
 
+@pytest.mark.supports("bf16", "attach", "MaskedAdam")
+@pytest.mark.supports("fp16", "attach", "MaskedAdam")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_weights_train_in_float32(dtype):
     model, selection = toy(dtype=dtype)

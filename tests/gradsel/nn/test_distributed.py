@@ -59,6 +59,7 @@ def train(rank: int, world: int, folder: str, optimizer_name: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.supports("DDP", "attach", "MaskedAdam", "other optimizers")
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this build of torch has no gloo")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_two_processes(tmp_path, optimizer):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -59,23 +57,6 @@ def wrapped_before(rank: int) -> None:
     assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in toy()[0].parameters()]
 
 
-def sharded(rank: int) -> None:
-    from torch.distributed.fsdp import fully_shard
-
-    model, selection = toy()
-    plain = copy.deepcopy(model)
-    gradsel.attach(model, selection)
-    fully_shard(model)
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match=r"patch_embed.weight .*(FSDP|DTensor)"):
-            model(data()[0][0])
-    fully_shard(plain)
-    with pytest.raises(ValueError, match=r"DTensor.*freeze="):
-        gradsel.select(plain, data(), cross_entropy, process_group=dist.group.WORLD)
-    with pytest.raises(ValueError, match=r"DTensor.*freeze="):
-        gradsel.attach(plain, selection)
-
-
-@pytest.mark.parametrize("test", [alone_or_together, other_masks, wrapped_before, sharded], ids=lambda t: t.__name__)
+@pytest.mark.parametrize("test", [alone_or_together, other_masks, wrapped_before], ids=lambda t: t.__name__)
 def test_two_processes(test, tmp_path):
     torch.multiprocessing.spawn(meet, (2, str(tmp_path), test.__name__), nprocs=2)

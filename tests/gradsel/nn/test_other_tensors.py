@@ -90,18 +90,3 @@ def test_quantised_weights_are_refused_unless_frozen_by_name(dtype: torch.dtype)
     )
     gradsel.attach(model, selection)
     assert gradsel.trainable_parameters(model)
-
-
-def test_weights_of_torchao_are_refused_unless_frozen_by_name() -> None:
-    quantization = pytest.importorskip("torchao.quantization")
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
-    quantization.quantize_(model, quantization.Int8WeightOnlyConfig(), lambda module, name: name == "0")
-    batch = (torch.randn(4, 64), torch.tensor([0, 1, 2, 0]))
-
-    def cross_entropy(model, batch):
-        return nn.functional.cross_entropy(model(batch[0]), batch[1])
-
-    with pytest.raises(ValueError, match=r"0\.weight"):
-        gradsel.select(model, [batch], cross_entropy, rank=["2.weight"])
-    gradsel.attach(model, gradsel.select(model, [batch], cross_entropy, rank=["2.weight"], freeze=["0.weight"]))

@@ -63,6 +63,7 @@ def test_lbfgs_sees_the_weights_it_tries(search):
     check_consistent(model)
 
 
+@pytest.mark.supports("CPU", "attach", "MaskedAdam", "other optimizers", "merge")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_optimizer_keeps_the_weights_up_to_date(name, kind):
@@ -131,6 +132,7 @@ def test_gradient_accumulation_and_clipping():
     torch.testing.assert_close(layer.weight_values.grad, expected, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.supports("fp16", "attach", "MaskedAdam")
 def test_grad_scaler_skips_an_overflow():
     model, selection = toy(dtype=torch.float16)
     before = frozen_entries(model, selection)
@@ -155,6 +157,7 @@ def test_grad_scaler_skips_an_overflow():
     check_frozen(model, selection, before)
 
 
+@pytest.mark.supports("autocast", "attach")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype):
     model, selection = toy()

@@ -66,6 +66,7 @@ CHOICES = {
 }
 
 
+@pytest.mark.supports("DDP", "select")
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this build of torch has no gloo")
 def test_two_processes_select_what_one_does(tmp_path):
     torch.multiprocessing.spawn(choose, (2, str(tmp_path)), nprocs=2)

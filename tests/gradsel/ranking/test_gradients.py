@@ -85,6 +85,7 @@ def tiny_loss(model, batch):
     return 1e-9 * cross_entropy(lambda _: logits.float(), batch)
 
 
+@pytest.mark.supports("autocast", "select")
 def test_float16_underflow_is_reported_and_loss_scale_mends_it():
     model = Toy().eval()
     with pytest.warns(UserWarning, match=r"zero .*raise loss_scale"):

@@ -9,6 +9,7 @@ from torch import nn
 import gradsel
 from gradsel.masks import Frozen, PerRow, Whole
 from gradsel.parameters.rules import parameter_rules
+from gradsel.ranking.criteria import relative_to_input
 from tests.support.toy import Toy, batches, cross_entropy
 
 
@@ -31,6 +32,7 @@ def naive(model, loss, k):
     return masks
 
 
+@pytest.mark.supports("CPU", "select")
 @pytest.mark.parametrize("loss", [cross_entropy, supcon])
 @pytest.mark.parametrize("k", [1, 3, 1000])
 def test_equals_a_naive_selection(k, loss):
@@ -245,8 +247,19 @@ FIRST_PRINCIPLES = {
     "gradient": (lambda grad: grad, lambda total, weight: total.abs()),
     "absolute": (lambda grad: grad.abs(), lambda total, weight: total),
     "fisher": (lambda grad: grad.square(), lambda total, weight: total),
+    "relative": (lambda grad: grad, lambda total, weight: total.abs() / total.square().mean(0).sqrt().clamp(min=1e-30)),
     "snip": (lambda grad: grad, lambda total, weight: (weight * total).abs()),
 }
+
+
+def test_relative_scores_know_no_scale_of_inputs():
+    """Inputs that are 0, tiny or huge, whose squares have no float32, compete like all others."""
+    grad = torch.tensor([[3.0, 1.0, 0.0, -1.0], [-4.0, 1.0, 0.0, 2.0]])
+    scores = relative_to_input(grad)
+    assert torch.allclose(scores.square().mean(0), torch.tensor([1.0, 1.0, 0.0, 1.0]))
+    assert torch.equal(scores.sign(), grad.sign())
+    assert torch.allclose(relative_to_input(grad * torch.tensor([1e30, 1e-30, 1.0, 7.0])), scores)
+    assert relative_to_input(grad.half() * 1e4).dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -271,6 +284,10 @@ def test_criteria_equal_their_definitions(criterion, dtype):
         (gradsel.Rows(3), squares.sum(1).topk(3).indices),
         (gradsel.Columns(3), squares.sum(0).topk(3).indices),
     ]:
+        if criterion == "relative" and isinstance(policy, gradsel.Columns):
+            with pytest.raises(ValueError, match=r"gives all inputs of a weight the same score, so Columns\(k=3\) has"):
+                gradsel.select(model, data, cross_entropy, policy, criterion)
+            continue
         selection = gradsel.select(model, data, cross_entropy, policy, criterion)
         (found,) = selection[name].tensors().values()
         assert torch.equal(found.long(), expected.sort(-1).values)

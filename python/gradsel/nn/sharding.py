@@ -1,0 +1,152 @@
+"""Attached models under FSDP2 (``torch.distributed.fsdp.fully_shard``).
+
+FSDP replaces every parameter by a DTensor, its shard, and for a forward and its backward by a gathered one. It assigns
+them past ``nn.Module.__setattr__`` unless a module has one of its own. So modules of an attached model have one until
+they have seen both. Shards know their :class:`~gradsel.attached.Selected`, so that optimizers find the weight; gathered
+parameters are a :class:`~gradsel.nn.weights.SelectedWeight` and values as in a model that is not sharded.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradsel.attached import LINK, SUFFIX, Attachments, Original, Record, Selected, SelectedValues
+from gradsel.masks import Mask
+from gradsel.nn.weights import SelectedWeight
+from gradsel.sharding import Shards, by_rows, is_managed, is_sharded, mesh_of, sharded_like
+
+
+class Assigning:
+    """``__setattr__`` of a module of an attached model, as an attribute of the module: nn.Module's own."""
+
+    def __init__(self, attachments: Attachments) -> None:
+        self.attachments = attachments
+
+    def __call__(self, name: str, value: Any) -> None:
+        module = self.attachments.module()
+        assert module is not None
+        type(module).__setattr__(module, name, value)
+
+
+def watch_assignments(module: nn.Module, attachments: Attachments) -> None:
+    """Makes FSDP assign parameters as everybody else does, so that registration hooks see them."""
+    vars(module)["__setattr__"] = Assigning(attachments)
+
+
+def unwatch_assignments(module: nn.Module) -> None:
+    if isinstance(vars(module).get("__setattr__"), Assigning):
+        del vars(module)["__setattr__"]
+
+
+def take_place(module: nn.Module, attachments: Attachments, short: str, parameter: nn.Parameter) -> bool:
+    """Handles a parameter that FSDP assigns; False if it is assigned by somebody else."""
+    plain = short.removesuffix(SUFFIX)
+    selected = attachments.partial.get(plain)
+    if selected is None:
+        original = attachments.whole.get(short)
+        return original is not None and _is_shard_or_gathered(module, short, original, parameter)
+    if is_sharded(parameter):
+        _take_shard(selected, plain == short, parameter, attachments.record)
+        return True
+    if selected.shards is None or tuple(parameter.shape) != _shape(selected, plain == short):
+        return False
+    _take_gathered(selected, plain == short, parameter)
+    if all(each.shards is not None and len(each.shards.gathered) == 2 for each in attachments.partial.values()):
+        unwatch_assignments(module)  # FSDP makes each of them once
+    return True
+
+
+def _is_shard_or_gathered(module: nn.Module, short: str, original: Original, parameter: Tensor) -> bool:
+    before = module._parameters.get(short)
+    sharded = is_sharded(parameter) or (before is not None and is_sharded(before))
+    return sharded and parameter.shape == original.entries.shape
+
+
+def _shape(selected: Selected, is_weight: bool) -> tuple[int, ...]:
+    return selected.mask.shape if is_weight else selected.mask.compact_shape
+
+
+def sharded_values(mask: Mask, weight: Tensor, entries: Tensor) -> nn.Parameter:
+    """Values of a weight that is sharded already: sharded likewise where that is possible, otherwise on every rank."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = mesh_of(weight)
+    everywhere = DTensor.from_local(entries, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    alike = sharded_like(entries, weight) if by_rows(mask, weight) else everywhere
+    return nn.Parameter(alike)
+
+
+def link_shards(selected: Selected, weight: Tensor, values: Tensor, record: Record) -> None:
+    """Makes shards known that are in their modules already, of which FSDP gathers the weight only."""
+    vars(values)[LINK] = selected
+    selected.shards = Shards(selected.mask)
+    selected.shards.put(weight, values)
+    selected.shards.gathered.add("values")
+    record.sharded[selected.name] = selected
+
+
+def refuse_tensor_parallel(name: str, module: nn.Module, parameter: Tensor) -> None:
+    """
+    Raises:
+        ValueError: the parameter is a DTensor that no FSDP module gathers for the forward.
+    """
+    if is_sharded(parameter) and not is_managed(module):
+        raise ValueError(
+            f"{name} is sharded by tensor parallelism, which attach() does not support: freeze it, as in "
+            f"select(freeze=[{name!r}]), leave it out of the parallelize plan, or shard the model by fully_shard()"
+        )
+
+
+def _take_shard(selected: Selected, is_weight: bool, parameter: Tensor, record: Record) -> None:
+    shards = selected.shards
+    if shards is None:
+        shards = selected.shards = Shards(selected.mask)
+        shards.put(selected.weight(), selected.values())
+        record.sharded[selected.name] = selected
+    known = shards.weight if is_weight else shards.values
+    if known is parameter or (known is not None and _is_resharded(known, parameter)):
+        return
+    vars(parameter)[LINK] = selected
+    shards.put(**{"weight" if is_weight else "values": parameter})
+    if known is not None and not is_sharded(known) and shards.weight is not None and is_sharded(shards.weight):
+        shards.mark()  # they agreed when FSDP read them
+
+
+def _is_resharded(known: Tensor, parameter: Tensor) -> bool:
+    """Whether it is what FSDP keeps between forward and backward with ``reshard_after_forward=<number of ranks>``."""
+    return is_sharded(known) and known.device_mesh != parameter.device_mesh  # type: ignore[attr-defined]
+
+
+def _take_gathered(selected: Selected, is_weight: bool, parameter: nn.Parameter) -> None:
+    assert selected.shards is not None
+    if is_weight:
+        parameter.requires_grad_(False)
+        parameter.__class__ = SelectedWeight
+        with torch._C.DisableTorchFunctionSubclass():
+            selected.follow(parameter)
+    else:
+        parameter.__class__ = SelectedValues
+    vars(parameter)[LINK] = selected
+    selected.shards.gathered.add("weight" if is_weight else "values")
+
+
+def check_gathered(module: nn.Module, short: str, selected: Selected) -> None:
+    """Before a forward: refuses a weight that is still sharded, and brings it up to date with what has been written.
+
+    Raises:
+        RuntimeError: it is a DTensor in forward.
+    """
+    shards, weight = selected.shards, module._parameters.get(short)
+    assert shards is not None
+    if type(weight) is not SelectedWeight or vars(weight)[LINK] is not selected:
+        raise RuntimeError(
+            f"{selected.name} is a DTensor in forward, so {type(module).__name__} is sharded by tensor parallelism "
+            "(parallelize_module), or runs outside the forward of its FSDP module. Attached models can be sharded by "
+            "fully_shard() only; freeze this weight, or leave it out of the parallelize plan"
+        )
+    if shards.refresh():
+        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+            selected.mask.scatter_(weight, shards.everywhere())

@@ -1,0 +1,114 @@
+"""DTensors, as far as the library looks into them. ``torch.distributed.tensor`` is imported only where one is met."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, whose entries several ranks hold."""
+    return hasattr(tensor, "device_mesh")
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor: the same memory, without a gradient; a plain tensor itself."""
+    return cast(Any, tensor)._local_tensor if is_sharded(tensor) else tensor
+
+
+@torch.no_grad()
+def whole_of(tensor: Tensor) -> Tensor:
+    """All entries of a tensor, gathered from all ranks of its mesh; a plain tensor itself. A collective call."""
+    return cast(Any, tensor).detach().full_tensor() if is_sharded(tensor) else tensor.detach()
+
+
+def mesh_of(tensor: Tensor) -> DeviceMesh:
+    return cast(Any, tensor).device_mesh
+
+
+def box_of(tensor: Tensor, shape: tuple[int, ...] | None = None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shape of what this rank holds of a DTensor, and where it begins in each dimension of the whole.
+
+    Args:
+        shape: of another tensor that is sharded like this one.
+    """
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    size, offset = compute_local_shape_and_global_offset(
+        shape or tensor.shape, mesh_of(tensor), cast(Any, tensor).placements
+    )
+    return tuple(size), tuple(offset)
+
+
+def part_like(whole: Tensor, tensor: Tensor) -> Tensor:
+    """What a rank holds of ``whole`` if it is sharded like ``tensor``; an alias. For a plain one, all of it.
+
+    Args:
+        whole: the same on all ranks.
+    """
+    if not is_sharded(tensor):
+        return whole
+    shape, offset = box_of(tensor, tuple(whole.shape))
+    if 0 in shape:
+        return whole.new_empty(shape)
+    return whole[tuple(slice(first, first + size) for first, size in zip(offset, shape, strict=True))]
+
+
+@torch.no_grad()
+def sum_over_shards(own: Tensor, tensor: Tensor) -> Tensor:
+    """Adds up, in place, what the ranks computed from their shards of a DTensor. A collective call."""
+    for dim, placement in enumerate(getattr(tensor, "placements", ())):
+        if not placement.is_replicate():
+            dist.all_reduce(own, group=mesh_of(tensor).get_group(dim))
+    return own
+
+
+def sharded_like(whole: Tensor, tensor: Tensor) -> Tensor:
+    """A DTensor of which every rank takes its part of ``whole``; see :func:`part_like`."""
+    from torch.distributed.tensor import DTensor
+
+    part = part_like(whole.to(local_of(tensor).device), tensor).clone(memory_format=torch.contiguous_format)
+    placements = cast(Any, tensor).placements
+    return DTensor.from_local(
+        part, mesh_of(tensor), placements, run_check=False, shape=whole.shape, stride=whole.contiguous().stride()
+    )
+
+
+def group_of(mesh: DeviceMesh) -> dist.ProcessGroup:
+    """All ranks of a mesh."""
+    if mesh.ndim == 1:
+        return mesh.get_group()
+    whole = mesh.size() == dist.get_world_size()
+    return cast(dist.ProcessGroup, dist.group.WORLD) if whole else mesh._flatten().get_group()
+
+
+def reshard(model: nn.Module) -> None:
+    """Lets FSDP free what it has gathered, so that modules hold their shards."""
+    for module in model.modules():
+        if is_managed(module) and callable(free := getattr(module, "reshard", None)):
+            free()
+
+
+def is_managed(module: nn.Module) -> bool:
+    """Whether FSDP shards parameters of a module; not so for tensor parallelism."""
+    return bool(getattr(module, "_is_fsdp_managed_module", False))
+
+
+def agree_over(mesh: DeviceMesh, own: Mapping[str, Hashable]) -> list[str]:
+    """The keys under which the ranks of a mesh hold different things, or that some of them lack. A collective call."""
+    different: set[str] = set()
+    for dim in range(mesh.ndim):
+        group = mesh.get_group(dim)
+        everywhere: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(everywhere, (dict(own), different), group=group)
+        for other, known in everywhere:
+            different |= known
+            different |= {key for key in own.keys() | other.keys() if own.get(key) != other.get(key)}
+    return [key for key in own if key in different] + sorted(different - own.keys())

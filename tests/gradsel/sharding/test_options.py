@@ -1,0 +1,313 @@
+"""What FSDP2 can be told to do, with attached models; each as in one process."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import gradsel
+from gradsel.attached import selected_in
+from tests.support.sharded import (
+    OPTIMIZERS,
+    batches,
+    check_alike,
+    check_equal,
+    check_written,
+    meshes,
+    models,
+    shard,
+    share,
+    whole,
+    whole_state,
+)
+from tests.support.toy import cross_entropy
+
+pytestmark = pytest.mark.xdist_group("ranks")
+
+
+def attached(kind: str = "per-row", dtype: torch.dtype = torch.float64, **options):
+    """The sharded model and its twin in one process, both attached, and their optimizers."""
+    mesh = meshes()["four"]
+    model, alone, selection = models(kind, dtype)
+    gradsel.attach(model, selection)
+    gradsel.attach(alone, selection)
+    shard(model, mesh, **options)
+    both = model, alone
+    return mesh, both, [OPTIMIZERS["MaskedAdamW"](gradsel.trainable_parameters(each)) for each in both]
+
+
+def check(model, alone) -> None:
+    state = whole_state(model)
+    check_equal(state, alone.state_dict())
+    check_alike(state)
+    check_written(model)
+
+
+def clipped(own_function: bool) -> None:
+    mesh, both, optimizers = attached()
+    for batch in batches():
+        norms = []
+        for each, optimizer, part in zip(both, optimizers, (share(batch, mesh), batch), strict=True):
+            optimizer.zero_grad()
+            cross_entropy(each, part).backward()
+            if own_function:
+                norms.append(optimizer.clip_grad_norm_(0.05))
+            else:
+                norms.append(torch.nn.utils.clip_grad_norm_(gradsel.trainable_parameters(each), 0.05))
+            optimizer.step()
+        assert norms[1] > 0.05
+        torch.testing.assert_close(whole(norms[0]), norms[1], rtol=1e-12, atol=0)
+    check(*both)
+
+
+@pytest.mark.parametrize("own_function", [False, True], ids=["torch", "MaskedAdam"])
+def test_clipping(ranks, own_function):
+    ranks.run(clipped, own_function)
+
+
+def accumulated() -> None:
+    """Three batches a step, of which only the last is reduced."""
+    mesh, (model, alone), optimizers = attached()
+    for _ in range(2):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        for number, batch in enumerate(batches()):
+            model.set_requires_gradient_sync(number == 2)
+            (cross_entropy(model, share(batch, mesh)) / 3).backward()
+            (cross_entropy(alone, batch) / 3).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    check(model, alone)
+
+
+def test_accumulation(ranks):
+    ranks.run(accumulated)
+
+
+def offloaded() -> None:
+    mesh, both, optimizers = attached(offload_policy=CPUOffloadPolicy(pin_memory=False))
+    steps(mesh, both, optimizers)
+    check(*both)
+
+
+def steps(mesh, both, optimizers) -> None:
+    for batch in batches():
+        for each, optimizer, part in zip(both, optimizers, (share(batch, mesh), batch), strict=True):
+            optimizer.zero_grad()
+            cross_entropy(each, part).backward()
+            optimizer.step()
+
+
+@pytest.mark.supports("offload", "attach", "MaskedAdam")
+def test_offload(ranks):
+    ranks.run(offloaded)
+
+
+def checkpointed(attach_first: bool) -> None:
+    """Activation checkpointing, whose forward runs again in backward."""
+    mesh = meshes()["four"]
+    model, alone, selection = models()
+    if attach_first:
+        gradsel.attach(model, selection)
+    for number, block in enumerate(model.blocks):
+        model.blocks[number] = fully_shard(checkpoint_wrapper(block), mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    if not attach_first:
+        gradsel.attach(model, selection)
+    gradsel.attach(alone, selection)
+    both = model, alone
+    steps(mesh, both, [OPTIMIZERS["MaskedAdamW"](gradsel.trainable_parameters(each)) for each in both])
+    state = {name.replace("_checkpoint_wrapped_module.", ""): tensor for name, tensor in whole_state(model).items()}
+    check_equal(state, alone.state_dict())
+
+
+@pytest.mark.parametrize("attach_first", [True, False])
+def test_activation_checkpointing(ranks, attach_first):
+    ranks.run(checkpointed, attach_first)
+
+
+def mixed(attach_first: bool) -> None:
+    """Gradients of selected entries are those of the dense model under the same policy, up to a rounding."""
+    mesh = meshes()["four"]
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model, dense, selection = models(dtype=torch.float32)
+    for each in (model, dense):
+        each.bn = torch.nn.Identity()  # on the CPU, BatchNorm does not take a mixture of dtypes
+    selection = gradsel.Selection({name: mask for name, mask in selection.items() if not name.startswith("bn.")})
+    if attach_first:
+        gradsel.attach(model, selection)
+    shard(model, mesh, mp_policy=policy)
+    if not attach_first:
+        gradsel.attach(model, selection)
+    shard(dense, mesh, mp_policy=policy)
+    batch = share(batches(torch.float32)[0], mesh)
+    for each in (model, dense):
+        cross_entropy(each, batch).float().backward()
+    grads = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    for name, parameter in dense.named_parameters():
+        mask = selection[name]
+        if mask.nnz and parameter.grad is not None:
+            own = grads[name if mask.is_whole else name + "_values"]
+            assert own.dtype is torch.float32
+            expected = mask.gather(whole(parameter.grad))
+            torch.testing.assert_close(own, expected, rtol=2**-5, atol=2e-2 * float(expected.abs().max()))
+    optimizer = OPTIMIZERS["MaskedAdamW"](gradsel.trainable_parameters(model))
+    optimizer.step()
+    check_written(model)
+    check_alike(whole_state(model))
+
+
+@pytest.mark.parametrize("attach_first", [True, False])
+def test_mixed_precision(ranks, attach_first):
+    ranks.run(mixed, attach_first)
+
+
+def written(kind: str, attach_first: bool) -> None:
+    """Whoever writes values or weights between two steps is heard at the next forward."""
+    mesh = meshes()["four"]
+    model, alone, selection = models(kind)
+    if attach_first:
+        gradsel.attach(model, selection)
+    shard(model, mesh)
+    if not attach_first:
+        gradsel.attach(model, selection)
+    gradsel.attach(alone, selection)
+    batch = batches()[0]
+    for change in ("nothing", "values", "weight"):
+        with torch.no_grad():
+            for each in (model, alone):
+                layer = each.blocks[1].fc1
+                if change == "values":
+                    layer.weight_values.mul_(1.5)
+                elif change == "weight":
+                    layer.weight.add_(0.25)
+        losses = [
+            cross_entropy(each, part) for each, part in zip((model, alone), (share(batch, mesh), batch), strict=True)
+        ]
+        losses[0].backward()
+        mean = losses[0].detach() / mesh.size()
+        torch.distributed.all_reduce(mean)
+        torch.testing.assert_close(mean, losses[1].detach(), rtol=0, atol=1e-12)
+        check(model, alone)
+
+
+@pytest.mark.parametrize("attach_first", [True, False])
+@pytest.mark.parametrize("kind", ["per-row", "irregular"])
+def test_writing_by_hand(ranks, kind, attach_first):
+    ranks.run(written, kind, attach_first)
+
+
+def other_masks() -> None:
+    mesh = meshes()["four"]
+    model, _, selection = models()
+    if mesh.get_local_rank() == 2:
+        masks = dict(selection)
+        mask = masks["blocks.0.fc1.weight"]
+        other = ((mask.cols + 1) % mask.shape[1]).sort(1).values
+        masks["blocks.0.fc1.weight"] = type(mask)(other, mask.shape, mask.view)
+        selection = gradsel.Selection(masks)
+    gradsel.attach(model, selection)
+    shard(model, mesh)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"1 parameters differ, first blocks.0.fc1.weight"):
+            model(share(batches()[0], mesh)[0])
+        model.reset_iter_state()
+
+
+def test_ranks_with_different_masks(ranks):
+    ranks.run(other_masks)
+
+
+def early_optimizer() -> str:
+    mesh = meshes()["four"]
+    model, _, selection = models()
+    gradsel.attach(model, selection)
+    optimizer = torch.optim.SGD(gradsel.trainable_parameters(model), lr=0.1)
+    shard(model, mesh)
+    cross_entropy(model, share(batches()[0], mesh)).backward()
+    with pytest.raises(RuntimeError, match=r"Make the optimizer after fully_shard\(\)"):
+        optimizer.step()
+    with pytest.raises(ValueError, match=r"sharded.*detach") as refused:
+        gradsel.detach(model)
+    return str(refused.value)
+
+
+@pytest.mark.refuses("FSDP2", "merge")
+def test_what_does_not_fit_a_sharded_model(ranks, refusal):
+    refusal.saw(ranks.run(early_optimizer)[0])
+
+
+def half_precision() -> None:
+    """Values are float32 beside parameters in bfloat16, which FSDP does not reduce together."""
+    mesh = meshes()["four"]
+    batch = share(batches(torch.bfloat16)[0], mesh)
+    model, other, selection = models(dtype=torch.bfloat16)
+    gradsel.attach(model, selection)
+    shard(model, mesh)
+    with pytest.raises(AssertionError, match="uniform original parameter dtype"):
+        model(batch[0])
+    shard(other, mesh)
+    gradsel.attach(other, selection)
+    optimizer = OPTIMIZERS["MaskedAdamW"](gradsel.trainable_parameters(other))
+    cross_entropy(other, batch).backward()
+    assert other.head.weight.grad.dtype is torch.bfloat16
+    assert other.blocks[0].fc1.weight_values.grad.dtype is torch.float32
+    optimizer.step()
+    check_written(other)
+    check_alike(whole_state(other))
+
+
+def test_half_precision(ranks):
+    ranks.run(half_precision)
+
+
+def converted() -> None:
+    """A sharded model may be moved, and is not cast."""
+    mesh, both, optimizers = attached()
+    both[0].to("cpu")
+    for cast in (both[0].float, lambda: both[0].to(torch.bfloat16), both[0].blocks[0].fc1.half):
+        with pytest.raises(RuntimeError, match=r"cast it before fully_shard\(\)"):
+            cast()
+    steps(mesh, both, optimizers)
+    check(*both)
+    policy = gradsel.PerNeuron(1)
+    plain = shard(models()[0], mesh)
+    with pytest.raises(ValueError, match=r"DTensor, in which policy= cannot select"):
+        gradsel.MaskedAdam(plain.named_parameters(), policy=policy, model=plain)
+    with pytest.raises(ValueError, match=r"DTensor, for which MaskedAdam takes no mask"):
+        gradsel.MaskedAdam(plain.named_parameters(), masks=models()[2])
+
+
+def test_conversions_and_masks(ranks):
+    ranks.run(converted)
+
+
+def tensor_parallel() -> list[str]:
+    mesh = meshes()["hybrid"]
+    model, _, selection = models()
+    plan = {"blocks.0.fc1": ColwiseParallel(), "blocks.0.fc2": RowwiseParallel()}
+    parallel = parallelize_module(copy.deepcopy(model), mesh["shard"], plan)
+    with pytest.raises(ValueError, match="tensor parallelism") as first:
+        gradsel.attach(parallel, selection)
+    assert not any(selected_in(module) for module in parallel.modules())
+    gradsel.attach(model, selection)
+    parallelize_module(model, mesh["shard"], plan)
+    with pytest.raises(RuntimeError, match="tensor parallelism") as second:
+        model(batches()[0][0])
+    shard(parallel, mesh["replicate"])
+    gradsel.attach(parallel, selection)
+    with pytest.raises(RuntimeError, match="tensor parallelism") as third:
+        parallel(batches()[0][0])
+    return [str(error.value) for error in (first, second, third)]
+
+
+@pytest.mark.refuses("TP", "attach")
+@pytest.mark.refuses("FSDP2 + TP", "attach")
+def test_tensor_parallelism(ranks, refusal):
+    for message in ranks.run(tensor_parallel)[0]:
+        refusal.saw(message)
