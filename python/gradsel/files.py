@@ -67,6 +67,56 @@ def replacing_all(paths: Sequence[PathLike]) -> Iterator[list[Path]]:
                 _flush_folder(folder)
 
 
+@contextmanager
+def filling(folder: PathLike, index: Sequence[str]) -> Iterator[Path]:
+    """Yields an empty folder for whoever writes files by names of its own; at the end, they go to ``folder`` as a set.
+
+    ``folder`` is created with the folders above it. Files in it with other names stay. A block that fails leaves all of
+    it as it was. See :func:`replacing_all`, also for permissions and links.
+
+    Args:
+        index: names of files by which the others are found. Old ones are removed before anything is replaced, and new
+            ones come last, so that no index ever names files of two sets.
+
+    Raises:
+        OSError: see :func:`replacing_all`.
+    """
+    folder = Path(folder)
+    existed = folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with _stage(folder) as stage:
+            mode = _created(stage / "mode")
+            new = stage / "new"
+            new.mkdir()
+            yield new
+            _fill(folder, new, index, mode)
+    except BaseException:
+        if not existed:
+            with suppress(OSError):  # something is in it by now
+                folder.rmdir()
+        raise
+
+
+def _fill(folder: Path, new: Path, index: Sequence[str], mode: int) -> None:
+    files = sorted((path for path in new.rglob("*") if path.is_file()), key=lambda path: (path.name in index, path))
+    for path in files:
+        (folder / path.relative_to(new)).parent.mkdir(parents=True, exist_ok=True)
+    targets = {path: _target(folder / path.relative_to(new)) for path in files}
+    old = [_target(folder / name) for name in index]
+    for path, target in targets.items():
+        _permit(path, mode, target)
+        _flush(path)
+    with uninterrupted():
+        for target in old:
+            target.unlink(missing_ok=True)
+        for path, target in targets.items():
+            os.replace(path, target)
+    if os.name == "posix":
+        for parent in dict.fromkeys(target.parent for target in targets.values()):
+            _flush_folder(parent)
+
+
 def require_folder(path: PathLike) -> None:
     """Checks that a file can be written to ``path``, as far as that is known beforehand.
 

@@ -11,7 +11,7 @@ import warnings
 import pytest
 
 from gradsel import files
-from gradsel.files import replacing, replacing_all, require_folder
+from gradsel.files import filling, replacing, replacing_all, require_folder
 from tests.support.faults import counting, killed_at
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="permissions, links and locks are those of POSIX")
@@ -148,13 +148,23 @@ def test_what_a_dead_process_left_is_removed_and_what_a_live_one_writes_is_not(t
 # --- What fails --------------------------------------------------------------------------------------------------
 
 
-def write_two(folder, text):
+def replace_two(folder, text):
     with replacing_all([folder / "shard", folder / "index"]) as unfinished:
         for path in unfinished:
             path.write_text(text)
 
 
-def test_every_call_may_fail(tmp_path):
+def fill_with_two(folder, text):
+    with filling(folder, index=["index"]) as new:
+        for name in ("index", "shard"):
+            (new / name).write_text(text)
+
+
+each_way = pytest.mark.parametrize("write_two", [replace_two, fill_with_two])
+
+
+@each_way
+def test_every_call_may_fail(write_two, tmp_path):
     """Each call of a save fails once, as on a full or broken disk: the old files stay, and nothing else."""
     write_two(tmp_path, "old")
     failures = 0
@@ -181,7 +191,8 @@ def test_every_call_may_fail(tmp_path):
     assert failures > 8
 
 
-def test_the_process_may_die_at_every_call(tmp_path):
+@each_way
+def test_the_process_may_die_at_every_call(write_two, tmp_path):
     write_two(tmp_path, "old")
     number = 0
     while True:
@@ -194,6 +205,34 @@ def test_the_process_may_die_at_every_call(tmp_path):
         assert names(tmp_path) == ["index", "shard"]  # what it had begun is removed by the next save
     assert number > 10
     assert (tmp_path / "index").read_text() == "new"
+
+
+def test_a_folder_is_filled_as_a_set(tmp_path, umask):
+    """By whoever names the files: others stay, and all get the usual permissions."""
+    (tmp_path / "out").mkdir()
+    for name in ("mine", "index", "old index"):
+        (tmp_path / "out" / name).write_text("old")
+    with filling(tmp_path / "out", index=["index", "old index"]) as new:
+        (new / "shard").touch(mode=0o600)
+        (new / "index").write_text("new")
+        (new / "sub").mkdir()
+        (new / "sub" / "file").write_text("new")
+        assert (tmp_path / "out" / "index").read_text() == "old"
+    assert names(tmp_path / "out") == ["index", "mine", "shard", "sub"]
+    assert (tmp_path / "out" / "mine").read_text() == "old"
+    assert stat.S_IMODE((tmp_path / "out" / "shard").stat().st_mode) == 0o640
+    assert names(tmp_path / "out" / "sub") == ["file"]
+
+
+def test_a_block_that_fails_makes_no_folder(tmp_path):
+    def fail():
+        with filling(tmp_path / "a" / "b", index=[]) as new:
+            (new / "file").write_text("half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert names(tmp_path / "a") == []
 
 
 def test_a_folder_that_cannot_be_flushed_is_only_warned_of(tmp_path, monkeypatch):

@@ -9,8 +9,12 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 from typing import Any
+
+import huggingface_hub
+import pytest
 
 COMMIT = "a" * 40
 
@@ -51,9 +55,10 @@ class Hub(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
+        repo = re.match(r"(?:/api/models)?/([^/]+/[^/]+)", self.path)
+        if repo is not None and repo[1] not in self.server.repos:
+            return self._answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
         if found := re.match(r"/api/models/([^/]+/[^/]+)(/revision/main)?$", self.path):
-            if found[1] not in self.server.repos:
-                return self._answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
             files = [{"rfilename": path} for path in self.server.repos[found[1]]]
             return self._answer(200, {"id": found[1], "sha": COMMIT, "siblings": files, "tags": [], "private": False})
         if found := re.match(r"/api/models/([^/]+/[^/]+)/tree/", self.path):
@@ -63,6 +68,8 @@ class Hub(BaseHTTPRequestHandler):
         found = re.match(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", self.path)
         if found is None:
             return self._answer(404, {"error": f"no route {self.path}"})
+        if found[2] not in self.server.repos[found[1]]:
+            return self._answer(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"})
         content = self.server.repos[found[1]][found[2]]
         etag = hashlib.sha1(content).hexdigest()
         return self._answer(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
@@ -92,3 +99,20 @@ def running() -> Iterator[tuple[str, dict[str, dict[str, bytes]]]]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+@contextmanager
+def used_by_all(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[dict[str, dict[str, bytes]]]:
+    """What is in the repositories of a hub on this machine, which huggingface_hub takes for the real one."""
+    with running() as (address, repos):
+        for module in (huggingface_hub.constants, huggingface_hub.hf_api, huggingface_hub.file_download):
+            if hasattr(module, "ENDPOINT"):
+                monkeypatch.setattr(module, "ENDPOINT", address)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+        monkeypatch.setattr(
+            huggingface_hub.constants,
+            "HUGGINGFACE_CO_URL_TEMPLATE",
+            address + "/{repo_id}/resolve/{revision}/{filename}",
+        )
+        yield repos

@@ -12,6 +12,15 @@ from gradsel.attached import attached_root
 from gradsel.delta.fitting import fitted, in_model
 from gradsel.delta.heads import heads_in
 from gradsel.delta.parts import Part, entries_of, same_bits, tensors_of, write_
+from gradsel.delta.quantised import (
+    differences_of,
+    put_on,
+    require_fits,
+    require_on,
+    require_quantised_base,
+    split,
+    take_off,
+)
 from gradsel.delta.sites import (
     FORCE,
     Site,
@@ -112,7 +121,11 @@ class Applied(Overlay):
     def __init__(self, parts: Mapping[str, Part], model: nn.Module, force: bool) -> None:
         super().__init__()
         self._model = model
+        parts, added = split(parts, model)
+        if not force:
+            require_quantised_base(added)
         self._sites, self._originals = fit(parts, model, force)
+        self._added = put_on(added)
         try:
             with uninterrupted():
                 for site in self._sites:
@@ -121,6 +134,7 @@ class Applied(Overlay):
             with uninterrupted():
                 for site, entries in zip(self._sites, self._originals, strict=True):
                     write_(site.tensor, site.part, entries)
+                take_off(self._added)
             raise
         self._put_on(self._sites)
         self.active = True
@@ -144,6 +158,7 @@ class Applied(Overlay):
             raise RuntimeError("this delta was reverted already")
         self._require_top()
         require_in_place(self._sites, self._model)
+        require_on(self._added)
         if not force:
             changed = [s.name for s in self._sites if not same_bits(entries_of(s.tensor, s.part), s.values)]
             if changed:
@@ -154,12 +169,14 @@ class Applied(Overlay):
         with uninterrupted():
             for site, entries in zip(self._sites, self._originals, strict=True):
                 write_(site.tensor, site.part, entries)
+            take_off(self._added)
             self._take_off()
             self.active = False
 
     def __repr__(self) -> str:
         count = sum(site.part.mask.nnz for site in self._sites)
-        return f"Applied({count:,} entries of {len(self._sites)} tensors)"
+        count += sum(forward.mask.nnz for _, forward in self._added)
+        return f"Applied({count:,} entries of {len(self._sites) + len(self._added)} tensors)"
 
 
 def require_in_place(sites: Sequence[Site], model: nn.Module) -> None:
@@ -187,13 +204,20 @@ def load_attached(parts: Mapping[str, Part], root: nn.Module, force: bool) -> No
     Raises:
         ValueError: other entries are attached or, without force, the base differs. Nothing has been written.
     """
-    trained = trained_in(root)
+    trained, quantised = trained_in(root), differences_of(root)
+    require_fits(quantised, parts, force)
+    added = {name: parts[name] for name in quantised}
+    parts = {name: part for name, part in parts.items() if name not in added}
     there = in_model(root, {name: own.whole_before for name, own in trained.items()})
     parts, sites = fitted(parts, there, force, lambda parts, force: _fit_attached(parts, root, trained, force))
     with uninterrupted(), torch.no_grad():
         for name, own in trained.items():
             own.values.copy_(parts[name].values)
             own.mask.scatter_(own.tensor, own.values)
+        for name, part in added.items():
+            values = quantised[name].values()
+            assert values is not None
+            values.copy_(part.values)
         restore_buffers(root)
         for site in sites:
             write_(site.tensor, site.part, site.values)
@@ -203,6 +227,11 @@ def _fit_attached(
     parts: Mapping[str, Part], root: nn.Module, trained: Mapping[str, Trained], force: bool
 ) -> tuple[Mapping[str, Part], list[Site]]:
     """The parts, and the sites of those that are for buffers, after all checks."""
+    if differing := [name for name in trained if name in parts and parts[name].differences]:
+        raise ValueError(
+            f"the delta holds differences from a quantised {differing[0]}, which is dense in the model: apply it to "
+            "the model before attach(), then select and attach"
+        )
     buffers = {name: buffer for name, buffer in tensors_of(root).items() if name in parts and name not in trained}
     unknown = [name for name in trained if name not in parts]
     buffer_names = dict(root.named_buffers())

@@ -126,6 +126,8 @@ def _merged(name: str, a: Part, b: Part, wins: str) -> Part:
 
 
 def _require_same_base(name: str, a: Part, b: Part) -> None:
+    if bool(a.differences) != bool(b.differences):
+        raise ValueError(f"{name} has differences from a quantised base in one delta, and values in the other")
     if a.dtype is not b.dtype:
         raise ValueError(f"{name} is {a.dtype} in the base of one delta, {b.dtype} in the base of the other")
     known = [(a.fingerprint, b.fingerprint)]

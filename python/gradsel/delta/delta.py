@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,19 +12,20 @@ from torch import nn
 
 from gradsel.attached import attached_root
 from gradsel.delta import file as delta_file
+from gradsel.delta import hub
+from gradsel.delta.adapters import AsAdapter
 from gradsel.delta.applying import Applied, load_attached
 from gradsel.delta.coding import packed
 from gradsel.delta.combining import Difference, difference, merged, paired
 from gradsel.delta.fitting import by_names_in, fitted, in_model
-from gradsel.delta.lora import Above, LoraExport, write_lora
 from gradsel.delta.making import Base, parts_of
 from gradsel.delta.parts import Part, same_bits
-from gradsel.delta.shira import read_shira, write_shira
+from gradsel.delta.quantised import require_quantised_base, split
 from gradsel.delta.sites import known_fingerprint, require_base, require_finite, require_plain, sites_of
 from gradsel.interrupts import uninterrupted
 from gradsel.masks import Frozen, Mask, same
 from gradsel.parameters.fingerprints import fingerprint
-from gradsel.parameters.names import named_parameters
+from gradsel.parameters.names import named_parameters, shaped_parameters
 from gradsel.selection.overlap import Overlap, overlap
 from gradsel.selection.selection import Selection
 from gradsel.tables import grouped, printable, shape_text, table
@@ -33,7 +33,7 @@ from gradsel.tables import grouped, printable, shape_text, table
 PathLike = str | os.PathLike[str]
 
 
-class Delta(Mapping[str, Part]):
+class Delta(AsAdapter):
     """The entries that a task sets in a base model and their values, by the names of the tensors.
 
     Attributes:
@@ -158,10 +158,11 @@ class Delta(Mapping[str, Part]):
             ValueError: shapes differ.
         """
         parts = by_names_in(model, self)
-        sites_of({name: part for name, part in parts.items() if name in named_parameters(model)}, model, force=True)
+        own, _ = split(parts, model)
+        sites_of({name: part for name, part in own.items() if name in named_parameters(model)}, model, force=True)
         masks = {
             name: parts[name].mask if name in parts else Frozen(tuple(parameter.shape), "not in the delta")
-            for name, parameter in named_parameters(model).items()
+            for name, parameter in shaped_parameters(model).items()
         }
         known = {name: part.fingerprint for name, part in parts.items() if name in masks and part.fingerprint}
         return Selection(masks, self.notes, known)
@@ -256,12 +257,21 @@ class Delta(Mapping[str, Part]):
             require_base(wrong, len(sites))
 
         require_plain(model)
-        fitted(self, in_model(model), False, attempt)
+        parts, added = split(self, model)
+        require_quantised_base(added)
+        if dense := [name for name, part in parts.items() if part.differences]:
+            raise ValueError(
+                f"the delta knows the quantised {dense[0]} that it was trained on, and it is dense in the model, so it "
+                "cannot be checked"
+            )
+        fitted(parts, in_model(model), False, attempt)
 
     def apply_(self, model: nn.Module, *, force: bool = False) -> Applied:
         """Writes the values to a plain model, in place, and keeps what they replace.
 
-        Values in another dtype than the tensor's are rounded once. Parameters stay the same objects at the same
+        Values in another dtype than the tensor's are rounded once. Differences from a quantised weight are added by the
+        layer's forward if the model has that weight, which stays as it is, and to the entries if it is dense there (the
+        16-bit original, which cannot be checked). Parameters stay the same objects at the same
         addresses, and code compiled by torch.compile stays valid.
 
         Args:
@@ -293,74 +303,56 @@ class Delta(Mapping[str, Part]):
                 handle.revert_()
             raise
 
-    # --- PEFT
+    # --- Model hubs
 
-    def to_shira(self, folder: PathLike, *, base: Base | None = None, drop: bool = False) -> None:
-        """Writes a SHiRA adapter of PEFT: ``adapter_config.json`` and ``adapter_model.safetensors``.
-
-        SHiRA stores differences. Adding one to the base gives the value up to rounding, and cannot be undone exactly.
-
-        Args:
-            folder: the folder to write to, which is created.
-            base: the model, or its state_dict, if the delta does not keep originals.
-            drop: leave out what SHiRA cannot store, such as biases of adapted layers.
-
-        Raises:
-            ValueError: originals are not known, or SHiRA cannot store some parameters.
-        """
-        write_shira(self, Path(folder), base, drop)
-
-    def to_lora(
+    def push_to_hub(
         self,
-        folder: PathLike,
-        base: Base | None = None,
-        rank: int | None = None,
-        dtype: torch.dtype | None = None,
-        drop: bool = False,
+        repo_id: str,
         *,
-        above: Above = "refuse",
-        pad: bool = False,
-    ) -> LoraExport:
-        """Writes a LoRA adapter of PEFT with the effect of the delta: ``adapter_config.json`` and its safetensors file.
-
-        A difference in c columns (or c rows) of a matrix is a LoRA of rank c, exactly: A is one-hot and B holds the
-        differences, or the other way round. The adapter has nothing that a server of LoRA would not take, except for
-        modules that the delta sets whole (a new head), which become PEFT's ``modules_to_save``.
+        base: str | nn.Module | None = None,
+        originals: bool = False,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Add a delta",
+    ) -> str:
+        """Pushes the delta to a model hub, in one commit: its file, and a model card.
 
         Args:
-            folder: the folder to write to, which is created.
-            base: the model, or its state_dict. Needed if the delta does not keep originals. A model (on any device,
-                also "meta" if there are originals) tells which layers are Linear, which are stored as [in, out], and
-                which weights are tied; without one, weights of two dimensions count as those of ``nn.Linear``.
-            rank: the highest rank allowed; None: whatever the delta needs.
-            dtype: of A and B. None: float32. A narrower one rounds the differences.
-            drop: leave out what LoRA cannot hold (norms, biases, embeddings, fused experts), and list it.
-            above: what to do with layers that need a higher rank: "refuse" them; "split" the delta into several
-                adapters, in ``folder/part-1`` and so on, whose sum is exact when all are active; or write the
-                nearest adapter of that rank by "svd" and report its error.
-            pad: give all layers the same rank, with zeros, for servers that know no ``rank_pattern``.
+            repo_id: ``"user/birds"``; the repository is made if there is none.
+            base: for the card: the name of the base model on the hub; or the model, of which the card then also says
+                what share is trained.
+            originals: also push the replaced entries of the base; see :meth:`save`.
+            private: of a new repository; None: the default of its owner.
+            token: of the hub; None: the one that ``hf auth login`` has stored.
+            revision: branch to commit to; None: the main one.
+            commit_message: of the commit.
 
         Returns:
-            What was written, with ranks, errors and what was left out.
+            The address of the commit.
 
         Raises:
-            ValueError: originals are not known, LoRA cannot hold some tensors, or a layer needs a higher rank; nothing
-                is written.
+            ValueError: the originals are not known, values are NaN or infinite, or the hub refuses.
         """
-        return write_lora(self, Path(folder), base, rank, dtype, drop, above, pad)
+        return hub.push(self, repo_id, base, originals, private, token, revision, commit_message)
 
     @staticmethod
-    def from_shira(folder: PathLike, base: Base) -> Delta:
-        """The delta with the effect of a SHiRA adapter of PEFT: base + difference, as PEFT would merge it.
+    def from_pretrained(
+        source: PathLike, *, revision: str | None = None, token: str | bool | None = None, force: bool = False
+    ) -> Delta:
+        """Reads a delta from a file, a folder or a model hub.
 
         Args:
-            folder: the folder that PEFT's ``save_pretrained`` wrote.
-            base: the plain model, or its state_dict.
+            source: a file; a folder with ``gradsel.delta``, or a result of ``gradsel finetune``; or the id of a
+                repository with such files, such as ``"user/birds"``.
+            revision: branch, tag or commit on the hub.
+            token: of the hub; None: the one that ``hf auth login`` has stored.
+            force: see :meth:`load`.
 
         Raises:
-            ValueError: the folder has no SHiRA adapter, or one for another model.
+            ValueError: there is none, or as from :meth:`load`.
         """
-        return Delta(read_shira(Path(folder), base), {"policy": f"SHiRA adapter {Path(folder).name}"})
+        return Delta.load(hub.find(source, revision, token), force=force)
 
 
 def save_delta(
@@ -405,6 +397,8 @@ def load_delta(model: nn.Module, delta: Delta | PathLike, *, force: bool = False
 def _dtypes(part: Part) -> str:
     """The dtype of the values and, if it is another one, that of the tensor."""
     values, tensor = (str(dtype).removeprefix("torch.") for dtype in (part.values.dtype, part.dtype))
+    if part.differences:
+        return f"{values} differences from {part.differences}"
     return values if values == tensor else f"{values} for {tensor}"
 
 

@@ -2,42 +2,125 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
-from gradsel.attached import SUFFIX, selected_in
-from gradsel.files import replacing
-from gradsel.parameters.names import WRAPPERS, unwrapped
+from gradsel.attached import is_values
+from gradsel.files import filling, replacing
+from gradsel.nn.saving import plain_state
+from gradsel.parameters.names import unwrapped
 from gradsel.tensor_files import save_file
 
+#: By these, readers of a folder find its weights.
+_INDEX = ("model.safetensors", "model.safetensors.index.json")
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
-def export(model: nn.Module, path: str | os.PathLike[str]) -> None:
+
+def export(model: nn.Module, path: str | os.PathLike[str], *, max_shard_size: int | str | None = None) -> None:
     """Writes a full safetensors checkpoint with the keys of the plain model, which loads without this library.
 
     Args:
         model: attached or not, wrapped or not. Its weights are written, not their float32 values in training.
-        path: the file, written atomically.
+        path: the file; or a folder, if there is one or ``max_shard_size`` is given. A folder gets
+            ``model.safetensors``, or shards with their index ``model.safetensors.index.json``; a model of transformers
+            is written as by ``save_pretrained``, with its ``config.json`` and the names that its checkpoints have.
+            Everything is written atomically: a crash leaves the old files, or at worst no index.
+        max_shard_size: in a folder, the largest size of a file in bytes, or as in ``"5GB"``.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: a file cannot be written.
+        ValueError: ``max_shard_size`` is not a size; adapters of PEFT are in a model of transformers; quantised layers
+            have differences; or the model is sharded.
+    """
+    if max_shard_size is None and not os.path.isdir(path):
+        with replacing(path) as unfinished:
+            save_file(plain_state(model), unfinished, {"format": "pt"})
+        return
+    with whole_model(model, path, max_shard_size or "5GB"):
+        pass
+
+
+@contextmanager
+def whole_model(
+    model: nn.Module, folder: str | os.PathLike[str], max_shard_size: int | str, **kwargs: Any
+) -> Iterator[Path]:
+    """Writes a model to a folder, together with what the block writes to the folder that it is given.
+
+    Args:
+        kwargs: for ``save_pretrained`` of a model of transformers.
+
+    Raises:
+        OSError, ValueError: see :func:`export`; ``folder`` is as it was.
     """
     plain = unwrapped(model)
-    hidden = {
-        f"{prefix}.{short}{SUFFIX}".lstrip(".")
-        for prefix, module in plain.named_modules(remove_duplicate=False)
-        for short in selected_in(module)
-    }
-    # Tied tensors are written once per name, so that load_state_dict finds all of them.
-    tensors = {
-        _plain(key): tensor
-        for key, tensor in plain.state_dict().items()
-        if key not in hidden and isinstance(tensor, Tensor)
-    }
-    with replacing(path) as unfinished:
-        save_file(tensors, unfinished, {"format": "pt"})
+    write = _transformers_writer(plain, kwargs)
+    _require_size(max_shard_size)
+    with filling(folder, index=_INDEX) as new:
+        state = plain_state(plain)
+        if write is None:
+            _write_shards(state, new, max_shard_size)
+        else:
+            write(new, state, max_shard_size)
+        yield new
+        written = {file.name for file in new.iterdir()}
+    for file in Path(folder).iterdir():  # of an older set with another number of shards
+        if _SHARD.fullmatch(file.name) and file.name not in written:
+            file.unlink()
 
 
-def _plain(key: str) -> str:
-    """A key without what torch.compile and checkpoint_wrapper add; unlike strip_wrappers, it keeps "module" parts."""
-    return ".".join(part for part in key.split(".") if part not in WRAPPERS)
+def _require_size(size: int | str) -> None:
+    digits = re.fullmatch(r"(\d+)([KMGT]B)?", str(size), re.IGNORECASE)
+    if digits is None or not int(digits[1]) or isinstance(size, bool) or (isinstance(size, str) and not digits[2]):
+        raise ValueError(f'max_shard_size is {size!r}, expected bytes, or text such as "5GB"')
+
+
+def is_of_transformers(model: nn.Module) -> bool:
+    """Whether transformers knows how to save the model."""
+    plain = unwrapped(model)
+    return callable(getattr(plain, "save_pretrained", None)) and hasattr(plain, "config")
+
+
+def _transformers_writer(
+    plain: nn.Module, kwargs: dict[str, Any]
+) -> Callable[[Path, dict[str, Tensor], int | str], None] | None:
+    if not is_of_transformers(plain):
+        return None
+    if hasattr(plain, "peft_config") or getattr(plain, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "the model has adapters of PEFT, which are not part of a plain model: merge them first, "
+            "gradsel.detach(model).merge_and_unload(), or save them alone by model.save_pretrained()"
+        )
+
+    def write(folder: Path, state: dict[str, Tensor], max_shard_size: int | str) -> None:
+        plain.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size, **kwargs)  # type: ignore[operator]
+        if (index := folder / _INDEX[1]).exists():  # it counts all parameters, values too
+            found = json.loads(index.read_text(encoding="utf-8"))
+            found["metadata"]["total_parameters"] -= sum(p.numel() for p in plain.parameters() if is_values(p))
+            _write_index(found, folder)
+
+    return write
+
+
+def _write_shards(state: dict[str, Tensor], folder: Path, max_shard_size: int | str) -> None:
+    try:
+        from huggingface_hub import split_torch_state_dict_into_shards
+    except ImportError as error:
+        raise ImportError(
+            "writing a folder needs huggingface_hub: pip install huggingface_hub, or name a file instead"
+        ) from error
+    split = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)
+    for name, keys in split.filename_to_tensors.items():
+        save_file({key: state[key] for key in keys}, folder / name, {"format": "pt"})
+    if split.is_sharded:
+        _write_index({"metadata": split.metadata, "weight_map": split.tensor_to_filename}, folder)
+
+
+def _write_index(index: dict[str, Any], folder: Path) -> None:
+    (folder / _INDEX[1]).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

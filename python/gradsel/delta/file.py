@@ -15,6 +15,8 @@ from gradsel.sealed import by_parameter, json_object, reading_sealed, write_seal
 
 FORMAT = "gradsel.delta"
 VERSION = "1"
+#: Of files with differences, which older readers would take for values.
+WITH_DIFFERENCES = "2"
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
@@ -59,14 +61,16 @@ def write(
             "dtype": str(part.dtype).removeprefix("torch."),
             "digest": part.digest,
             "fingerprint": part.fingerprint,
+            **({"differences": part.differences} if part.differences else {}),
         }
         kept = packed(part.mask) | {"values": part.values}
-        if originals:
+        if originals and not part.differences:  # of which zero is the original
             if part.originals is None:
                 raise ValueError(f"the original entries of {name} are not known, so they cannot be saved")
             kept["originals"] = part.originals
         tensors |= {f"{name}:{key}": tensor for key, tensor in kept.items()}
-    write_sealed(path, FORMAT, VERSION, {"parameters": parameters, "notes": notes}, tensors)
+    version = WITH_DIFFERENCES if any(part.differences for part in parts.values()) else VERSION
+    write_sealed(path, FORMAT, version, {"parameters": parameters, "notes": notes}, tensors)
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Part], dict[str, Any]]:
@@ -75,7 +79,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Part], dict[str, Any]]
     Raises:
         ValueError: the file is not a delta, is damaged, or was written by a later version.
     """
-    with reading_sealed(path, FORMAT, VERSION, "a delta") as (metadata, tensors):
+    with reading_sealed(path, FORMAT, VERSION, "a delta", later=(WITH_DIFFERENCES,)) as (metadata, tensors):
         owned = by_parameter(tensors)
         parameters = json_object(metadata, "parameters")
         if unknown := [name for name in owned if name not in parameters]:
@@ -105,9 +109,12 @@ def _part(described: Mapping[str, Any], tensors: dict[str, Tensor]) -> Part:
     for what, tensor in (("values", values), ("originals", originals)):
         if tensor is not None and tuple(tensor.shape) != mask.compact_shape:
             raise ValueError(f"{what} must be {list(mask.compact_shape)}, got {list(tensor.shape)}")
+    differences = described.get("differences", "")
     if not isinstance(digest, str) or not isinstance(fingerprint, str):
         raise TypeError("digest and fingerprint must be strings")
-    return Part(mask, values, dtype, digest, fingerprint, originals)
+    if not isinstance(differences, str):
+        raise TypeError(f"differences must be the name of a format, got {differences!r}")
+    return Part(mask, values, dtype, digest, fingerprint, originals, differences)
 
 
 def _are_floats(*dtypes: torch.dtype) -> bool:

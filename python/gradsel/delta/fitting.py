@@ -16,8 +16,8 @@ from gradsel.delta.checkpoints import Checkpoint
 from gradsel.delta.parts import Part, tensors_of, write_
 from gradsel.delta.sites import FORCE
 from gradsel.delta.translating import tensors_there, translated
-from gradsel.integrations import checkpoint_names
-from gradsel.integrations.checkpoint_names import CheckpointNames, Group
+from gradsel.parameters import checkpoint_names
+from gradsel.parameters.checkpoint_names import CheckpointNames, Group
 from gradsel.parameters.names import named_parameters
 
 Parts = Mapping[str, Part]
@@ -117,6 +117,31 @@ def fitted(parts: Parts, there: Destination, force: bool, attempt: Callable[[Par
     if refused is not None and any(_is_missing(name, there, names) for name in parts):
         return _translated_attempt(parts, names, there, force, attempt)
     return _either(parts, names, there, attempt, refused)
+
+
+def require_head_of(heads: Parts, source: Checkpoint, there: Destination) -> None:
+    """Checks that a delta that only has a head is for the model that a checkpoint is of.
+
+    The entries of a checkpoint say nothing about that, because nothing in it is set in part.
+
+    Raises:
+        ValueError: it is for another model, or that is not known.
+    """
+    names = there.names(heads)
+    told = (
+        f"all {len(heads)} tensors of the delta, first {next(iter(heads))}, are missing in {source.path}, or have "
+        "another shape there. If they are a head, nothing in that checkpoint can show that it is the head's base: "
+    )
+    if names is None:
+        raise ValueError(
+            f"{told}put the config.json of the task's model beside the delta, or pass --model FOLDER with it, so that "
+            "the model's other tensors are looked up in BASE; or put them there as they are with force=True"
+        )
+    if lacking := names.lacking({name: part.mask.shape for name, part in heads.items()}):
+        raise ValueError(
+            f"{told}and by the config.json, it is not, as {lacking}. Pass --model FOLDER with the config.json of the "
+            "task's model, or put them there as they are with force=True"
+        )
 
 
 def by_names_in(model: nn.Module, parts: Parts) -> Parts:

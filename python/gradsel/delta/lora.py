@@ -252,7 +252,8 @@ def _layer(part: Part, originals: Tensor, transposed: bool) -> _Layer:
     shape = part.mask.shape
     entries = part.mask.ordered_entries()
     row, col = entries // shape[1], entries % shape[1]
-    moved = (part.values.to(part.dtype).double() - originals.double()).reshape(-1)
+    values = part.values if part.differences else part.values.to(part.dtype)
+    moved = (values.double() - originals.double()).reshape(-1)
     if transposed:
         row, col, shape = col, row, (shape[1], shape[0])
     differs = moved != 0

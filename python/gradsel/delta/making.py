@@ -8,10 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from gradsel.attached import attached_root
+from gradsel.attached import RECORD, attached_root
 from gradsel.delta.file import require_dtype
 from gradsel.delta.fitting import tensors_in
 from gradsel.delta.parts import Part, bits_of, read, same_bits, tensors_of
+from gradsel.delta.quantised import differences_of, part_of, places_in
 from gradsel.delta.trained import trained_in
 from gradsel.masks import Mask, Whole, same
 from gradsel.masks.combining import recognised
@@ -40,6 +41,11 @@ def parts_of(
         raise ValueError("the base is attached, so its weights may have been trained; pass a plain one")
     if root is not None:
         if before is not None:
+            if sharded := vars(root)[RECORD].sharded:
+                raise ValueError(
+                    f"{next(iter(sharded))} is sharded, so it cannot be compared with a base: leave out base, the "
+                    "attached model knows its original entries"
+                )
             _require_base_of(root, before)
         parts = _of_attached(root, selection, dtype)
     elif selection is not None:
@@ -109,6 +115,10 @@ def _of_attached(root: nn.Module, selection: Selection | None, dtype: torch.dtyp
             digest=trained.digest_before(part),
             fingerprint=known if known.startswith(f"{kind_of(trained.tensor)} ") else trained.fingerprint_before(),
         )
+    for name, differences in differences_of(root).items():
+        if selection is not None and not same(lookup(selection, name), differences.mask):
+            raise ValueError(f"{name} is not attached as this selection says; pass the one that attach() got")
+        parts[name] = part_of(differences, dtype)
     return parts
 
 
@@ -139,6 +149,11 @@ def _of_selection(
     model: nn.Module, selection: Selection, before: Tensors | None, dtype: torch.dtype | None
 ) -> dict[str, Part]:
     parts = {}
+    if quantised := [name for name in places_in(model) if lookup(selection, name).nnz]:
+        raise ValueError(
+            f"{quantised[0]} is quantised, so only an attached model can have trained it: pass the model before it is "
+            "detached"
+        )
     for name, parameter in named_parameters(model).items():
         mask = lookup(selection, name)
         if before is not None:

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from gradsel.masks import Mask
+from gradsel.masks import Flat, Mask
 from gradsel.masks.encoding import ascends
 from gradsel.parameters.fingerprints import INTEGERS
 from gradsel.parameters.names import strip_wrappers
+from gradsel.sharding import entries_of as entries_of_shards
+from gradsel.sharding import is_sharded
 from gradsel.views import memory_of
 
 #: Number of entries of a tensor that are checked before a part is applied, besides those that it replaces.
@@ -30,6 +32,8 @@ class Part:
         digest: digest of the replaced entries of the base and of a few others, see :func:`read`; "" if not known.
         fingerprint: fingerprint of the base from :mod:`gradsel.parameters.fingerprints`; "" if not known.
         originals: the replaced entries of the base, shaped like ``values`` but in its dtype, if they are kept.
+        differences: the format of a quantised base, such as ``nf4``: then ``values`` are differences from its
+            dequantised entries, and ``dtype`` is that in which it is dequantised; "" if they are values.
     """
 
     mask: Mask
@@ -38,6 +42,7 @@ class Part:
     digest: str = ""
     fingerprint: str = ""
     originals: Tensor | None = None
+    differences: str = ""
     _places: dict = field(default_factory=dict, repr=False)
 
     def places(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,9 +80,16 @@ def entries_of(tensor: Tensor, part: Part) -> Tensor:
 
 
 def digest_with(originals: Tensor, tensor: Tensor, part: Part) -> str:
-    """The digest that a tensor had when the entries that a part replaces were ``originals``."""
+    """The digest that a tensor had when the entries that a part replaces were ``originals``.
+
+    All ranks of a DTensor call it.
+    """
     if part.mask.is_whole:
         return _hash(originals.reshape(-1))
+    if is_sharded(tensor):
+        probed = Flat(_probes(tensor, part.mask.ordered_entries()).sort().values, tensor.shape)
+        probes = entries_of_shards(probed.to(tensor.device), tensor)
+        return _hash(torch.cat([originals.reshape(-1).cpu(), probes.cpu()]))
     probes = part.places(tensor)[1][part.mask.nnz :]
     return _hash(torch.cat([originals.reshape(-1), memory_of(tensor)[probes]]))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,97 +9,64 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gradsel.delta.adapter_files import CONFIG, PREFIX, WEIGHTS, modules_set_whole, originals_of, write_adapter
+from gradsel.delta.adapter_files import (
+    PREFIX,
+    originals_of,
+    padded,
+    read_adapter,
+    require_floats,
+    sparse_parts,
+    write_adapter,
+)
 from gradsel.delta.making import Base, differing
-from gradsel.delta.parts import Part, ascending, tensors_of
-from gradsel.tensor_files import load_file
-
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from gradsel.delta.parts import Part, tensors_of
 
 
 def write_shira(parts: Mapping[str, Part], folder: Path, base: Base | None, drop: bool) -> None:
     """See ``Delta.to_shira``."""
     before = {} if base is None else tensors_of(base)
-    layers = {name: part for name, part in parts.items() if name.endswith(".weight") and not part.mask.is_whole}
-    layers = {name: part for name, part in layers.items() if len(part.mask.shape) == 2}
-    saved = modules_set_whole(parts, layers)
-    lost = [
-        name
-        for name, part in parts.items()
-        if name not in layers and not (name.rpartition(".")[0] in saved and part.mask.is_whole)
-    ]
-    if lost and not drop:
-        raise ValueError(
-            f"SHiRA has no place for {len(lost)} parameters, first {lost[0]}: it adapts weights of Linear layers "
-            "in part, or saves modules whole; drop=True leaves them out"
-        )
-    if not layers:
-        raise ValueError("the delta sets no weight of two dimensions in part, and SHiRA adapts nothing else")
-    r = max(-(-part.mask.nnz // sum(part.mask.shape)) for part in layers.values())
+    found = sparse_parts(parts, drop, "SHiRA")
+    r = max(-(-part.mask.nnz // sum(part.mask.shape)) for part in found.layers.values())
     tensors: dict[str, Tensor] = {}
-    for name, part in layers.items():
-        indices, differences = _padded(name, part, r, originals_of(name, part, before))
+    for name, part in found.layers.items():
+        rows, cols = part.mask.shape
+        count = r * (rows + cols)  # PEFT insists on it
+        if count > rows * cols:
+            raise ValueError(f"{name} is too small for SHiRA with r = {r}: {count} of its {rows * cols} entries")
+        every, differences = padded(part, originals_of(name, part, before), count)
+        indices = torch.stack([every // cols, every % cols]).to(torch.int32)
         path = PREFIX + name.removesuffix(".weight")
         tensors |= {f"{path}.shira_indices": indices, f"{path}.shira_weight": differences}
-    for name, part in parts.items():
-        if name not in layers and name not in lost:
-            tensors[PREFIX + name] = part.values.clone()
+    tensors |= {PREFIX + name: part.values.clone() for name, part in found.beside.items()}
     config = {
         "peft_type": "SHIRA",
         "r": r,
         "mask_type": "random",  # any type that PEFT knows; the indices in the file are used
-        "target_modules": [name.removesuffix(".weight") for name in layers],
-        "modules_to_save": sorted(saved) or None,
+        "target_modules": [name.removesuffix(".weight") for name in found.layers],
+        "modules_to_save": sorted(found.modules) or None,
         "inference_mode": True,
     }
     write_adapter(folder, tensors, config)
 
 
-def _padded(name: str, part: Part, r: int, originals: Tensor) -> tuple[Tensor, Tensor]:
-    """int32 [2, n] and float32 [n], with n = r * (in + out) as in PEFT: the entries added to fill up differ by 0."""
-    rows, cols = part.mask.shape
-    count = r * (rows + cols)
-    if count > rows * cols:
-        raise ValueError(f"{name} is too small for SHiRA with r = {r}: {count} of its {rows * cols} entries")
-    entries, order = ascending(part.mask)
-    found = (part.values.double() - originals.double()).reshape(-1)[order]
-    first = torch.arange(count)  # as many as are needed in all, so enough of them are free
-    unused = first[~torch.isin(first, entries)][: count - entries.numel()]
-    every, places = torch.cat([entries, unused]).sort()
-    differences = torch.zeros(count, dtype=torch.float64)
-    differences[: found.numel()] = found
-    indices = torch.stack([every // cols, every % cols]).to(torch.int32)
-    return indices, differences[places].float()
-
-
 def read_shira(folder: Path, base: Base) -> dict[str, Part]:
     """See ``Delta.from_shira``."""
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-        tensors = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{folder} is not an adapter of PEFT: {error}") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "SHIRA":
-        raise ValueError(f"{folder} is not a SHiRA adapter")
+    _, tensors = read_adapter(folder, "SHIRA", "SHiRA")
     before = tensors_of(base)
     parts: dict[str, Part] = {}
     seen: set[str] = set()
     for key, tensor in tensors.items():
-        name = key.removeprefix(PREFIX)
-        if name.endswith(".shira_indices"):
+        if key.endswith(".shira_indices"):
             continue
-        path, _, last = name.rpartition(".")
-        name = f"{path}.weight" if last == "shira_weight" else name
+        path, _, last = key.rpartition(".")
+        name = f"{path}.weight" if last == "shira_weight" else key
         if name in seen:
             raise ValueError(f"the adapter sets {name} twice")
         seen.add(name)
-        if name not in before:
-            raise ValueError(f"the base has no {name!r}, which the adapter sets")
-        if tensor.dtype not in _FLOATS or before[name].dtype not in _FLOATS:
-            raise ValueError(f"{name} is {tensor.dtype} in the adapter, {before[name].dtype} in the base")
+        require_floats(name, tensor, before)
         tuned = tensor
         if last == "shira_weight":
-            tuned = _added(name, before[name], tensors.get(f"{PREFIX}{path}.shira_indices"), tensor)
+            tuned = _added(name, before[name], tensors.get(f"{path}.shira_indices"), tensor)
         part = differing(name, before[name].detach().cpu(), tuned.to(before[name].dtype))
         if part is not None:
             parts[name] = part

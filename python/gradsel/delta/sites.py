@@ -66,7 +66,10 @@ def require_plain(model: nn.Module) -> None:
 def site_of(name: str, part: Part, tensors: Mapping[str, Tensor], force: bool) -> Site:
     """The site of a part among tensors by name; see :func:`sites_of`."""
     tensor = tensor_of(name, part, tensors, force)
-    values = part.values.reshape(-1).to(tensor.device, tensor.dtype)
+    values = part.values.reshape(-1).to(tensor.device)
+    if part.differences:  # a quantised base in the delta, a dense one here
+        values = entries_of(tensor, part) + values
+    values = values.to(tensor.dtype)
     if part.values.dtype is not tensor.dtype and not force:
         require_finite({name: part}, f"in {tensor.dtype}, ", tensor.dtype)
     try:
@@ -82,17 +85,17 @@ def tensor_of(name: str, part: Part, tensors: Mapping[str, Tensor], force: bool)
     if name not in tensors:
         raise ValueError(f"the model has no {name!r}, which the delta sets; it was made for another model")
     tensor = tensors[name]
+    if part.values.is_floating_point() and (found := why_untrainable(tensor)) is not None:
+        raise ValueError(f"{name} is {found} in the model, so no entries of it can be replaced")
     if tuple(tensor.shape) != part.mask.shape:
         raise ValueError(
             f"{name} is {shape_text(part.mask.shape)} in the delta, {shape_text(tensor.shape)} in the model; entries "
             "are written in place, so the shapes (for a head: the number of classes) must be the same; "
             "gradsel.TaskBank has heads of all sizes"
         )
-    if part.values.is_floating_point() and (found := why_untrainable(tensor)) is not None:
-        raise ValueError(f"{name} is {found} in the model, so no entries of it can be replaced")
     if tensor.is_floating_point() != part.values.is_floating_point():
         raise ValueError(f"{name} is {part.values.dtype} in the delta, {tensor.dtype} in the model")
-    if tensor.dtype is not part.dtype and not force:
+    if tensor.dtype is not part.dtype and not part.differences and not force:
         raise ValueError(
             f"{name} is {tensor.dtype}, the delta was made on {part.dtype}: the base cannot be recognised, and values "
             f"would be rounded; {FORCE}"
@@ -177,9 +180,10 @@ def require_base(wrong: Sequence[str], count: int) -> None:
 def is_base(name: str, part: Part, digest: str, fingerprint: Callable[[], str]) -> bool:
     """Whether the tensor with this digest and fingerprint is the one that the part was made on.
 
-    A tensor that is set whole may be any: nothing of it is left, and a new head is another one every time.
+    A tensor that is set whole may be any: nothing of it is left, and a new head is another one every time. So may a
+    dense one to which differences are added, because the part knows only the quantised one.
     """
-    if part.mask.is_whole:
+    if part.mask.is_whole or part.differences:
         return True
     return part.digest == digest if part.digest else known_fingerprint(name, part) == fingerprint()
 

@@ -12,6 +12,7 @@ from gradsel.attached import attachments_of, require_complete
 from gradsel.delta.parts import Part, digest_with
 from gradsel.masks import Mask, Whole
 from gradsel.parameters.fingerprints import fingerprint
+from gradsel.sharding import is_sharded, local_of, reshard, share_of, whole_of
 
 
 @dataclass
@@ -22,7 +23,7 @@ class Trained:
         mask: its trained entries.
         values: the values of these entries: a parameter of their own, or ``tensor`` itself.
         originals: the same entries at attach().
-        tensor: the parameter.
+        tensor: the parameter; a DTensor if the model is sharded.
     """
 
     mask: Mask
@@ -33,7 +34,11 @@ class Trained:
     def whole_before(self) -> Tensor:
         """The whole parameter as it was at attach()."""
         original = self.tensor.detach().clone()
-        self.mask.scatter_(original, self.originals)
+        if is_sharded(original):
+            share = share_of(self.mask, original)
+            share.mask.scatter_(local_of(original), share.of(self.originals))
+        else:
+            self.mask.scatter_(original, self.originals)
         return original
 
     def fingerprint_before(self) -> str:
@@ -48,10 +53,13 @@ class Trained:
 def trained_in(root: nn.Module) -> dict[str, Trained]:
     """What an attached model trains, by the names at attach(), in the order of its parameters.
 
+    Of a sharded model what is trained is gathered, and all ranks call it.
+
     Raises:
         ValueError: a trained parameter is no longer part of the model.
     """
     require_complete(root, "a delta of this model would lack what it has trained")
+    reshard(root)
     found: dict[str, Trained] = {}
     places: dict[str, int] = {}
     order = {id(parameter): number for number, parameter in enumerate(root.parameters())}
@@ -64,11 +72,17 @@ def trained_in(root: nn.Module) -> dict[str, Trained]:
                 weight, values = selected.weight(), selected.values()
                 assert weight is not None
                 assert values is not None
-                selected.refresh(weight)
                 places[selected.name] = order[id(weight)]
+                if selected.shards is not None:
+                    selected.shards.refresh()
+                    mask, values = selected.mask.to(weight.device), selected.shards.everywhere()
+                    found[selected.name] = Trained(mask, values, selected.entries, weight.detach())
+                    continue
+                selected.refresh(weight)
                 found[selected.name] = Trained(selected.mask, values.detach(), selected.entries, weight.detach())
             for short, original in attachments.whole.items():
                 whole: Any = module._parameters[short]
                 places[original.name] = order[id(whole)]
-                found[original.name] = Trained(Whole(whole.shape), whole, original.entries, whole)
+                entries = whole_of(original.entries)
+                found[original.name] = Trained(Whole(whole.shape), whole_of(whole), entries, whole.detach())
     return {name: found[name] for name in sorted(found, key=places.__getitem__)}

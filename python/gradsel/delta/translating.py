@@ -18,9 +18,9 @@ from torch import Tensor
 
 from gradsel.delta.parts import Part, ascending, read, same_bits
 from gradsel.delta.sites import is_base, require_base
-from gradsel.integrations.checkpoint_names import CheckpointNames, Group, Shape
 from gradsel.masks import same
 from gradsel.masks.combining import recognised
+from gradsel.parameters.checkpoint_names import CheckpointNames, Group, Shape
 from gradsel.parameters.fingerprints import fingerprint
 from gradsel.tables import shape_text
 
@@ -103,6 +103,8 @@ def _entries_moved(group: Group, parts: Parts, into: str, sources: Tensor) -> di
             )
     if len(dtypes := {part.dtype for part in parts.values()}) > 1:
         raise ValueError(f"{group}, but in the delta they have several dtypes: {', '.join(map(str, dtypes))}")
+    if len(formats := {part.differences for part in parts.values()}) > 1:
+        raise ValueError(f"{group}, but in the delta some of them are differences from a quantised base")
     slots, values, originals = _slots(here, parts, sources.dtype)
     found = {}
     sizes = [math.prod(shape) for shape in tensors_there(group, into).values()]
@@ -119,6 +121,7 @@ def _entries_moved(group: Group, parts: Parts, into: str, sources: Tensor) -> di
             values[order].view(mask.compact_shape),
             next(iter(dtypes)),
             originals=None if originals is None else originals[order].view(mask.compact_shape),
+            differences=next(iter(formats)),
         )
     return found
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from gradsel.attached import attached_root, attachments_of, is_values
-from gradsel.integrations import checkpoint_names
-from gradsel.integrations.checkpoint_names import Shape
 from gradsel.integrations.patch_bytes import checksum, packed, unpacked
 from gradsel.masks import Mask, Whole, same
+from gradsel.parameters import checkpoint_names
+from gradsel.parameters.checkpoint_names import Shape
 from gradsel.parameters.names import strip_wrappers, unwrapped
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -151,6 +151,8 @@ def patches(
         current = dict(_of_model(model_or_delta))
         first = first if since is not None else _Places(model_or_delta).first
     else:
+        if quantised := [name for name, part in model_or_delta.items() if getattr(part, "differences", "")]:
+            _refuse_differences(quantised)
         current = {name: _Entries(p.mask, p.values.to(p.dtype).reshape(-1)) for name, p in model_or_delta.items()}
     if since is not None and current.keys() != since._sent.keys():
         changed = sorted(current.keys() ^ since._sent.keys())
@@ -286,6 +288,8 @@ def _of_model(model: nn.Module) -> Iterator[tuple[str, _Entries]]:
             attachments = attachments_of(module)
             if attachments is None:
                 continue
+            if attachments.differences:
+                _refuse_differences([each.name for each in attachments.differences.values()])
             for selected in attachments.partial.values():
                 weight = selected.weight()
                 if weight is None or selected.name in seen:
@@ -305,6 +309,13 @@ def _of_model(model: nn.Module) -> Iterator[tuple[str, _Entries]]:
     for key, tensor in plain.state_dict(keep_vars=True).items():
         if isinstance(tensor, Tensor) and id(tensor) not in parameters and not is_values(tensor):
             yield strip_wrappers(key), _whole(tensor)
+
+
+def _refuse_differences(names: list[str]) -> None:
+    raise ValueError(
+        f"{names[0]} is trained as differences from a quantised weight, and patches set entries of a dense one; serve "
+        "Delta.of(model).to_lora(folder) on the quantised base, or gradsel.merge(model, dtype) first"
+    )
 
 
 def _whole(tensor: Tensor) -> _Entries:

@@ -7,7 +7,7 @@ layers get a subclass with another ``forward`` for this case; whatever else PEFT
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from peft.tuners.shira import layer as shira
@@ -18,8 +18,10 @@ from gradsel.masks.weight_grad import Product
 from gradsel.parameters.trainable import why_untrainable
 from gradsel.peft.composed import linear
 
+Model = TypeVar("Model", bound=nn.Module)
 
-def accelerate(peft_model: nn.Module) -> nn.Module:
+
+def accelerate(peft_model: Model) -> Model:
     """Gives the SHiRA and Super-Tuning layers of a PEFT model our forward and backward, in place.
 
     Their results are PEFT's, up to the order of sums. State dicts, files, configs, merging, switching and further

@@ -53,16 +53,18 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        return getattr(import_module(_HOME[name]), name)
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package.startswith("gradsel"):
-            raise
-        raise ModuleNotFoundError(
-            f"fine-tuning needs {package}, which is not installed: pip install 'gradsel-kernels[finetune]'",
-            name=error.name,
-        ) from error
+if not TYPE_CHECKING:  # or every name would have a type, misspelt ones too
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        try:
+            return getattr(import_module(_HOME[name]), name)
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if package.startswith("gradsel"):
+                raise
+            raise ModuleNotFoundError(
+                f"fine-tuning needs {package}, which is not installed: pip install 'gradsel-kernels[finetune]'",
+                name=error.name,
+            ) from error

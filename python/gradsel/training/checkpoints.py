@@ -28,6 +28,6 @@ def require_whole(checkpoint: Path) -> None:
                 raise ValueError("not a file of torch")
         except ValueError as error:
             raise ValueError(
-                f"{file} is damaged ({error}); remove {checkpoint}, and gradsel resume begins with the checkpoint "
-                "before it, or anew if there is none"
+                f"{file} is damaged ({error}); remove {checkpoint}, and the run resumes from the checkpoint before it, "
+                "or begins anew if there is none"
             ) from None

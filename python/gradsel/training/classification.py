@@ -38,8 +38,8 @@ class Classification(Task):
     def recipe(self, config: Config, how: Method, classes: int) -> Recipe:
         return Recipe(config.recipe, how, classes)
 
-    def read(self, config: Config) -> Data:
-        return read_data(config.data, config.seed)
+    def read(self, config: Config, *, only_test: bool = False) -> Data:
+        return read_data(config.data, config.seed, only_test=only_test)
 
     def load(self, config: Config, classes: Sequence[str], kind: str) -> Loaded:
         return load_model(config.model, classes, kind, config.seed, config.data.image_size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import os
 import types
@@ -252,7 +253,7 @@ def suggestion(wrong: str, known: Iterable[str]) -> str:
 def _made(kind: Any, values: Any, prefix: str) -> Any:
     if not isinstance(values, Mapping):
         raise ValueError(f"{prefix.removesuffix('.')} must hold settings by name, got {values!r}")
-    hints, known = get_type_hints(kind), [each.name for each in fields(kind)]
+    hints, known = _types(kind), [each.name for each in fields(kind)]
     given = {}
     for name, value in values.items():
         if name not in known:
@@ -303,9 +304,15 @@ def _converted(kind: Any, value: Any, name: str) -> Any:
     return value
 
 
+@functools.cache  # the annotations are text, which is compiled every time
+def _types(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
 def _check(values: Any, prefix: str) -> None:
     """Types and ranges of one dataclass, however it was made."""
-    hints = get_type_hints(type(values))
+    kind: Any = type(values)
+    hints = _types(kind)
     for each in fields(values):
         value = getattr(values, each.name)
         if dataclasses.is_dataclass(hints[each.name]):

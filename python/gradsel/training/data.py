@@ -16,6 +16,7 @@ from gradsel.training.splits import (
     hold_out,
     joined,
     named_splits,
+    only_tested,
     require_classes,
     some,
 )
@@ -24,11 +25,13 @@ from gradsel.training.tables import TABLES, read_tables
 __all__ = ["Data", "Split", "hold_out", "joined", "portable_path", "read_data"]
 
 
-def read_data(config: DataConfig, seed: int = 0) -> Data:
+def read_data(config: DataConfig, seed: int = 0, *, only_test: bool = False) -> Data:
     """Reads and checks the data that a configuration names.
 
     Args:
         seed: of what is held out for testing or kept for validation, unless ``config.split_seed`` says otherwise.
+        only_test: nothing is trained: the test set is theirs or, if they have none, all of them; they may have any
+            number of classes.
 
     Raises:
         ValueError: there are no such data, or something is wrong with them: missing or unreadable files, empty classes,
@@ -36,6 +39,8 @@ def read_data(config: DataConfig, seed: int = 0) -> Data:
     """
     seed = seed if config.split_seed is None else config.split_seed
     data = _read(config)
+    if only_test:
+        return only_tested(data)
     if config.validation == "join" and "validation" in data.splits:
         data.splits["train"] = joined(data.splits["train"], data.splits.pop("validation"))
         data.notes.append("the validation set has joined the training set")

@@ -26,8 +26,9 @@ from gradsel.training.datasets import SelectionBatches
 from gradsel.training.folder import CHECKPOINTS, RESULTS, SECONDS, Log, write_text
 from gradsel.training.parts import Parts
 from gradsel.training.result import Result
+from gradsel.training.saving import last_checkpoint, trained_state
 from gradsel.training.seconds import Seconds
-from gradsel.training.trainer import Epochs, StopCleanly, Trainer, last_checkpoint, trained_state
+from gradsel.training.trainer import Epochs, StopCleanly, Trainer
 from gradsel.training.using import predictions_of
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from gradsel.errors import RunError, expected
-from gradsel.training.config import PathLike, read_config
-from gradsel.training.folder import CHECKPOINTS, CONFIG, LABELS, LOG, RESULTS, SECONDS, read_results
+from gradsel.training.config import CONFIG, PathLike, read_config
+from gradsel.training.folder import CHECKPOINTS, LABELS, LOG, RESULTS, SECONDS, read_results
 from gradsel_kernels._warnings import user_stacklevel
 
 #: What stays here: what is needed to resume, and what tells about this machine.

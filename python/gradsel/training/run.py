@@ -26,7 +26,7 @@ from gradsel.training.loop import Stopped, train
 from gradsel.training.parts import load_parts, portable
 from gradsel.training.processes import join, require_count
 from gradsel.training.result import Result
-from gradsel.training.trainer import last_checkpoint
+from gradsel.training.saving import last_checkpoint
 
 __all__ = ["Stopped", "finetune", "resume"]
 
@@ -68,13 +68,28 @@ def finetune(config: Config, *, callbacks: Sequence[TrainerCallback] = (), quiet
         return train(config, folder, parts, callbacks, quiet)
     except RunError as error:
         selected = (folder / SELECTION).exists() and not error.final
-        if processes.first and not selected and last_checkpoint(folder / CHECKPOINTS) is None:
+        if selected or last_checkpoint(folder / CHECKPOINTS) is not None:
+            _tell_what_is_left(error, folder)
+        elif processes.first:
             # Nothing is worth resuming.
             for each in list(folder.iterdir()):
                 shutil.rmtree(each) if each.is_dir() else each.unlink()
             if not existed:
                 folder.rmdir()
         raise
+
+
+def _tell_what_is_left(error: RunError, folder: Path) -> None:
+    """Adds to the message what a run that failed has written, and what can be done with it."""
+    checkpoint = last_checkpoint(folder / CHECKPOINTS)
+    kept = [] if checkpoint is None else [f"checkpoints up to step {checkpoint.name.rpartition('-')[2]}"]
+    kept += ["its selection"] if (folder / SELECTION).exists() else []
+    then = (
+        "resuming would end in the same way, so begin anew with another --output, or remove the folder"
+        if error.final
+        else f"gradsel resume {folder} goes on from there"
+    )
+    error.args = (f"{error}. {folder} keeps {' and '.join([*kept, 'the log'])} of this run; {then}",)
 
 
 def resume(folder: PathLike, *, callbacks: Sequence[TrainerCallback] = (), quiet: bool = False) -> Result:
@@ -97,4 +112,8 @@ def resume(folder: PathLike, *, callbacks: Sequence[TrainerCallback] = (), quiet
         if (checkpoint := last_checkpoint(folder / CHECKPOINTS)) is not None:
             require_whole(checkpoint)
             require_count(checkpoint, processes.count)
-    return train(config, folder, parts, callbacks, quiet)
+    try:
+        return train(config, folder, parts, callbacks, quiet)
+    except RunError as error:
+        _tell_what_is_left(error, folder)
+        raise

@@ -6,7 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,6 +103,18 @@ def named_splits(names: Iterable[str]) -> dict[str, str]:
 def joined(*splits: Split) -> Split:
     """One after the other."""
     return Split([x for split in splits for x in split.inputs], [y for split in splits for y in split.labels])
+
+
+def only_tested(data: Data) -> Data:
+    """The same data with nothing but a test set, which is all of them if they have none.
+
+    Raises:
+        ValueError: it is empty.
+    """
+    test = data.splits.get("test") or joined(*data.splits.values())
+    if not test.labels:
+        raise ValueError("data: there is nothing to test on, the test set is empty")
+    return replace(data, splits={"test": test})
 
 
 def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:

@@ -47,8 +47,11 @@ class Task(ABC):
         """Schedule and loss."""
 
     @abstractmethod
-    def read(self, config: Config) -> Data:
+    def read(self, config: Config, *, only_test: bool = False) -> Data:
         """Reads and checks the data.
+
+        Args:
+            only_test: nothing is trained: there is a test set only, of all the data if they have none of their own.
 
         Raises:
             ValueError: something is wrong with them.

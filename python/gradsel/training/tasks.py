@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gradsel.training.classification import Classification
-from gradsel.training.config import Config, PathLike, read_config
-from gradsel.training.folder import CONFIG
+from gradsel.training.config import CONFIG, Config, PathLike, read_config
 from gradsel.training.segmentation.task import Segmentation
 from gradsel.training.task import Task
 

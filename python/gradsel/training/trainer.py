@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
 import threading
@@ -14,32 +13,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer_callback import TrainerCallback
 
-from gradsel.attached import is_attached, is_values
-from gradsel.delta.trained import trained_in
-from gradsel.masks import Frozen, same
+from gradsel.attached import is_attached
 from gradsel.methods import Method
-from gradsel.methods.base import SELECTION
 from gradsel.nn.buffers import saved_buffers
 from gradsel.optim.adamw import MaskedAdamW
-from gradsel.parameters.names import strip_wrappers, unwrapped
+from gradsel.parameters.names import unwrapped
 from gradsel.parameters.rules import HEAD
-from gradsel.selection.selection import Selection
-from gradsel.tensor_files import load_file, save_file
 from gradsel.training.averaging import Average
 from gradsel.training.recipe import Recipe
-
-#: The values of everything that is trained, and of the buffers.
-TRAINED = "trained.safetensors"
-STATE = "trainer_state.json"
-#: The sum of the losses since the last one that was logged, of each process, and the step of that.
-LOSS = "loss.json"
+from gradsel.training.saving import SparseCheckpoints, SparseSaving, trained_state
 
 
-class Trainer(transformers.Trainer):
+class Trainer(SparseSaving, transformers.Trainer):
     """:class:`transformers.Trainer` whose checkpoints hold what is trained instead of the whole model.
 
     For a model that is attached, adapted by PEFT or partly frozen. A checkpoint has the values of the trained
@@ -47,7 +36,7 @@ class Trainer(transformers.Trainer):
     all random numbers: a run that is resumed from it goes on as if it had not stopped, bit for bit. To resume in a new
     process, prepare the model as before (``attach(model, Selection.load(checkpoint + "/selection.safetensors"))``) and
     call ``train(resume_from_checkpoint=...)``. Best checkpoint, early stopping, accumulation, clipping, mixed precision
-    and several processes work as usual; ``save_model()`` writes what a checkpoint holds of the model.
+    and several processes work as usual. ``save_model()`` writes the plain model, and the delta of an attached one.
 
     Without an optimizer an attached model gets :class:`gradsel.MaskedAdamW`, with the rate, betas, epsilon and weight
     decay of the arguments.
@@ -84,8 +73,7 @@ class Trainer(transformers.Trainer):
             self.loss_is_scaled_for_ga = False
         logging.getLogger("transformers.trainer_utils").addFilter(_not_of_times)
         super().__init__(*args, **kwargs)
-        self._resumed: dict[str, Any] | None = None
-        self.add_callback(_LossSoFar(self))
+        self.add_callback(SparseCheckpoints(self))
         self.add_callback(_OwnRandomness)
         self.average: Average | None = None
         if recipe is not None and recipe.config.ema is not None:
@@ -159,128 +147,24 @@ class Trainer(transformers.Trainer):
     # --- Checkpoints
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        folder = Path(self.args.output_dir if output_dir is None else output_dir)
-        if not self.args.should_save:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        model = unwrapped(self.model)
-        save_file({name: _stored(tensor) for name, tensor in trained_state(model).items()}, str(folder / TRAINED))
-        if is_attached(model):
-            selection_of(model).save(folder / SELECTION)
-        if self.average is not None and self.average.has_begun:
-            self.average.save(folder)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        sums = self.accelerator.gather(self._tr_loss.reshape(1)).tolist()
-        if self.args.should_save:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / LOSS).write_text(json.dumps({"sums": sums, "step": self._globalstep_last_logged}))
-        super()._save_checkpoint(model, trial)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        if self.args.world_size > 1:
-            dist.barrier()  # the state of the run, which makes a checkpoint complete, is written after all of these
+        super()._save(output_dir, state_dict)
+        if self._is_checkpoint and self.args.should_save and self.average is not None and self.average.has_begun:
+            self.average.save(Path(self.args.output_dir if output_dir is None else output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        folder = Path(resume_from_checkpoint)
-        load_trained(unwrapped(self.model if model is None else model), folder)
-        self._resumed = json.loads((folder / LOSS).read_text())
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.average is not None:
-            self.average.load(folder)
+            self.average.load(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        if self.args.world_size > 1:
-            dist.barrier()  # rank 0 may still be writing
-        folder = Path(self.state.best_model_checkpoint)
-        load_trained(unwrapped(self.model), folder)
+        super()._load_best_model()
         if self.average is not None:
-            self.average.load(folder)
+            self.average.load(Path(self.state.best_model_checkpoint))
 
 
 def _not_of_times(record: logging.LogRecord) -> bool:
     """Leaves out that checkpoints are sorted by number: those of small models are written in the same second."""
     return "mtime may not be reliable" not in record.getMessage()
-
-
-def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """What training changes: parameters that require gradients, and buffers that checkpoints contain, by name."""
-    trained = {strip_wrappers(name): p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    return {**trained, **saved_buffers(model)}
-
-
-def selection_of(model: nn.Module) -> Selection:
-    """The selection that a model is attached to, without fingerprints of its base."""
-    trained = trained_in(model)
-    plain = {strip_wrappers(name): p for name, p in model.named_parameters() if not is_values(p)}
-    masks = {
-        name: trained[name].mask if name in trained else Frozen(tuple(parameter.shape), "not trained")
-        for name, parameter in plain.items()
-    }
-    return Selection(masks, {"policy": "that of a checkpoint"})
-
-
-def load_trained(model: nn.Module, folder: Path) -> None:
-    """Loads what a checkpoint of :class:`Trainer` holds into a model that is prepared as the saved one was.
-
-    Raises:
-        ValueError: it holds something else, or was trained with another selection; nothing has changed.
-    """
-    if not (folder / TRAINED).is_file():
-        raise ValueError(f"{folder} is not a checkpoint of gradsel's Trainer: it has no {TRAINED}")
-    saved, own = load_file(str(folder / TRAINED)), trained_state(model)
-    if different := sorted(set(saved) ^ set(own)):
-        raise ValueError(
-            f"{folder} was saved by a model that trains other parameters: {len(different)} differ, first {different[0]}"
-        )
-    for name, tensor in saved.items():
-        if tensor.shape != own[name].shape:
-            raise ValueError(f"{name} is {list(tensor.shape)} in {folder}, {list(own[name].shape)} in the model")
-    if is_attached(model):
-        selection = Selection.load(folder / SELECTION)
-        for name, trained in trained_in(model).items():
-            if name not in selection or not same(selection[name], trained.mask.to(torch.device("cpu"))):
-                raise ValueError(f"{folder} was trained with another selection: {name} differs")
-    with torch.no_grad():
-        for name, tensor in saved.items():
-            own[name].copy_(tensor)
-
-
-def _stored(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous().clone()
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The last complete checkpoint of a run: its state is written last, so one that was interrupted has none."""
-    found = []
-    for each in folder.glob("checkpoint-*"):
-        number = each.name.rpartition("-")[2]
-        try:
-            json.loads((each / STATE).read_text())
-        except (OSError, ValueError):
-            continue
-        if number.isdecimal():
-            found.append((int(number), each))
-    return max(found)[1] if found else None
-
-
-class _LossSoFar(TrainerCallback):
-    """Lets the first loss that a resumed run logs count the steps before it stopped, as if it had not."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer, found = self._trainer, self._trainer._resumed
-        if found is not None:
-            sums = found["sums"]
-            trainer._tr_loss += sums[args.process_index] if len(sums) == args.world_size else sum(sums) / len(sums)
-            trainer._total_loss_scalar = -float(trainer._tr_loss)  # the loss of the whole call is that of its own steps
-            trainer._globalstep_last_logged = found["step"]
-            trainer._resumed = None
 
 
 class _OwnRandomness(TrainerCallback):
@@ -345,6 +229,9 @@ class StopCleanly(TrainerCallback):
             control.should_evaluate &= whole
             control.should_log &= whole
         return control
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.release()
 
     def release(self) -> None:
         """Gives the signals back to whoever had them."""

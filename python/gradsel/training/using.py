@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gradsel.errors import RunError, expected
 from gradsel.training.config import Config, PathLike, run_in
-from gradsel.training.data import Data, Split, joined
+from gradsel.training.data import Split
 from gradsel.training.evaluation import predictions
 from gradsel.training.folder import RESULTS, read_labels, read_results
 from gradsel.training.models import Loaded
@@ -27,8 +27,8 @@ def evaluate(folder: PathLike, data: PathLike | None = None) -> dict[str, Any]:
 
     Args:
         folder: what :func:`finetune` wrote.
-        data: other data, in a layout that finetune() takes, with the same classes; their test set counts if they have
-            one, else all of them. None: the test set of the run.
+        data: other data, in a layout that finetune() takes, with some or all of the same classes; their test set counts
+            if they have one, else all of them. None: the test set of the run.
 
     Returns:
         See :meth:`gradsel.training.task.Task.metrics` of the run's task.
@@ -46,8 +46,8 @@ def evaluate(folder: PathLike, data: PathLike | None = None) -> dict[str, Any]:
             found = task.read(config)
             split = found.splits["test"]
         else:
-            found = task.read(config.replaced({"data.path": os.fspath(data), "data.layout": "auto"}))
-            split = _joined(found)
+            found = task.read(config.replaced({"data.path": os.fspath(data), "data.layout": "auto"}), only_test=True)
+            split = found.splits["test"]
             if found.kind != (kind := read_results(folder)["kind"]):
                 raise RunError(f"data: the model is for {kind}, but these are {found.kind}")
         if found.classes != classes:
@@ -131,13 +131,6 @@ def predictions_of(
         model, dataset, task.collate(loaded), batch_size=config.recipe.batch_size, device=device,
         dtype=precision_dtype(config.precision), workers=config.data.workers, outputs=task.outputs, processes=processes,
     )  # fmt: skip
-
-
-def _joined(data: Data) -> Split:
-    """The test set of other data; all of them if it was only held out."""
-    if not any("held out" in note for note in data.notes):
-        return data.splits["test"]
-    return joined(*data.splits.values())
 
 
 def _checked_inputs(inputs: Sequence[Any], results: dict[str, Any]) -> list[Any]:

@@ -103,6 +103,7 @@ def test_an_exception_inside_reverts_too():
     assert_same(base, before)
 
 
+@pytest.mark.supports("torch.compile", "delta")
 def test_a_wrapped_model_is_written_by_its_own_names():
     base, a, _ = two()
     before = frozen_copy(base)
@@ -115,6 +116,9 @@ def test_a_wrapped_model_is_written_by_its_own_names():
 # --- Attached models ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.supports("CPU", "save/load", "delta")
+@pytest.mark.supports("bf16", "delta")
+@pytest.mark.supports("fp16", "delta")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_goes_on_from_a_loaded_delta(kind, dtype, tmp_path):

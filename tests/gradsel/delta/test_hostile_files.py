@@ -105,7 +105,7 @@ HOSTILE = [
     (note(notes="[]"), "notes .*JSON object.*list"),
     (note(notes="{"), "damaged"),
     (note(notes="[" * 100_000), "damaged: RecursionError"),
-    (note(version="2"), "version 2.*update"),
+    (note(version="3"), "version 3.*update"),
     (note(format="gradsel.selection"), "format .*'gradsel.selection'.*'gradsel.delta'"),
     (put("one:values", lambda v: v.fill_(torch.nan)), "one .*6 values .*NaN"),
 ]  # fmt: skip

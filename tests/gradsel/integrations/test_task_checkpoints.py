@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import gradsel
 from gradsel.cli import main as cli
 from gradsel.delta.parts import same_bits
+from gradsel.masks import Frozen, Whole
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
@@ -20,10 +21,12 @@ SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "nu
 KINDS = ["ViT", "BERT"]
 
 
-def config(kind, labels):
-    if kind == "ViT":
-        return transformers.ViTConfig(**SMALL, image_size=16, patch_size=8, num_labels=labels)
-    return transformers.BertConfig(**SMALL, vocab_size=50, max_position_embeddings=32, num_labels=labels)
+REST = {"ViT": {"image_size": 16, "patch_size": 8}, "BERT": {"vocab_size": 50, "max_position_embeddings": 32}}
+
+
+def config(kind, labels, **changes):
+    settings = {**SMALL, **REST[kind], "num_labels": labels, **changes}
+    return transformers.ViTConfig(**settings) if kind == "ViT" else transformers.BertConfig(**settings)
 
 
 def classes(kind):
@@ -193,3 +196,58 @@ def test_values_that_their_weights_do_not_hold_are_refused(case, tmp_path, capsy
     assert run("make", folder / "body", tmp_path / FILE, tmp_path / "d") == 1
     assert f"1 of {tensors[name].numel()} entries of {name} are not in" in capsys.readouterr().err
     assert not (tmp_path / "d").exists()
+
+
+# --- Deltas that only have a head ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def probe(case, tmp_path):
+    """The delta of a head alone on a body, its logits, and the folder of the model that both make."""
+    kind, folder, _ = case
+    torch.manual_seed(3)
+    model = classes(kind)[1].from_pretrained(folder / "body", num_labels=3)
+    model.save_pretrained(tmp_path / "whole")
+    names = [name for name, _ in model.named_parameters() if name.startswith("classifier")]
+    masks = {
+        name: Whole(tuple(p.shape)) if name in names else Frozen(tuple(p.shape)) for name, p in model.named_parameters()
+    }
+    gradsel.save_delta(model, tmp_path / "probe.delta", selection=gradsel.Selection(masks))
+    assert set(gradsel.Delta.load(tmp_path / "probe.delta")) == {"classifier.weight", "classifier.bias"}
+    return kind, folder / "body", tmp_path, logits(model, kind)
+
+
+@pytest.mark.parametrize("place", ["beside", "--model"])
+def test_a_head_alone_goes_to_its_body(probe, place, capsys):
+    kind, body, folder, expected = probe
+    options = ["--model", folder / "whole"]
+    if place == "beside":
+        (folder / "config.json").write_text((folder / "whole" / "config.json").read_text())
+        options = []
+    assert run("apply", folder / "probe.delta", body, folder / "out", *options) == 0
+    assert "classifier.weight is the task's, 3x16; BASE has none" in capsys.readouterr().out
+    assert torch.equal(logits(classes(kind)[1].from_pretrained(folder / "out"), kind), expected)
+
+
+def test_a_head_alone_is_refused_where_nothing_shows_its_base(probe, capsys):
+    kind, body, folder, _ = probe
+
+    def refused(*options):
+        assert run("apply", folder / "probe.delta", body, folder / "out", *options) == 1
+        assert not (folder / "out").exists()
+        return capsys.readouterr().err
+
+    told = refused()  # the config of the body is that of a model without a head
+    assert "all 2 tensors of the delta, first classifier.weight, are missing in" in told
+    assert "the delta has classifier.weight [3, 16], the model none" in told
+    assert "--model FOLDER" in told
+    assert "--force" in told
+    other = classes(kind)[1](config(kind, 3, num_hidden_layers=3))
+    other.save_pretrained(folder / "other")
+    assert "which is neither in the delta nor in the checkpoint" in refused("--model", folder / "other")
+    plain = folder / "plain"
+    plain.mkdir()
+    (plain / FILE).write_bytes((body / FILE).read_bytes())
+    assert run("apply", folder / "probe.delta", plain, folder / "out") == 1
+    assert "put the config.json of the task's model beside the delta, or pass --model FOLDER" in capsys.readouterr().err
+    assert run("apply", folder / "probe.delta", body, folder / "out", "--force") == 0

@@ -14,7 +14,7 @@ from gradsel.delta import Delta
 from gradsel.training import evaluate, finetune, resume
 from gradsel.training.averaging import Average
 from gradsel.training.run import Stopped
-from gradsel.training.trainer import trained_state
+from gradsel.training.saving import trained_state
 from tests.support import runs
 
 

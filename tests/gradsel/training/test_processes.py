@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 import gradsel
-from gradsel.training.trainer import last_checkpoint
+from gradsel.training.saving import last_checkpoint
 from tests.support import masks, ranks, runs
 
 ROOT = Path(__file__).parents[3]
@@ -69,6 +69,7 @@ def validation_only(images, folder):
     return folder / "other"
 
 
+@pytest.mark.supports("DDP", "save/load")
 @pytest.mark.parametrize("kind", ["images", "texts", "masks"])
 def test_stopped_and_killed_and_resumed_is_as_if_it_had_not_stopped(kind, images, table, bert, tmp_path):
     if kind == "masks":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import huggingface_hub
 import pytest
 import yaml
 
@@ -14,18 +13,7 @@ from tests.support import hub, runs
 
 @pytest.fixture
 def served(monkeypatch, tmp_path):
-    """What is in the repositories of a hub on this machine, which everything uses."""
-    with hub.running() as (address, repos):
-        for module in (huggingface_hub.constants, huggingface_hub.hf_api, huggingface_hub.file_download):
-            if hasattr(module, "ENDPOINT"):
-                monkeypatch.setattr(module, "ENDPOINT", address)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(
-            huggingface_hub.constants,
-            "HUGGINGFACE_CO_URL_TEMPLATE",
-            address + "/{repo_id}/resolve/{revision}/{filename}",
-        )
+    with hub.used_by_all(monkeypatch, tmp_path / "cache") as repos:
         yield repos
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +15,10 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers.trainer_callback import TrainerCallback
 
 import gradsel
+from gradsel.training import RunError
 from gradsel.training.run import Stopped
 from tests.support import runs
 from tests.support.runs import Interrupt
@@ -155,6 +158,52 @@ def test_other_data_and_predictions(table, bert, tmp_path):
     (tmp_path / "strange.csv").write_text("text,label\n" + "a,good\nb,ugly\n" * 3)
     with pytest.raises(ValueError, match="knows no class 'ugly'"):
         gradsel.evaluate(tmp_path / "run", tmp_path / "strange.csv")
+
+
+@pytest.mark.filterwarnings("error")
+def test_other_data_may_have_one_class_or_one_sample(images, tmp_path):
+    """The model knows its classes, so the data need not show them all."""
+    gradsel.finetune(runs.image_run(images, tmp_path / "run", recipe__epochs=1), quiet=True)
+    whole = gradsel.evaluate(tmp_path / "run", images)["per_class"]
+    (tmp_path / "one").mkdir()
+    shutil.copytree(images / "test" / "green", tmp_path / "one" / "green")
+    found = gradsel.evaluate(tmp_path / "run", tmp_path / "one")
+    assert found["samples"] == len(list((images / "test" / "green").iterdir()))
+    assert found["top1"] == pytest.approx(100 * whole["green"]["recall"])
+    assert found["per_class"]["red"]["samples"] == 0
+    for path in sorted((tmp_path / "one" / "green").iterdir())[1:]:
+        path.unlink()
+    assert gradsel.evaluate(tmp_path / "run", tmp_path / "one")["samples"] == 1
+    (tmp_path / "one" / "green").rename(tmp_path / "one" / "violet")
+    with pytest.raises(RunError, match="the model knows no class 'violet'"):
+        gradsel.evaluate(tmp_path / "run", tmp_path / "one")
+    next((tmp_path / "one" / "violet").iterdir()).unlink()
+    with pytest.raises(RunError, match="nothing to test on"):
+        gradsel.evaluate(tmp_path / "run", tmp_path / "one")
+
+
+class Poison(TrainerCallback):
+    """Makes a trained value NaN in a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step:
+            with torch.no_grad():
+                next(p for p in model.parameters() if p.requires_grad).view(-1)[0] = torch.nan
+
+
+def test_a_run_that_diverges_late_says_what_is_left(images, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(RunError, match="training has diverged") as raised:
+        gradsel.finetune(runs.image_run(images, run, recipe__epochs=3), callbacks=[Poison(4)], quiet=True)
+    last = max(int(path.name.rpartition("-")[2]) for path in (run / "checkpoints").iterdir())
+    assert f"{run} keeps checkpoints up to step {last} and its selection and the log of this run" in str(raised.value)
+    assert "resuming would end in the same way, so begin anew with another --output" in str(raised.value)
+    assert "\n" not in str(raised.value)
+    with pytest.raises(RunError, match=rf"keeps checkpoints up to step {last} .* end in the same way"):
+        gradsel.resume(run, callbacks=[Poison(last)], quiet=True)
 
 
 def test_the_written_configuration_repeats_the_run(images, tmp_path):

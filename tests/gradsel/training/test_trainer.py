@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import gradsel
 from gradsel.training import Trainer
-from gradsel.training.trainer import last_checkpoint, load_trained, trained_state
+from gradsel.training.saving import last_checkpoint, load_trained, trained_state
 from tests.support import tiny
 
 STEPS = 6
@@ -35,6 +35,7 @@ def arguments(folder, **changes):
     return transformers.TrainingArguments(output_dir=str(folder), **settings)
 
 
+@pytest.mark.supports("CPU", "save/load")
 def test_checkpoints_hold_what_is_trained_and_resume_bit_for_bit(tmp_path):
     first = attached()
     trainer = Trainer(first, arguments(tmp_path / "first"), train_dataset=data())
@@ -130,3 +131,15 @@ def test_a_checkpoint_without_its_state_is_not_complete(tmp_path):
         if step != 12:
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
     assert last_checkpoint(tmp_path).name == "checkpoint-10"
+
+
+def test_the_model_is_saved_plainly_also_if_transformers_does_not_know_it(tmp_path):
+    model = tiny.vit()
+    gradsel.attach(model, gradsel.select(model, None, None, criterion="random"))
+    Trainer(model, arguments(tmp_path / "run")).save_model(tmp_path / "out")
+    delta = gradsel.Delta.from_pretrained(tmp_path / "out")
+    assert delta == gradsel.Delta.of(model)
+    plain = gradsel.detach(model).state_dict()
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert stored.keys() == plain.keys()
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in plain.items())

@@ -34,7 +34,7 @@ class _Checked(NamedTuple):
     empty: bool = False
 
 
-def read_masks(config: DataConfig, seed: int = 0) -> Data:
+def read_masks(config: DataConfig, seed: int = 0, *, only_test: bool = False) -> Data:
     """Reads and checks a folder of images with masks.
 
     The folder has ``images/`` and ``masks/`` with files of the same names (but for the suffix), and perhaps lists of
@@ -43,6 +43,7 @@ def read_masks(config: DataConfig, seed: int = 0) -> Data:
 
     Args:
         seed: of the split, where the data have no test set.
+        only_test: nothing is trained: if the data have no test set, all of them are one.
 
     Returns:
         Data of the kind ``"masks"``; labels are paths of masks.
@@ -62,7 +63,9 @@ def read_masks(config: DataConfig, seed: int = 0) -> Data:
     else:
         found = _by_lists(path, _pairs(path), notes)
     splits = _checked(found, config.skip_unreadable, notes)
-    if "test" not in splits:
+    if only_test:
+        splits = {"test": splits.get("test") or [pair for pairs in splits.values() for pair in pairs]}
+    elif "test" not in splits:
         if len(splits["train"]) == 1:
             raise ValueError("data: there is one image only, and no test set; at least two are needed")
         numbers = Split(list(range(len(splits["train"]))), [0] * len(splits["train"]))

@@ -81,8 +81,8 @@ class Segmentation(Task):
     def recipe(self, config: Config, how: Method, classes: int) -> Recipe:
         return MaskRecipe(config.recipe, how, classes)
 
-    def read(self, config: Config) -> Data:
-        return read_masks(config.data, config.seed)
+    def read(self, config: Config, *, only_test: bool = False) -> Data:
+        return read_masks(config.data, config.seed, only_test=only_test)
 
     def load(self, config: Config, classes: Sequence[str], kind: str) -> Loaded:
         return load_sam(config.model, config.seed, config.data.image_size)
