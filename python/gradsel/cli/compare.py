@@ -34,6 +34,10 @@ def add_to(commands: argparse._SubParsersAction, text: str) -> None:
         help="what each method's learning rate is multiplied by in the search; one factor: no search; default: a "
         "ninth, a third, 1, 3, 9",
     )  # fmt: skip
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N",
+        help="runs at a time, each with a model of its own, so as many as memory allows; default: 1",
+    )  # fmt: skip
     add_flags(parser, _SHARED)
     parser.set_defaults(command=_compare)
 
@@ -47,6 +51,6 @@ def _compare(arguments: argparse.Namespace) -> int:
         from gradsel.experiments.comparing import FACTORS
 
         names = re.split(r",(?![^\[]*\])", arguments.methods)  # but not in gps:skip_blocks=[0,1]
-        print(compare(config, names, arguments.seeds, arguments.factors or FACTORS))
+        print(compare(config, names, arguments.seeds, arguments.factors or FACTORS, jobs=arguments.jobs))
 
     return run("compare", command)

@@ -15,13 +15,21 @@ from torch import Tensor, nn
 from gradsel.delta.adapter_files import originals_of
 from gradsel.delta.checkpoints import Checkpoint, require_no_overwrite, rewrite
 from gradsel.delta.delta import Delta
-from gradsel.delta.fitting import Destination, by_names_in, fitted, in_checkpoint, named_alike, other_names
+from gradsel.delta.fitting import (
+    Destination,
+    by_names_in,
+    fitted,
+    in_checkpoint,
+    named_alike,
+    other_names,
+    require_head_of,
+)
 from gradsel.delta.lora import Above
 from gradsel.delta.making import differing, whole
 from gradsel.delta.parts import Part, bits_of, entries_of, read, same_bits, write_
 from gradsel.delta.sites import Site, is_base, originals_in, require_base, sites_of, tensor_of
 from gradsel.files import require_folder
-from gradsel.integrations import checkpoint_names
+from gradsel.parameters import checkpoint_names
 from gradsel.parameters.fingerprints import fingerprint
 from gradsel.tables import printable, shape_text
 
@@ -251,10 +259,8 @@ def _change(
     """Rewrites the tensors that the delta touches, after checking that all of them fit."""
     heads = _heads(delta, there, source)
     if len(heads) == len(delta) and not arguments.force:
-        raise ValueError(
-            f"{source.path} has none of the delta's {len(delta)} tensors, first {next(iter(heads))}, in this shape: it "
-            "may be another model; pass force=True to put them there"
-        )
+        folders = [arguments.model] if arguments.model is not None else [arguments.delta.parent, source.path.parent]
+        require_head_of(heads, source, in_checkpoint(source, folders))
 
     def attempt(parts: Mapping[str, Part], force: bool) -> Mapping[str, Part]:
         for name in parts:

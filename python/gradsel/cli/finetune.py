@@ -82,7 +82,7 @@ _METHOD = (
     Flag(
         "--criterion",
         "method.options.criterion",
-        "gps, grft: gradient, absolute, fisher, snip, magnitude or random; default: gradient",
+        "gps, grft: gradient, absolute, fisher, relative, snip, magnitude or random; default: gradient",
     ),
     Flag("--selection-loss", "method.options.loss", "gps, grft: contrastive or cross-entropy; default: contrastive"),
     Flag(
@@ -93,6 +93,7 @@ _METHOD = (
     ),
     Flag("--blocks", "method.options.blocks", "gps: numbers of the blocks to train", int, several=True),
     Flag("--skip-blocks", "method.options.skip_blocks", "gps: numbers of blocks to freeze", int, several=True),
+    Flag("--ratio", "method.options.ratio", "gps: learning rate of the chosen weights by that of all else", float),
     Flag("--rank", "method.options.rank", "lora, shira, miss, spt-adapter, spt-lora: rank", int),
     Flag(
         "--alpha",

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import math
-import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers.trainer_callback import TrainerCallback
 
 from gradsel.errors import RunError, expected
 from gradsel.experiments.drawing import draw
 from gradsel.experiments.tidy import Row, finals, row_of, settings_before, table_of, write_rows
+from gradsel.experiments.working import Start, workers
 from gradsel.methods import Method, method
-from gradsel.training.config import Config, PathLike, read_config
+from gradsel.training.config import Config, PathLike
 from gradsel.training.data import read_data
-from gradsel.training.folder import CONFIG, RESULTS, read_json, write_text
+from gradsel.training.folder import write_text
 from gradsel.training.models import load_model
-from gradsel.training.run import finetune, resume
 
 #: Learning rates that are tried, as multiples of the one that a method proposes.
 FACTORS = (1 / 9, 1 / 3, 1.0, 3.0, 9.0)
@@ -73,14 +71,20 @@ class Comparison:
 
 
 def compare(
-    config: Config, methods: Sequence[str], seeds: int = 3, factors: Sequence[float] = FACTORS, quiet: bool = False
+    config: Config,
+    methods: Sequence[str],
+    seeds: int = 3,
+    factors: Sequence[float] = FACTORS,
+    quiet: bool = False,
+    jobs: int = 1,
 ) -> Comparison:
     """Fine-tunes a model by several methods, tests it, and writes rows, a table and a picture.
 
     For every method the same number of learning rates is tried, each by one run with the first seed, and the best one
     by the top-1 accuracy on the validation set is taken; the test set has no part in it. Where the data have no
     validation set, a fifth of the training set is one in these runs; the runs that count then train on all of it, with
-    seeds ``config.seed``, ``config.seed + 1``, ... What is held out is the same in all runs.
+    seeds ``config.seed``, ``config.seed + 1``, ... What is held out is the same in all runs. Where the data have one,
+    the best of the runs that were tried is the first that counts, as it would be repeated to the bit.
 
     Called again with the same folder, it goes on where it stopped; methods and seeds may have been added.
 
@@ -90,6 +94,8 @@ def compare(
         seeds: runs of every method that count.
         factors: what the learning rate that each method proposes is multiplied by; one factor: nothing is tried.
         quiet: print nothing.
+        jobs: runs at a time, each of several in a process of its own with as many threads as this one and a model of
+            its own. The results are the same but for the time of a step.
 
     Raises:
         RunError: something does not fit, which is found before the first run; or the folder has another comparison.
@@ -99,47 +105,65 @@ def compare(
         contestants = [Contestant.of(text) for text in methods]
         if len({each.text for each in contestants}) < len(contestants) or not contestants:
             raise RunError(f"methods must be at least one, each once, got {', '.join(methods) or 'none'}")
-        if type(seeds) is not int or seeds < 1:
-            raise RunError(f"seeds must be an integer >= 1, got {seeds!r}")
+        for name, number in (("seeds", seeds), ("jobs", jobs)):
+            if type(number) is not int or number < 1:
+                raise RunError(f"{name} must be an integer >= 1, got {number!r}")
         if not factors or not all(factor > 0 for factor in factors):
             raise RunError(f"factors must be positive numbers, got {list(factors)}")
         split_seed = config.seed if config.data.split_seed is None else config.data.split_seed
         config = config.replaced({"data.split_seed": split_seed, "output.report": False, "output.keep": 1})
-        _require_fit(config, contestants)
+        apart = _require_fit(config, contestants)
         folder = Path(config.output.folder)
         _require_same(folder, config, factors)
 
-    rows: list[Row] = []
-    for contestant in contestants:
-        rates = sorted(contestant.how.rate * factor for factor in factors)
-        best, note = rates[0], ""
-        if len(rates) > 1:
-            tried = [_validated(config, contestant, rate, folder, quiet) for rate in rates]
-            rows += tried
-            write_rows(folder / ROWS, rows)
-            best, note = _best(contestant, tried)
-        for seed in range(config.seed, config.seed + seeds):
-            name = f"seed {seed}"
-            result = run_or_continue(
-                _config_of(config, contestant, best, seed, folder / RUNS / _slug(contestant) / _slug(name))
-            )
-            rows.append(row_of("test", contestant.text, contestant.how, result, best, seed, note))
-            write_rows(folder / ROWS, rows)
+    rows: dict[str, list[Row]] = {each.text: [] for each in contestants}
+
+    def finish(each: Contestant, started: Sequence[_Started]) -> None:
+        for run in started:
+            rows[each.text].append(run.row())
+            write_rows(folder / ROWS, [row for own in rows.values() for row in own])
             if not quiet:
-                print(f"{contestant.text}, {name}: {rows[-1].value:.2f} %", file=sys.stderr)
+                print(f"{each.text}, {run}: {rows[each.text][-1].value:.2f} %", file=sys.stderr)
+
+    with workers(jobs) as start:
+        rates = {each.text: sorted(each.how.rate * factor for factor in factors) for each in contestants}
+        searches: dict[str, list[_Started]] = {each.text: [] for each in contestants}
+        if len(factors) > 1:
+            for each in contestants:
+                searches[each.text] = [_try(config, each, rate, folder, start) for rate in rates[each.text]]
+        tests: dict[str, list[_Started]] = {}
+        for each in contestants:
+            best, note = rates[each.text][0], ""
+            if searches[each.text]:
+                finish(each, searches[each.text])
+                best, note = _best(each, rows[each.text])
+            tests[each.text] = [
+                _test(config, each, best, seed, folder, note, apart and bool(searches[each.text]), start)
+                for seed in range(config.seed, config.seed + seeds)
+            ]
+            if jobs == 1:
+                finish(each, tests[each.text])
+        if jobs > 1:
+            for each in contestants:
+                finish(each, tests[each.text])
+    every = [row for own in rows.values() for row in own]
     tried_text = (
         f"Every method: {len(factors)} learning rates on the validation set, one run each; then {seeds} seeds with the "
         f"best one. {config.recipe.epochs} epochs in each run.\n"
         if len(factors) > 1
         else f"Every method: its own learning rate, not tuned; {seeds} seeds, {config.recipe.epochs} epochs.\n"
     )
-    write_text(folder / TABLE, f"{table_of(rows)}\n\n{tried_text}")
-    draw(folder / PICTURE, finals(rows))
-    return Comparison(folder, rows)
+    write_text(folder / TABLE, f"{table_of(every)}\n\n{tried_text}")
+    draw(folder / PICTURE, finals(every))
+    return Comparison(folder, every)
 
 
-def _require_fit(config: Config, contestants: Sequence[Contestant]) -> None:
-    """Refuses what some method would refuse hours later."""
+def _require_fit(config: Config, contestants: Sequence[Contestant]) -> bool:
+    """Refuses what some method would refuse hours later.
+
+    Returns:
+        Whether there is a validation set that no run trains on.
+    """
     data = read_data(config.data, config.seed)
     loaded = load_model(config.model, data.classes, data.kind, config.seed, config.data.image_size)
     wrong = []
@@ -150,6 +174,7 @@ def _require_fit(config: Config, contestants: Sequence[Contestant]) -> None:
             wrong.append(f"{contestant.text}: {error}")
     if wrong:
         raise RunError("; ".join(wrong))
+    return "validation" in data.splits
 
 
 def _require_same(folder: Path, config: Config, factors: Sequence[float]) -> None:
@@ -176,22 +201,53 @@ def _config_of(config: Config, contestant: Contestant, rate: float, seed: int, f
     return config.replaced({"method.options": {}}).replaced(changes)
 
 
-def _validated(config: Config, contestant: Contestant, rate: float, folder: Path, quiet: bool) -> Row:
+@dataclass(frozen=True)
+class _Started:
+    """A run that has been started, or will be when its row is asked for."""
+
+    text: str
+    row: Callable[[], Row]
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def _try(config: Config, contestant: Contestant, rate: float, folder: Path, start: Start) -> _Started:
     """One learning rate on the validation set. A run that diverges counts as one, and scores nothing."""
     if config.data.validation_holdout is None:
         config = config.replaced({"data.validation_holdout": 0.2})
-    own = folder / RUNS / _slug(contestant) / f"rate-{rate:.3g}"
+    own = _folder_of(folder, contestant.text, _of_rate(rate))
     how = contestant.how
-    try:
-        result = run_or_continue(_config_of(config, contestant, rate, config.seed, own))
-        scores = [entry["eval_top1"] for entry in result["history"] if "eval_top1" in entry]
-        row = row_of("validation", contestant.text, how, result, rate, config.seed, "", max(scores))
-    except ValueError as error:  # a result that is not finite is not saved
-        note = " ".join(str(error).split())
-        row = row_of("validation", contestant.text, how, {}, rate, config.seed, note, math.nan)
-    if not quiet:
-        print(f"{contestant.text}, learning rate {rate:.3g}: {row.value:.2f} % of the validation set", file=sys.stderr)
-    return row
+    results = start(_config_of(config, contestant, rate, config.seed, own))
+
+    def row() -> Row:
+        try:
+            found = results()
+            scores = [entry["eval_top1"] for entry in found["history"] if "eval_top1" in entry]
+            return row_of("validation", contestant.text, how, found, rate, config.seed, "", max(scores))
+        except ValueError as error:  # a result that is not finite is not saved
+            note = " ".join(str(error).split())
+            return row_of("validation", contestant.text, how, {}, rate, config.seed, note, math.nan)
+
+    return _Started(f"learning rate {rate:.3g} on the validation set", row)
+
+
+def _test(
+    config: Config, contestant: Contestant, rate: float, seed: int, folder: Path, note: str, tried: bool, start: Start
+) -> _Started:
+    """A run that counts.
+
+    Args:
+        tried: that of the first seed is the one by which the rate was tried.
+    """
+    name = f"seed {seed}"
+    own = _folder_of(folder, contestant.text, _of_rate(rate) if tried and seed == config.seed else name)
+    results = start(_config_of(config, contestant, rate, seed, own))
+    return _Started(name, lambda: row_of("test", contestant.text, contestant.how, results(), rate, seed, note))
+
+
+def _of_rate(rate: float) -> str:
+    return f"rate-{rate:.3g}"
 
 
 def _best(contestant: Contestant, tried: Sequence[Row]) -> tuple[float, str]:
@@ -204,30 +260,9 @@ def _best(contestant: Contestant, tried: Sequence[Row]) -> tuple[float, str]:
     return best.learning_rate, "the best learning rate is at the end of those tried" if edge else ""
 
 
-def run_or_continue(config: Config, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
-    """The results of a run, which is begun, continued or read, whichever it needs.
-
-    Args:
-        callbacks: of transformers' Trainer.
-
-    Raises:
-        ValueError: its folder has a run with another recipe.
-    """
-    folder = Path(config.output.folder)
-    if (folder / CONFIG).is_file():
-        with expected():
-            before = read_config(folder / CONFIG).recipe
-        if before != config.recipe:
-            raise RunError(f"the run in {folder} was begun with another recipe; remove it to begin anew")
-        if (folder / RESULTS).is_file():
-            found: dict[str, Any] = read_json(folder / RESULTS)
-            return found
-        return resume(folder, callbacks=callbacks, quiet=True).results
-    if folder.exists():  # stopped before it had begun
-        shutil.rmtree(folder)
-    return finetune(config, callbacks=callbacks, quiet=True).results
+def _folder_of(folder: Path, method: str, name: str) -> Path:
+    return folder / RUNS / _slug(method) / _slug(name)
 
 
-def _slug(name: Contestant | str) -> str:
-    text = name.text if isinstance(name, Contestant) else name
-    return "".join(letter if letter.isalnum() or letter in "-_=." else "-" for letter in text)
+def _slug(name: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "-_=." else "-" for letter in name)

@@ -5,9 +5,10 @@ from gradsel.methods.base import Context, Method, Parts, Prepared
 from gradsel.methods.by_peft import Lora, Miss, Shira
 from gradsel.methods.full import Full
 from gradsel.methods.prompting import VPTDeep, VPTShallow
+from gradsel.methods.ranked import GPS, GRFT
 from gradsel.methods.registry import METHODS, method
-from gradsel.methods.selected import GPS, GRFT, Bias, Linear, Paca
 from gradsel.methods.sensitive import SPTAdapter, SPTLora
+from gradsel.methods.unranked import Bias, Linear, Paca
 
 __all__ = [
     "GPS",

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from gradsel.files import replacing
+from gradsel.files import filling, replacing
 from gradsel.methods.additions import sizes
 from gradsel.methods.base import (
     ADAPTER,
@@ -100,7 +100,8 @@ class OfPeft(Method):
     def save(self, prepared: Prepared, folder: Path) -> None:
         assert prepared.selection is not None
         prepared.selection.save(folder / SELECTION)
-        prepared.model.save_pretrained(folder / ADAPTER, save_embedding_layers=False)  # type: ignore[operator]
+        with filling(folder / ADAPTER, index=["adapter_config.json"]) as adapter:
+            prepared.model.save_pretrained(adapter, save_embedding_layers=False)  # type: ignore[operator]
         if buffers := saved_buffers(prepared.model.get_base_model()):  # type: ignore[operator]
             with replacing(folder / BUFFERS) as unfinished:
                 save_file(buffers, unfinished)

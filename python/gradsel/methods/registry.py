@@ -12,8 +12,9 @@ from gradsel.methods.base import Method
 from gradsel.methods.by_peft import Lora, Miss, Shira
 from gradsel.methods.full import Full
 from gradsel.methods.prompting import VPTDeep, VPTShallow
-from gradsel.methods.selected import GPS, GRFT, Bias, Linear, Paca
+from gradsel.methods.ranked import GPS, GRFT
 from gradsel.methods.sensitive import SPTAdapter, SPTLora
+from gradsel.methods.unranked import Bias, Linear, Paca
 from gradsel.parameters.names import did_you_mean
 
 _KINDS: tuple[type[Method], ...] = (

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from gradsel.masks import Frozen, Mask, Whole
 from gradsel.methods.additions import Addition, Bottleneck, LowRank, sizes
 from gradsel.methods.base import NO_PARTS, Context, Parts, count, option
-from gradsel.methods.selected import Selected, loss_for
+from gradsel.methods.ranked import loss_for
+from gradsel.methods.selected import Selected
 from gradsel.methods.targets import is_linear, is_patch_embedding, require_calls
 from gradsel.parameters.names import named_parameters
 from gradsel.parameters.rules import HEAD, KINDS, RuleOptions, parameter_rules, ranked_sizes

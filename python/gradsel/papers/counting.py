@@ -17,7 +17,7 @@ from typing_extensions import Unpack
 
 from gradsel.papers.presets import GPS, GRFT, Preset
 from gradsel.papers.vit import vit_base_patch16_224
-from gradsel.parameters.names import named_parameters
+from gradsel.parameters.names import shaped_parameters
 from gradsel.parameters.rules import RuleOptions, parameter_rules, sizes_of
 from gradsel.ranking.policies import PerNeuron, Policy
 
@@ -60,7 +60,7 @@ def count(model: nn.Module, policy: Policy, **rules: Unpack[RuleOptions]) -> Cou
     Raises:
         ValueError: as in :func:`gradsel.parameters.rules.parameter_rules`.
     """
-    rule_of, parameters = parameter_rules(model, **rules), named_parameters(model)
+    rule_of, parameters = parameter_rules(model, **rules), shaped_parameters(model)
     sizes = sizes_of(rule_of, parameters).values()
     whole: dict[str, int] = {}
     for name, rule in rule_of.items():

@@ -11,9 +11,9 @@ import pytest
 
 from gradsel.cli import main as cli
 from gradsel.cli import running
-from gradsel.methods import selected
+from gradsel.methods import ranked
 from gradsel.tensor_files import save_file
-from gradsel.training import trainer
+from gradsel.training import saving
 from tests.support import runs, tiny
 
 
@@ -79,7 +79,7 @@ def test_ctrl_c_during_selection_says_how_to_go_on(images, tmp_path, monkeypatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(selected, "select", interrupted)
+        patched.setattr(ranked, "select", interrupted)
         assert cli.main(arguments(images, tmp_path / "run")) == 130
     assert f"stopped; gradsel resume {tmp_path / 'run'} goes on" in capsys.readouterr().err
     assert cli.main(["resume", str(tmp_path / "run")]) == 0
@@ -163,7 +163,7 @@ def test_a_damaged_checkpoint_is_one_line_and_says_what_to_do(images, tmp_path, 
         save_file(tensors, path)
 
     with monkeypatch.context() as patched:
-        patched.setattr(trainer, "save_file", full)
+        patched.setattr(saving, "save_file", full)
         assert cli.main(arguments(images, tmp_path / "run", "--epochs", "3")) == 1
     assert "No space left on device" in one_line(capsys, "finetune")
     [first, second] = sorted((tmp_path / "run" / "checkpoints").glob("*/trainer_state.json"))

@@ -7,9 +7,10 @@ import json
 import math
 
 import pytest
+import torch
 
 from gradsel.cli import main as cli
-from gradsel.experiments import comparing
+from gradsel.experiments import working
 from gradsel.experiments.comparing import Contestant, compare
 from gradsel.experiments.tidy import mean_and_deviation
 from tests.support import runs, tiny
@@ -29,8 +30,8 @@ def counted(monkeypatch):
         begun.append(config)
         return original(config, **options)
 
-    original = comparing.finetune
-    monkeypatch.setattr(comparing, "finetune", finetune)
+    original = working.finetune
+    monkeypatch.setattr(working, "finetune", finetune)
     return begun
 
 
@@ -72,9 +73,28 @@ def test_rates_are_chosen_on_validation_and_seeds_are_tested(images, tmp_path, c
     assert (output / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_where_there_is_a_validation_set_the_best_of_the_tried_runs_counts(tmp_path, counted):
+    """It would be repeated to the bit: the data are the same, and so is the seed."""
+    data = runs.image_folder(tmp_path / "images", train=4, val=4, test=4)
+    config = settings(data, tmp_path / "compared")
+    found = compare(config, ["linear"], seeds=2, factors=[1, 3], quiet=True)
+    assert [(row.split, row.seed) for row in found.rows] == [
+        ("validation", 0), ("validation", 0), ("test", 0), ("test", 1),
+    ]  # fmt: skip
+    assert len(counted) == 3
+    again = compare(
+        config.replaced({"output.folder": str(tmp_path / "alone"), "recipe.learning_rate": None}), ["linear"], seeds=1,
+        factors=[found.rows[2].learning_rate / 1e-2], quiet=True,
+    )  # fmt: skip
+    assert again.rows[0].value == found.rows[2].value
+    first = tmp_path / "compared" / "runs" / "linear" / f"rate-{found.rows[2].learning_rate:.3g}"
+    for name, tensor in runs.tensors(first).items():
+        assert torch.equal(tensor, runs.tensors(tmp_path / "alone" / "runs" / "linear" / "seed-0")[name]), name
+
+
 def test_it_goes_on_where_it_stopped_also_with_more_seeds_and_methods(images, tmp_path, counted, monkeypatch):
     output = tmp_path / "compared"
-    original = comparing.finetune
+    original = working.finetune
 
     def stops(config, **options):
         if len(counted) == 2:
@@ -82,7 +102,7 @@ def test_it_goes_on_where_it_stopped_also_with_more_seeds_and_methods(images, tm
         return original(config, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(comparing, "finetune", stops)
+        patched.setattr(working, "finetune", stops)
         with pytest.raises(KeyboardInterrupt):
             compare(settings(images, output), ["linear"], seeds=2, factors=[1, 3], quiet=True)
     assert len(rows(output)) == 2
@@ -102,15 +122,29 @@ def test_it_goes_on_where_it_stopped_also_with_more_seeds_and_methods(images, tm
         compare(other, ["linear"], seeds=1, factors=[1, 3], quiet=True)
 
 
+def test_several_at_a_time_give_the_rows_of_one_after_another(images, tmp_path):
+    """Two methods, one of which diverges at a high rate, in this process and in two others."""
+    found = {}
+    for jobs in (1, 2):
+        output = tmp_path / str(jobs)
+        methods = ["linear", "gps:k=2"]
+        compared = compare(settings(images, output), methods, seeds=1, factors=[1, 1e30], quiet=True, jobs=jobs)
+        assert len(rows(output)) == 6
+        found[jobs] = [{**row, "step_ms": bool(row["step_ms"])} for row in rows(output)]
+        assert str(compared) in (output / "table.md").read_text()
+    assert found[1] == found[2]
+    assert ["has diverged" in row["note"] for row in found[1]].count(True) == 1
+
+
 def test_a_rate_that_diverges_scores_nothing(images, tmp_path, monkeypatch):
-    original = comparing.finetune
+    original = working.finetune
 
     def diverges(config, **options):
         if config.recipe.learning_rate > 0.05:
             raise ValueError("head.weight has values that are not finite")
         return original(config, **options)
 
-    monkeypatch.setattr(comparing, "finetune", diverges)
+    monkeypatch.setattr(working, "finetune", diverges)
     found = compare(settings(images, tmp_path / "compared"), ["linear"], seeds=1, factors=[1, 9], quiet=True)
     good, bad, final = found.rows
     assert math.isnan(bad.value)
@@ -130,6 +164,7 @@ def test_what_does_not_fit_is_said_before_the_first_run(images, tmp_path, counte
         (["gps:k"], {}, "must be NAME:OPTION=VALUE"),
         (["gps:k=0"], {}, "k >= 1, got 0"),
         (["linear"], {"seeds": 0}, "seeds must be an integer >= 1, got 0"),
+        (["linear"], {"jobs": 0}, "jobs must be an integer >= 1, got 0"),
         (["linear"], {"factors": []}, "factors must be positive"),
         (
             ["linear", "miss:rank=900", "shira:rank=900"],
@@ -152,7 +187,7 @@ def test_the_command(images, tmp_path, capsys):
     arguments = [
         "compare", "--data", str(images), "--model", "vit_tiny_patch16_224", "--weights", "none", *options,
         "--methods", "linear,gps:skip_blocks=[0,1]", "--seeds", "1", "--factors", "1", "--epochs", "1",
-        "--batch-size", "6", "--device", "cpu", "--output", str(tmp_path / "run"),
+        "--batch-size", "6", "--device", "cpu", "--jobs", "1", "--output", str(tmp_path / "run"),
     ]  # fmt: skip
     assert cli.main(arguments) == 0
     printed = capsys.readouterr().out.splitlines()

@@ -12,7 +12,7 @@ import torch
 
 from gradsel.cli import main as cli
 from gradsel.errors import RunError
-from gradsel.experiments import comparing
+from gradsel.experiments import working
 from gradsel.experiments.papers import EXPERIMENTS, cost, experiment, measures, run
 from gradsel.experiments.papers.estimating import described
 from gradsel.experiments.papers.sparse import SparsePull
@@ -120,7 +120,7 @@ def test_every_experiment_runs_on_tiny_data(name, root, tmp_path):
 
 
 def test_it_goes_on_where_it_stopped(root, tmp_path, monkeypatch):
-    begun, original = [], comparing.finetune
+    begun, original = [], working.finetune
 
     def finetune(config, **options):
         if len(begun) == 1 and stops:
@@ -128,7 +128,7 @@ def test_it_goes_on_where_it_stopped(root, tmp_path, monkeypatch):
         begun.append(config.output.folder)
         return original(config, **options)
 
-    monkeypatch.setattr(comparing, "finetune", finetune)
+    monkeypatch.setattr(working, "finetune", finetune)
     out, stops = tmp_path / "out", True
     with pytest.raises(KeyboardInterrupt):
         run(experiment("gps/table2"), root, out, ["cub", "linear", "bias"], given=VIT, quiet=True)
@@ -214,14 +214,14 @@ def test_data_that_lack_are_left_out_and_named(root, tmp_path, capsys):
 
 
 def test_a_run_that_fails_is_told_after_the_others(root, tmp_path, monkeypatch, capsys):
-    original = comparing.finetune
+    original = working.finetune
 
     def finetune(config, **options):
         if config.method.name == "linear":
             raise RunError("head.weight has values that are not finite")
         return original(config, **options)
 
-    monkeypatch.setattr(comparing, "finetune", finetune)
+    monkeypatch.setattr(working, "finetune", finetune)
     with pytest.raises(RunError, match=r"1 of 2 runs failed \(ViT-B/16, Linear, CUB-200-2011: head\.weight has values"):
         run(experiment("gps/table2"), root, tmp_path, ["cub", "linear", "bias"], given=VIT)
     assert {row["method"] for row in rows(tmp_path)} == {"Bias"}

@@ -75,3 +75,32 @@ def test_paca_trains_whole_random_columns_of_linear_layers_and_the_head():
     assert len({tuple(m.to_dense().all(0).nonzero().flatten().tolist()) for m in found.values()}) > 3
     assert selection != chosen("paca", columns=3, seed=2)
     assert selection == chosen("paca", columns=3, seed=1)
+
+
+def test_ratio_is_the_learning_rate_of_the_chosen_weights_alone():
+    """Adam's first step is as long as the learning rate."""
+    how = method("gps", k=2, ratio=4.0)
+    model = how.prepare(tiny.vit(), tiny.images()).model
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = how.optimizer(model, lr=1e-3)
+    batch = tiny.images()[0]
+    torch.nn.functional.cross_entropy(model(batch["pixel_values"]), batch["labels"]).backward()
+    optimizer.step()
+    moved = {
+        name: (parameter.detach() - before[name]).abs().max().item()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    assert moved.keys() > {"head.weight", "blocks.0.attn.qkv.bias", "blocks.0.attn.qkv.weight_values"}
+    for name, distance in moved.items():
+        assert distance == pytest.approx(4e-3 if name.endswith("_values") else 1e-3, rel=0.01), name
+    for wrong in (0, -1.0, float("inf"), "2", True):
+        with pytest.raises(ValueError, match="ratio must be a positive number, got"):
+            method("gps", ratio=wrong)
+
+
+def test_columns_cannot_be_ranked_relative_to_them():
+    with pytest.raises(ValueError, match=r"'relative' gives all inputs of a weight the same score, so Columns\(k=2\)"):
+        method("grft", columns=2, criterion="relative")
+    assert method("grft", rows=2, criterion="relative").rows == 2
+    assert chosen(k=2, criterion="relative") != chosen(k=2)

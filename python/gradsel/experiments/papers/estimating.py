@@ -85,15 +85,77 @@ def described(
     if experiment.measure not in _TRAINS:
         passes = "; a pass over the training set for each run" if experiment.data else ""
         return "\n".join([*lines, f"cost: nothing is trained{passes}"])
-    anywhere = {name: places.get(name, Path(name)) for name in SOURCES}
-    planned = [(cell, config_of(experiment, cell, Path("run"), anywhere, given or {})[0]) for cell in cells]
-    weights = dict.fromkeys(c.model.name for _, c in planned if c.model.weights == "pretrained")
+    loads = loads_of(experiment, cells, places, given)
+    weights = dict.fromkeys(c.model.name for _, c, _ in loads if c.model.weights == "pretrained")
     if weights:
         lines.append(f"weights: {', '.join(weights)}, from the model hub")
-    loads = [(cell, config, load_of(experiment, cell, config)) for cell, config in planned]
     lines.append(f"steps: {sum(load.steps for _, _, load in loads):,} in all, and "
                  f"{sum(load.tests for _, _, load in loads):,} samples to test")  # fmt: skip
     return "\n".join([*lines, *_hours(loads, measure)])
+
+
+def loads_of(
+    experiment: Experiment, cells: Sequence[Cell], places: Mapping[str, Path] | None = None,
+    given: Mapping[str, Any] | None = None,
+) -> list[tuple[Cell, Config, Load]]:  # fmt: skip
+    """The runs of an experiment that train, each with its settings and with what it asks for.
+
+    Args:
+        places: the folders of the data sets that are there.
+        given: settings that override the experiment's, by dotted names.
+    """
+    if experiment.measure not in _TRAINS:
+        return []
+    anywhere = {name: (places or {}).get(name, Path(name)) for name in SOURCES}
+    planned = [(cell, config_of(experiment, cell, Path("run"), anywhere, given or {})[0]) for cell in cells]
+    return [(cell, config, load_of(experiment, cell, config)) for cell, config in planned]
+
+
+@dataclass(frozen=True)
+class Hours:
+    """What runs cost on a device, from a measured step of each.
+
+    Attributes:
+        hours: of all runs whose step could be measured; loading is not counted.
+        least, most: seconds of a step; NaN if none could be measured.
+        unknown: models and methods whose step could not be measured, and why.
+    """
+
+    hours: float
+    least: float
+    most: float
+    unknown: tuple[str, ...]
+
+
+def hours_of(loads: Sequence[tuple[Cell, Config, Load]], device: str, samples: dict[Any, float | str]) -> Hours:
+    """Measures a step of each model and method, unless it is known, and adds up what the runs take.
+
+    Args:
+        samples: seconds for each sample of a training step by model and method, or why they are unknown. Measured ones
+            are added.
+    """
+    steps: list[float] = []
+    hours = 0.0
+    unknown: dict[str, None] = {}
+    for cell, config, load in loads:
+        key = key_of(config, device)
+        if key not in samples:
+            try:
+                samples[key] = step_seconds(config, len(_classes(cell)), device) / config.recipe.batch_size
+            except (ValueError, OSError, ModuleNotFoundError) as error:
+                samples[key] = one_line(error)
+        each = samples[key]
+        if isinstance(each, str):
+            unknown[f"{cell.model}, {cell.method} ({each})"] = None
+            continue
+        steps.append(each * config.recipe.batch_size)
+        hours += each * (config.recipe.batch_size * load.steps + _TESTING * load.tests) / 3600
+    return Hours(hours, min(steps, default=math.nan), max(steps, default=math.nan), tuple(unknown))
+
+
+def key_of(config: Config, device: str) -> Any:
+    """What the time of a sample in a training step depends on; on a GPU also on how many there are."""
+    return config.model.name, str(config.method), config.recipe.batch_size if device == "cuda" else 0
 
 
 def _hours(loads: Sequence[tuple[Cell, Config, Load]], measure: bool) -> list[str]:
@@ -103,24 +165,12 @@ def _hours(loads: Sequence[tuple[Cell, Config, Load]], measure: bool) -> list[st
     lines = []
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for device in devices:
-        seconds: dict[tuple[str, str], float] = {}
-        hours, unknown = 0.0, []
-        for cell, config, load in loads:
-            key = config.model.name, f"{config.method.name} {config.method.options} {config.recipe.batch_size}"
-            if key not in seconds:
-                try:
-                    seconds[key] = step_seconds(config, len(_classes(cell)), device)
-                except (ValueError, OSError, ModuleNotFoundError) as error:
-                    seconds[key] = math.nan
-                    unknown.append(f"{cell.model}, {cell.method} ({one_line(error)})")
-            if not math.isnan(seconds[key]):
-                hours += seconds[key] * (load.steps + _TESTING * load.tests / config.recipe.batch_size) / 3600
         where = "here, on the CPU" if device == "cpu" else f"on {torch.cuda.get_device_name()}"
-        known = {key: value for key, value in seconds.items() if not math.isnan(value)}
-        if known:
-            least, most = min(known.values()), max(known.values())
-            lines.append(f"hours {where}: {hours:,.2f}, at {least:.3g} to {most:.3g} s a step; loading is not counted")
-        lines += [f"hours {where}: unknown for {each}" for each in unknown]
+        found = hours_of(loads, device, {})
+        if not math.isnan(found.least):
+            span = f"{found.least:.3g} to {found.most:.3g} s a step"
+            lines.append(f"hours {where}: {found.hours:,.2f}, at {span}; loading is not counted")
+        lines += [f"hours {where}: unknown for {each}" for each in found.unknown]
     if "cuda" not in devices:
         lines.append("hours on a GPU: unknown, as there is none here; --measure there")
     return lines

@@ -7,7 +7,7 @@ import torch
 from gradsel.errors import RunError
 from gradsel.experiments.papers.selections import Measured
 from gradsel.methods import method
-from gradsel.methods.selected import Ranked
+from gradsel.methods.ranked import Ranked
 from gradsel.papers.counting import meta_model
 from gradsel.parameters.rules import HEAD, ranked_sizes
 from gradsel.ranking.policies import Columns, Rows

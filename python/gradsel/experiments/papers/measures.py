@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from gradsel.errors import RunError
-from gradsel.experiments.comparing import run_or_continue
 from gradsel.experiments.papers import cost, masks, selections, sparse
 from gradsel.experiments.papers.memory import MemoryOverTime
 from gradsel.experiments.papers.selections import Measured
+from gradsel.experiments.working import run_or_continue
 from gradsel.training import evaluate
 from gradsel.training.config import Config
 from gradsel.training.folder import write_text

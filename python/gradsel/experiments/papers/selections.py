@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gradsel.attached import is_attached
 from gradsel.errors import RunError
-from gradsel.experiments.comparing import run_or_continue
+from gradsel.experiments.working import run_or_continue
 from gradsel.methods import Context, method
 from gradsel.methods.base import SELECTION
 from gradsel.nn.attaching import detach

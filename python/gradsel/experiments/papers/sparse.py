@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers.trainer_callback import TrainerCallback
 
-from gradsel.experiments.comparing import run_or_continue
 from gradsel.experiments.papers.selections import Measured, batches_of
-from gradsel.methods.selected import loss_for
+from gradsel.experiments.working import run_or_continue
+from gradsel.methods.ranked import loss_for
 from gradsel.parameters.names import has_part, named_parameters, strings
 from gradsel.parameters.rules import parameter_rules
 from gradsel.ranking.policies import PerNeuron

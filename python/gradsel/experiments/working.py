@@ -1,0 +1,88 @@
+"""Runs, one after another in this process, or several at a time in processes of their own."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.trainer_callback import TrainerCallback
+
+from gradsel.errors import RunError, expected, one_line
+from gradsel.training.config import CONFIG, Config, read_config
+from gradsel.training.folder import RESULTS, read_json
+from gradsel.training.run import finetune, resume
+
+#: Begins a run; what it returns gives the results, or raises what the run raised.
+Start = Callable[[Config], Callable[[], dict[str, Any]]]
+
+
+def run_or_continue(config: Config, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
+    """The results of a run, which is begun, continued or read, whichever it needs.
+
+    Args:
+        callbacks: of transformers' Trainer.
+
+    Raises:
+        ValueError: its folder has a run with another recipe.
+    """
+    folder = Path(config.output.folder)
+    if (folder / CONFIG).is_file():
+        with expected():
+            before = read_config(folder / CONFIG).recipe
+        if before != config.recipe:
+            raise RunError(f"the run in {folder} was begun with another recipe; remove it to begin anew")
+        if (folder / RESULTS).is_file():
+            found: dict[str, Any] = read_json(folder / RESULTS)
+            return found
+        return resume(folder, callbacks=callbacks, quiet=True).results
+    if folder.exists():  # stopped before it had begun
+        shutil.rmtree(folder)
+    return finetune(config, callbacks=callbacks, quiet=True).results
+
+
+@contextmanager
+def workers(jobs: int) -> Iterator[Start]:
+    """What starts runs: in this process when their results are asked for, or in up to ``jobs`` other ones at once.
+
+    The other processes use as many threads as this one, since the number of threads decides the order in which torch
+    adds, so a run gives the same bits wherever it runs. When the block ends by an error, runs that have not begun are
+    dropped.
+
+    Args:
+        jobs: 1: no other processes.
+    """
+    if jobs == 1:
+        yield lambda config: lambda: run_or_continue(config)
+        return
+    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (torch.get_num_threads(),)) as pool:
+
+        def start(config: Config) -> Callable[[], dict[str, Any]]:
+            running = pool.submit(_worked, config)
+            return lambda: _result(running)
+
+        try:
+            yield start
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _worked(config: Config) -> dict[str, Any] | str:
+    """In a worker: the results, or the message of what does not fit, as not every exception can be sent."""
+    try:
+        return run_or_continue(config)
+    except ValueError as error:
+        return one_line(error)
+
+
+def _result(running: Future[dict[str, Any] | str]) -> dict[str, Any]:
+    found = running.result()
+    if isinstance(found, str):
+        raise RunError(found)
+    return found
