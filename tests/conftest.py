@@ -16,6 +16,8 @@ import gradsel_kernels as gk
 from gradsel_kernels.backends import backend as backend_module
 from tests.cuda.build import build_product
 
+pytest_plugins = ["tests.support.matrix_plugin"]
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 EMULATED = os.environ.get("GRADSEL_EMULATE_CUDA") == "1"
 CUDA = torch.cuda.is_available()

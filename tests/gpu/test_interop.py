@@ -30,6 +30,7 @@ def through_a_file(thing, **options):
 # --- Between devices ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.supports("CUDA", "save/load")
 def test_a_checkpoint_goes_to_the_cpu_and_back(device):
     data = moved(batches(6), "cpu", torch.float64)
     model, optimizer = attached(device, torch.float64, amsgrad=True, anchor=0.1)
@@ -59,6 +60,7 @@ def test_a_checkpoint_goes_to_the_cpu_and_back(device):
     assert_close(back, model)
 
 
+@pytest.mark.supports("CUDA", "delta")
 @pytest.mark.parametrize("kind", ["per-row", "irregular"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_delta_is_the_same_on_every_device(device, dtype, kind, tmp_path):

@@ -31,6 +31,7 @@ POLICIES = [
 ]
 
 
+@pytest.mark.supports("CUDA", "select")
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 def test_the_selection_is_that_of_the_cpu(device, policy):
     model = Toy().double().eval()
@@ -70,6 +71,7 @@ MODELS = {
 }
 
 
+@pytest.mark.supports("CUDA", "attach", "MaskedAdam")
 @pytest.mark.parametrize("kind", ["per-row", "rows", "columns", "irregular"])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_loss_curve_of_dense_training(device, float32_is_float32, name, kind):
@@ -139,6 +141,7 @@ def test_drop_in_training_is_that_of_the_cpu(device):
 # --- Attaching and detaching -------------------------------------------------------------------------------------
 
 
+@pytest.mark.supports("CUDA", "merge")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_attaching_and_detaching_moves_no_bit(device, dtype):
     model, selection = toy(device, dtype)

@@ -104,7 +104,7 @@ def _with(rank: int, of: int = 0, at: int = 0, what: str = "") -> None:
 
     if what == "data":
 
-        def unreadable(*args: Any) -> Any:
+        def unreadable(*args: Any, **kwargs: Any) -> Any:
             raise ValueError("data: this machine has none")
 
         classification.read_data = unreadable
