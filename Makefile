@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
 JOBS ?= 2
 
-.PHONY: demo test test-oldest lint docs bench gpu clean
+.PHONY: demo test test-oldest lint docs dist bench gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo
@@ -29,10 +29,21 @@ lint: $(VENV)/built
 docs: $(VENV)/docs
 	$(BIN)/mkdocs build --strict
 
+# The source distribution, the wheel that it builds, and tests of this wheel outside of the repository's folders.
+dist: $(VENV)/built
+	rm -rf dist build/installed
+	$(BIN)/python -m build
+	$(BIN)/python -m pip install --quiet --no-deps --target build/installed dist/*.whl
+	cp -r tests build/installed && touch build/installed/pytest.ini
+	cd build/installed && OMP_NUM_THREADS=1 ../../$(BIN)/python -m pytest -q \
+		tests/test_installed.py tests/kernels tests/gradsel/nn/test_training.py
+
 bench: $(VENV)/built
 	$(BIN)/python -m pytest benchmarks
 	$(BIN)/python -m benchmarks.training.train_step
 	$(BIN)/python -m benchmarks.training.overhead
+	$(BIN)/python -m benchmarks.training.peft_layers
+	$(BIN)/python -m benchmarks.optimizer.targets
 	$(BIN)/python -m benchmarks.selection.select_memory
 	$(BIN)/python -m benchmarks.draw
 
@@ -42,13 +53,13 @@ gpu:
 	PYTHONPATH=.:python $(PYTHON) -m benchmarks.gpu $(PARTS)
 
 clean:
-	rm -rf $(VENV) .venv-oldest build site *.egg-info gradsel_kernels/_C*.so gradsel_kernels/*.fatbin
+	rm -rf $(VENV) .venv-oldest build dist site *.egg-info gradsel_kernels/_C*.so gradsel_kernels/*.fatbin
 
 # Build tools come first, because the package is built without isolation so that a change in csrc/ downloads
 # nothing, and ninja compiles only what includes the changed file.
 $(VENV)/dependencies: $(CONSTRAINTS) pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) setuptools pybind11 ninja torch
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) 'setuptools>=77' pybind11 ninja torch
 	touch $@
 
 # On Linux, tests and benchmarks compile the CUDA kernels, also where nothing can run them.

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -77,12 +80,33 @@ assert not torch.cuda.is_initialized()
     run(code)
 
 
+#: In the repository, but not in the source distribution: what only its host, its editors and its CI read.
+NOT_SHIPPED = (".ci/", ".github/", ".gitignore", ".pre-commit-config.yaml")
+
+
+@pytest.mark.skipif(shutil.which("git") is None or not (ROOT / ".git").exists(), reason="this is no clone of git")
+def test_the_source_distribution_has_every_file(tmp_path):
+    """All that is not ignored, and nothing that was built. ``make dist`` builds the wheel from it."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    expected = {name for name in listed if not name.startswith(NOT_SHIPPED) and (ROOT / name).exists()}
+    command = [sys.executable, "setup.py", "egg_info", "--egg-base", str(tmp_path)]
+    command += ["sdist", "--dist-dir", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        files = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
+    made = {name for name in files if "egg-info/" in name} | {"PKG-INFO", "setup.cfg"}
+    assert files - made == expected
+
+
 def test_setup_imports_no_torch():
     assert "import torch" not in (ROOT / "setup.py").read_text()
 
 
-def test_both_packages_have_one_version():
+def test_one_version_everywhere():
     import gradsel
     import gradsel_kernels
 
     assert gradsel.__version__ == gradsel_kernels.__version__
+    assert f"\nversion: {gradsel.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert re.search(rf"^## (Unreleased|{re.escape(gradsel.__version__)} )", (ROOT / "CHANGELOG.md").read_text(), re.M)
