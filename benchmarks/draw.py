@@ -28,7 +28,7 @@ def draw(path: Path) -> list[Path]:
     if "step_p50_ms" in columns:
         print(benchmarks.training.pictures.summary(rows))
         return benchmarks.training.pictures.draw(rows, path.with_suffix(".png"))
-    if "part" in columns:  # its tables are printed by the run itself
+    if {"part", "extra"} <= set(columns):  # of a GPU; its tables are printed by the run itself
         return benchmarks.gpu.pictures.draw(path, rows)
     return []
 

@@ -17,6 +17,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}
 PLAIN = ("LICENSE", "CITATION.cff")
 RESULTS = "benchmarks/results"
+#: Cells of the support matrix, and their classes in site.css.
+OUTCOMES = {"works": "works", "refused": "refused", "in part": "part", "not run": "nothing", "untested": "nothing"}
 #: A role of a docstring in HTML, ``:func:<code>name</code>``; after ``~`` only the last part of the name is shown.
 ROLE = re.compile(r":(?:func|class|mod|meth|data|attr):<code>(?:~(?:\w+\.)*)?")
 
@@ -40,7 +42,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    return ROLE.sub("<code>", html)
+    html = ROLE.sub("<code>", html)
+    if page.file.src_uri == "support.md":
+        for outcome, name in OUTCOMES.items():
+            html = html.replace(f"<td>{outcome}</td>", f'<td class="{name}">{outcome}</td>')
+    return html
 
 
 def _from_root(markdown: str) -> str:

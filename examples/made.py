@@ -42,12 +42,26 @@ def reviews(path):
     return path
 
 
-def text(path):
+def topics(path):
+    """A table of made-up texts about a film, a story, or neither."""
+    draw = random.Random(0)
+    lines = ["text,label"]
+    for number in range(96):
+        topic = ("film", "story", "neither")[number % 3]
+        words = draw.choices(("a", "the", "and", "is", "was", *WORDS["good"], *WORDS["bad"]), k=5)
+        lines.append(f"{' '.join([*words, topic] if topic != 'neither' else words)},{topic}")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text("\n".join(lines) + "\n")
+    return path
+
+
+def text(path, *about):
     """A text of made-up sentences."""
     draw = random.Random(0)
     words = [word for of in WORDS.values() for word in of]
+    about = about or ("film", "story")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(" ".join(f"the {draw.choice(('film', 'story'))} is {draw.choice(words)}" for _ in range(400)))
+    Path(path).write_text(" ".join(f"the {draw.choice(about)} is {draw.choice(words)}" for _ in range(400)))
     return path
 
 

@@ -72,7 +72,10 @@ class Steps:
 
 def measured(results: Path) -> str:
     """Where and when each results file was measured."""
-    files = ("train_step-cpu.csv", "overhead-cpu.csv", "cpu.csv", "select_memory-cpu.csv")
+    files = (
+        "train_step-cpu.csv", "overhead-cpu.csv", "peft_layers-cpu.csv", "cpu.csv", "select_memory-cpu.csv",
+        "quantised-cpu.csv",
+    )  # fmt: skip
     return bullets(f"[{name}](../benchmarks/results/{name}): {where(rows_of(results / name))}" for name in files)
 
 

@@ -11,9 +11,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gradsel import integrations as integrations
+    from gradsel import methods as methods
+    from gradsel import peft as peft
+    from gradsel import training as training
     from gradsel.delta import Delta, TaskBank, export, load_delta, save_delta
     from gradsel.integrations.patches import Patches, patches
-    from gradsel.nn import AttachReport, attach, detach, sync, trainable_parameters
+    from gradsel.nn import AttachReport, MergeReport, attach, detach, merge, sync, trainable_parameters
     from gradsel.optim import MaskedAdam, MaskedAdamW, anchored_groups, state_bytes
     from gradsel.papers import presets, trainable_count
     from gradsel.parameters import ranked_sizes
@@ -40,7 +44,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "gradsel.delta": ("Delta", "TaskBank", "export", "load_delta", "save_delta"),
     "gradsel.integrations.patches": ("Patches", "patches"),
-    "gradsel.nn": ("AttachReport", "attach", "detach", "sync", "trainable_parameters"),
+    "gradsel.nn": ("AttachReport", "MergeReport", "attach", "detach", "merge", "sync", "trainable_parameters"),
     "gradsel.optim": ("MaskedAdam", "MaskedAdamW", "anchored_groups", "state_bytes"),
     "gradsel.papers": ("presets", "trainable_count"),
     "gradsel.parameters": ("ranked_sizes",),
@@ -79,6 +83,7 @@ _ROOMS = (
     "papers",
     "parameters",
     "peft",
+    "quantised",
     "ranking",
     "sealed",
     "selection",
@@ -95,6 +100,7 @@ __all__ = [
     "Global",
     "MaskedAdam",
     "MaskedAdamW",
+    "MergeReport",
     "Patches",
     "PerLayer",
     "PerNeuron",
@@ -116,6 +122,7 @@ __all__ = [
     "finetune",
     "freeze",
     "load_delta",
+    "merge",
     "patches",
     "predict",
     "presets",
@@ -131,14 +138,16 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        found = getattr(import_module(_HOME[name]), name)
-        globals()[name] = found
-        return found
-    if name in _ROOMS:
-        return import_module(f"gradsel.{name}")
-    raise AttributeError(f"module 'gradsel' has no attribute {name!r}")
+if not TYPE_CHECKING:  # or every name would have a type, misspelt ones too
+
+    def __getattr__(name: str) -> Any:
+        if name in _HOME:
+            found = getattr(import_module(_HOME[name]), name)
+            globals()[name] = found
+            return found
+        if name in _ROOMS:
+            return import_module(f"gradsel.{name}")
+        raise AttributeError(f"module 'gradsel' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

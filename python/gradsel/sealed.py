@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,7 +38,7 @@ def write_sealed(
 
 @contextmanager
 def reading_sealed(
-    path: str | os.PathLike[str], format: str, version: str, what: str
+    path: str | os.PathLike[str], format: str, version: str, what: str, later: Collection[str] = ()
 ) -> Iterator[tuple[dict[str, str], dict[str, Tensor]]]:
     """Yields the metadata and tensors that :func:`write_sealed` wrote. Errors inside are reported as a damaged file.
 
@@ -46,6 +46,7 @@ def reading_sealed(
 
     Args:
         what: what the file should be, for messages: ``"a selection"``.
+        later: other versions that can be read.
 
     Raises:
         ValueError: the file has another format, is damaged, or was written by a later version.
@@ -58,8 +59,9 @@ def reading_sealed(
         metadata = header.metadata
         if metadata.get("format") != format:
             raise ValueError(f"{path} is not {what}: its format is {metadata.get('format')!r}, expected {format!r}")
-        if metadata.get("version") != version:
-            raise ValueError(f"{path} is of version {metadata.get('version')}; this library reads {version}, update it")
+        if metadata.get("version") not in (version, *later):
+            found, readable = metadata.get("version"), " and ".join((version, *later))
+            raise ValueError(f"{path} is of version {found}; this library reads {readable}, update it")
         try:
             tensors = read_tensors(stream, header)
         except ValueError as error:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from gradsel.demo.digits import NEW, OLD, write_folder
-from gradsel.training.config import Config
-from gradsel.training.folder import CONFIG, RESULTS
+from gradsel.training.config import CONFIG, Config
+from gradsel.training.folder import RESULTS
 from gradsel.training.run import finetune, resume
 
 #: The model: timm's vision transformer, in small.
