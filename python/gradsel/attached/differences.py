@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsel.attached.selected import SUFFIX, Original
-from gradsel.masks import Mask, fingerprint
+from gradsel.attached.selected import Masked
+from gradsel.masks import Mask
 
 
 @dataclass(eq=False)
-class Differences(Original):
+class Differences(Masked):
     """How a quantised weight is trained in part.
 
     Its values are a plain parameter of differences from the dequantised weight, which start at zero. They are added to
@@ -21,26 +21,12 @@ class Differences(Original):
 
     Attributes:
         entries: zeros that take no memory.
-        mask: the selected entries.
         product: how their gradient is computed.
         quantised: the fingerprint of the weight.
     """
 
-    mask: Mask = field(kw_only=True)
     product: Any = field(kw_only=True)
     quantised: str = field(kw_only=True)
-    _fingerprint: int | None = None
-
-    def fingerprint(self) -> int:
-        """That of the mask."""
-        if self._fingerprint is None:
-            self._fingerprint = fingerprint(self.mask)
-        return self._fingerprint
-
-    def values(self) -> Tensor | None:
-        """The values as a module holds them now; None if no module does."""
-        held = (module._parameters.get(short + SUFFIX) for module, short in self.alive())
-        return next((values for values in held if values is not None), None)
 
     def follow(self, device: torch.device) -> None:
         """Moves the mask to a device."""

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from gradsel.attached.differences import Differences
-from gradsel.attached.selected import LINK, SUFFIX, Original, Selected
+from gradsel.attached.selected import LINK, SUFFIX, Masked, Original, Selected
 from gradsel.attached.steps import watch_optimizers
 
 #: The attribute of a module with what attach() did to its parameters.
@@ -104,8 +104,8 @@ class Record:
 
 def masks_in(attachments: Attachments) -> dict[str, int]:
     """Fingerprints of the masks of a module's parameters that are trained in part, by their names in it."""
-    found = {short: selected.fingerprint() for short, selected in attachments.partial.items()}
-    return found | {short: differences.fingerprint() for short, differences in attachments.differences.items()}
+    masked: dict[str, Masked] = {**attachments.partial, **attachments.differences}
+    return {short: each.fingerprint() for short, each in masked.items()}
 
 
 def attachments_of(module: nn.Module) -> Attachments | None:

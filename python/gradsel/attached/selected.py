@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gradsel.dtypes import trained_dtype
+from gradsel.dtypes import adopted, differs, trained_dtype
 from gradsel.masks import Mask, fingerprint
 from gradsel.sharding import Shards
 
@@ -59,23 +59,14 @@ class Original:
 
 
 @dataclass(eq=False)
-class Selected(Original):
-    """How one parameter is trained in part. Its sites hold both the weight and the values.
+class Masked(Original):
+    """A parameter that is trained in part, through values that its sites hold beside it.
 
     Attributes:
         mask: its selected entries.
-        kind: the class of the parameter.
-        direct: what the direct routes need, by route: a Product, a Lookup, or a Product and its Taps.
-        seen: the state of values and weight in which they last agreed; see :meth:`refresh`. None: not known.
-        shards: what this rank holds of weight and values if FSDP has sharded them. A module then has these between
-            forwards, and gathered ones during a forward and its backward.
     """
 
     mask: Mask = field(kw_only=True)
-    kind: type = nn.Parameter
-    direct: dict[str, Any] = field(default_factory=dict)
-    seen: list[int] | None = None
-    shards: Shards | None = None
     _fingerprint: int | None = None
 
     def fingerprint(self) -> int:
@@ -91,6 +82,24 @@ class Selected(Original):
             if module is not None and (found := module._parameters.get(short + SUFFIX)) is not None:
                 return found
         return None
+
+
+@dataclass(eq=False)
+class Selected(Masked):
+    """How the entries of one parameter are trained. Its sites hold both the weight and the values.
+
+    Attributes:
+        kind: the class of the parameter.
+        direct: what the direct routes need, by route: a Product, a Lookup, or a Product and its Taps.
+        seen: the state of values and weight in which they last agreed; see :meth:`refresh`. None: not known.
+        shards: what this rank holds of weight and values if FSDP has sharded them. A module then has these between
+            forwards, and gathered ones during a forward and its backward.
+    """
+
+    kind: type = nn.Parameter
+    direct: dict[str, Any] = field(default_factory=dict)
+    seen: list[int] | None = None
+    shards: Shards | None = None
 
     def weight(self) -> Tensor | None:
         """The weight as a module holds it now, under its own name or, pruned or renamed, under another."""
@@ -141,11 +150,10 @@ class Selected(Original):
             if not weight_changed:
                 self.mask.scatter_(weight, values)
             else:
-                entries, rounded = self.mask.gather(weight), values.detach().to(weight.dtype)
-                differs = (entries != rounded) & ~(entries.isnan() & rounded.isnan())
+                entries = self.mask.gather(weight)
                 if not values_changed:
-                    values.copy_(torch.where(differs, entries.to(values.dtype), values))
-                elif bool(differs.any()):
+                    values.copy_(adopted(values, entries))
+                elif bool(differs(entries, values.detach().to(entries.dtype)).any()):
                     self.mask.scatter_(weight, values)
         self.mark(weight, values)
         return values
@@ -261,7 +269,7 @@ def uncast(new: Tensor, values: Tensor) -> Tensor:
     if new.dtype is dtype:
         return new
     cast = values.to(new.device, new.dtype)
-    is_cast = new.shape == cast.shape and bool(((new == cast) | (new.isnan() & cast.isnan())).all())
+    is_cast = new.shape == cast.shape and not bool(differs(new, cast).any())
     return values.to(new.device, dtype) if is_cast else new.to(dtype)
 
 

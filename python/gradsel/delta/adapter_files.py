@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsel.delta.parts import Part, ascending, read
+from gradsel.delta.making import Base, differing
+from gradsel.delta.parts import Part, ascending, read, tensors_of
 from gradsel.files import replacing_all
 from gradsel.tensor_files import load_file, save_file
 
@@ -138,3 +139,75 @@ def require_floats(name: str, tensor: Tensor, before: Mapping[str, Tensor]) -> N
         raise ValueError(f"the base has no {name!r}, which the adapter sets")
     if tensor.dtype not in FLOATS or before[name].dtype not in FLOATS:
         raise ValueError(f"{name} is {tensor.dtype} in the adapter, {before[name].dtype} in the base")
+
+
+def read_parts(
+    tensors: Mapping[str, Tensor],
+    base: Base,
+    values: str,
+    beside: tuple[str, ...],
+    tuned: Callable[[str, str, Tensor, Tensor], Tensor],
+) -> dict[str, Part]:
+    """The parts of a delta with the effect of an adapter of entries.
+
+    Args:
+        tensors: of the adapter, by their names in the model. Those that are not a layer's values, and belong to none,
+            are modules that it saves whole.
+        values: what the name of a layer's values ends in.
+        beside: what the names of the tensors end in that belong to these values.
+        tuned: makes the weight of a layer with the adapter from its name, the path of the layer, the base's weight and
+            the values.
+
+    Raises:
+        ValueError: the adapter is for another model, or sets a weight twice.
+    """
+    before = tensors_of(base)
+    parts: dict[str, Part] = {}
+    seen: set[str] = set()
+    for key, tensor in tensors.items():
+        if key.endswith(beside):
+            continue
+        path, _, last = key.rpartition(".")
+        name = f"{path}.weight" if last == values else key
+        if name in seen:
+            raise ValueError(f"the adapter sets {name} twice")
+        seen.add(name)
+        require_floats(name, tensor, before)
+        weight = before[name].detach().cpu()
+        found = tuned(name, path, weight, tensor) if last == values else tensor
+        part = differing(name, weight, found.to(weight.dtype))
+        if part is not None:
+            parts[name] = part
+    return parts
+
+
+def require_indices(name: str, indices: Tensor, limits: Tensor, shape: torch.Size) -> None:
+    """Checks indices of entries.
+
+    Args:
+        limits: what they have to be below, broadcast to their shape.
+        shape: of the weight.
+
+    Raises:
+        ValueError: they are not integers, or some are outside.
+    """
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name}: the adapter has indices in {indices.dtype}, expected torch.int32 or torch.int64")
+    if bool((indices < 0).any()) or bool((indices >= limits).any()):
+        raise ValueError(f"{name}: the adapter has indices outside {list(shape)}")
+
+
+def write_sparse(folder: Path, found: SparseParts, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Writes an adapter of entries, with the modules that the delta sets whole.
+
+    Args:
+        tensors: of the layers.
+        config: what only this kind of adapter has.
+    """
+    beside = {PREFIX + name: part.values.clone() for name, part in found.beside.items()}
+    shared = {
+        "target_modules": [name.removesuffix(".weight") for name in found.layers],
+        "modules_to_save": sorted(found.modules) or None,
+        "inference_mode": True,
+    }
+    write_adapter(folder, {**tensors, **beside}, {**config, **shared})

@@ -14,11 +14,12 @@ from gradsel.delta.adapter_files import (
     originals_of,
     padded,
     read_adapter,
-    require_floats,
+    read_parts,
+    require_indices,
     sparse_parts,
-    write_adapter,
+    write_sparse,
 )
-from gradsel.delta.making import Base, differing
+from gradsel.delta.making import Base
 from gradsel.delta.parts import Part, tensors_of
 
 
@@ -37,40 +38,22 @@ def write_shira(parts: Mapping[str, Part], folder: Path, base: Base | None, drop
         indices = torch.stack([every // cols, every % cols]).to(torch.int32)
         path = PREFIX + name.removesuffix(".weight")
         tensors |= {f"{path}.shira_indices": indices, f"{path}.shira_weight": differences}
-    tensors |= {PREFIX + name: part.values.clone() for name, part in found.beside.items()}
     config = {
         "peft_type": "SHIRA",
         "r": r,
         "mask_type": "random",  # any type that PEFT knows; the indices in the file are used
-        "target_modules": [name.removesuffix(".weight") for name in found.layers],
-        "modules_to_save": sorted(found.modules) or None,
-        "inference_mode": True,
     }
-    write_adapter(folder, tensors, config)
+    write_sparse(folder, found, tensors, config)
 
 
 def read_shira(folder: Path, base: Base) -> dict[str, Part]:
     """See ``Delta.from_shira``."""
     _, tensors = read_adapter(folder, "SHIRA", "SHiRA")
-    before = tensors_of(base)
-    parts: dict[str, Part] = {}
-    seen: set[str] = set()
-    for key, tensor in tensors.items():
-        if key.endswith(".shira_indices"):
-            continue
-        path, _, last = key.rpartition(".")
-        name = f"{path}.weight" if last == "shira_weight" else key
-        if name in seen:
-            raise ValueError(f"the adapter sets {name} twice")
-        seen.add(name)
-        require_floats(name, tensor, before)
-        tuned = tensor
-        if last == "shira_weight":
-            tuned = _added(name, before[name], tensors.get(f"{path}.shira_indices"), tensor)
-        part = differing(name, before[name].detach().cpu(), tuned.to(before[name].dtype))
-        if part is not None:
-            parts[name] = part
-    return parts
+
+    def tuned(name: str, path: str, weight: Tensor, differences: Tensor) -> Tensor:
+        return _added(name, weight, tensors.get(f"{path}.shira_indices"), differences)
+
+    return read_parts(tensors, base, "shira_weight", (".shira_indices",), tuned)
 
 
 def _added(name: str, weight: Tensor, indices: Tensor | None, differences: Tensor) -> Tensor:
@@ -78,11 +61,7 @@ def _added(name: str, weight: Tensor, indices: Tensor | None, differences: Tenso
     shape = (2, differences.numel())
     if indices is None or weight.ndim != 2 or tuple(indices.shape) != shape or differences.ndim != 1:
         raise ValueError(f"{name}: the adapter has no indices {list(shape)} for its differences")
-    if indices.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{name}: the adapter has indices in {indices.dtype}, expected torch.int32 or torch.int64")
-    limits = torch.tensor(weight.shape).unsqueeze(1)
-    if bool((indices < 0).any()) or bool((indices >= limits).any()):
-        raise ValueError(f"{name}: the adapter has indices outside {list(weight.shape)}")
+    require_indices(name, indices, torch.tensor(weight.shape).unsqueeze(1), weight.shape)
     added = torch.zeros(math.prod(weight.shape), dtype=differences.dtype)
     added.index_add_(0, indices[0].long() * weight.shape[1] + indices[1].long(), differences)
-    return weight.detach().cpu() + added.view(weight.shape)
+    return weight + added.view(weight.shape)

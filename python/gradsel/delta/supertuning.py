@@ -19,11 +19,12 @@ from gradsel.delta.adapter_files import (
     originals_of,
     padded,
     read_adapter,
-    require_floats,
+    read_parts,
+    require_indices,
     sparse_parts,
-    write_adapter,
+    write_sparse,
 )
-from gradsel.delta.making import Base, differing
+from gradsel.delta.making import Base
 from gradsel.delta.parts import Part, tensors_of
 
 _VALUES, _INDICES = "supertuning_values", "supertuning_indices"
@@ -41,16 +42,12 @@ def write_supertuning(parts: Mapping[str, Part], folder: Path, base: Base | None
         every, differences = padded(part, originals_of(name, part, before), count)
         path = PREFIX + name.removesuffix(".weight")
         tensors |= {f"{path}.{_INDICES}": every.to(torch.int32), f"{path}.{_VALUES}": differences}
-    tensors |= {PREFIX + name: part.values.clone() for name, part in found.beside.items()}
     config = {
         "peft_type": "SUPERTUNING",
         "sparsity": sparsity,
-        "target_modules": [name.removesuffix(".weight") for name in found.layers],
-        "modules_to_save": sorted(found.modules) or None,
         "save_precomputed_indices": True,
-        "inference_mode": True,
     }
-    write_adapter(folder, tensors, config)
+    write_sparse(folder, found, tensors, config)
 
 
 def _count(numel: int, sparsity: float) -> int:
@@ -73,30 +70,14 @@ def _sparsity(sizes: list[tuple[int, int]]) -> float:
 def read_supertuning(folder: Path, base: Base) -> dict[str, Part]:
     """See ``Delta.from_supertuning``."""
     config, tensors = read_adapter(folder, "SUPERTUNING", "Super-Tuning")
-    before = tensors_of(base)
-    parts: dict[str, Part] = {}
-    seen: set[str] = set()
-    own = (f".{_INDICES}", f".{_DOWN}", f".{_UP}")
-    for key, tensor in tensors.items():
-        if key.endswith(own):
-            continue
-        path, _, last = key.rpartition(".")
-        name = f"{path}.weight" if last == _VALUES else key
-        if name in seen:
-            raise ValueError(f"the adapter sets {name} twice")
-        seen.add(name)
-        require_floats(name, tensor, before)
-        weight, tuned = before[name].detach().cpu(), tensor
-        if last == _VALUES:
-            indices = _indices(name, weight, tensors.get(f"{path}.{_INDICES}"), tensor, config)
-            tuned = weight.reshape(-1).scatter_add(0, indices, tensor.to(weight.dtype)).view(weight.shape)
-            lora = tensors.get(f"{path}.{_DOWN}"), tensors.get(f"{path}.{_UP}")
-            if lora != (None, None):
-                tuned = tuned + _lora(name, weight, *lora, config)
-        part = differing(name, weight, tuned.to(weight.dtype))
-        if part is not None:
-            parts[name] = part
-    return parts
+
+    def tuned(name: str, path: str, weight: Tensor, values: Tensor) -> Tensor:
+        indices = _indices(name, weight, tensors.get(f"{path}.{_INDICES}"), values, config)
+        added = weight.reshape(-1).scatter_add(0, indices, values.to(weight.dtype)).view(weight.shape)
+        lora = tensors.get(f"{path}.{_DOWN}"), tensors.get(f"{path}.{_UP}")
+        return added if lora == (None, None) else added + _lora(name, weight, *lora, config)
+
+    return read_parts(tensors, base, _VALUES, (f".{_INDICES}", f".{_DOWN}", f".{_UP}"), tuned)
 
 
 def _indices(name: str, weight: Tensor, found: Tensor | None, values: Tensor, config: Mapping[str, Any]) -> Tensor:
@@ -107,12 +88,8 @@ def _indices(name: str, weight: Tensor, found: Tensor | None, values: Tensor, co
         return weight.abs().flatten().topk(values.numel(), largest=bool(config.get("select_top", True))).indices
     if found is None or found.shape != values.shape:
         raise ValueError(f"{name}: the adapter has no indices {list(values.shape)} for its values")
-    if found.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{name}: the adapter has indices in {found.dtype}, expected torch.int32 or torch.int64")
-    found = found.long()
-    if bool((found < 0).any()) or bool((found >= weight.numel()).any()):
-        raise ValueError(f"{name}: the adapter has indices outside {list(weight.shape)}")
-    return found
+    require_indices(name, found, torch.tensor(weight.numel()), weight.shape)
+    return found.long()
 
 
 def _lora(name: str, weight: Tensor, down: Tensor | None, up: Tensor | None, config: Mapping[str, Any]) -> Tensor:

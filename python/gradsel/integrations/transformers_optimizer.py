@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainingArguments
-from transformers.trainer_pt_utils import get_parameter_names
+from transformers import Trainer, TrainingArguments
 
 from gradsel.attached import is_attached
 from gradsel.masks import Mask
@@ -18,8 +17,6 @@ from gradsel.parameters.names import unwrapped
 from gradsel.ranking.policies import Policy
 from gradsel.selection import Selection, freeze
 
-#: Parameters that Trainer does not decay (``Trainer.get_decay_parameter_names``).
-_NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 _OPTIONS = set(inspect.signature(MaskedAdamW).parameters) - {"params", "model"}
 
 
@@ -100,7 +97,7 @@ class MaskedAdamWFactory:
             freeze(unwrapped(model), masks if isinstance(masks, Selection) else Selection(masks))
         options = dict(options)
         decay = options.pop("weight_decay")
-        decayed = set(get_parameter_names(model, [nn.LayerNorm], _NO_DECAY))
+        decayed = set(Trainer.get_decay_parameter_names(None, model))  # it looks at nothing but the model
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         groups = [
             {"params": [each for each in trained if each[0] in decayed], "weight_decay": decay},

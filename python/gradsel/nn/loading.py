@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gradsel.attached import RECORD, SUFFIX, Attachments, Differences, Original, Selected, attachments_of, masks_in
 from gradsel.attached.steps import some
-from gradsel.dtypes import trained_dtype
+from gradsel.dtypes import differs, trained_dtype
 from gradsel.nn.buffers import begin_with
 from gradsel_kernels._warnings import user_stacklevel
 
@@ -191,5 +191,4 @@ def _given(state_dict: Mapping[str, Any], key: str, selected: Selected) -> Tenso
 def _agree(entries: Tensor, values: Tensor) -> bool:
     """Whether entries of a weight are these values, rounded."""
     values = values.detach().to(entries.device, entries.dtype)
-    entries = entries.detach()
-    return bool(((entries == values) | (entries.isnan() & values.isnan())).all())
+    return not bool(differs(entries.detach(), values).any())

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import gradsel_kernels as gk
+from gradsel.dtypes import adopted
 from gradsel.optim.call import Call
 
 #: Sizes, strides and offset of an alias; None for the tensor itself.
@@ -74,10 +75,7 @@ def adopt_written(masters: Sequence[Tensor], weights: Sequence[Tensor], entries:
         entries: row-major indices of the selected entries of each weight, in mask order.
     """
     for master, weight, index in zip(masters, weights, entries, strict=True):
-        found = weight.reshape(-1)[index].reshape(master.shape)
-        rounded = master.to(weight.dtype)
-        written = (found != rounded) & ~(found.isnan() & rounded.isnan())
-        master.copy_(torch.where(written, found.to(master.dtype), master))
+        master.copy_(adopted(master, weight.reshape(-1)[index].reshape(master.shape)))
 
 
 @adopt_written.register_fake

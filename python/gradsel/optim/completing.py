@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsel.dtypes import trained_dtype
+from gradsel.dtypes import adopted, trained_dtype
 from gradsel.masks import Mask, fingerprint
 from gradsel.optim.call import State, Target
 from gradsel.optim.state import FINGERPRINT, MOMENTS
@@ -85,7 +85,4 @@ def _complete_low_precision(state: State, parameter: Tensor, mask: Mask, mode: s
     elif may_be_written:
         # Where the weight is no longer the rounded master, somebody has written it (by loading a checkpoint, for
         # example), and the master takes over the new value.
-        weight = mask.gather(parameter)
-        rounded = state["master"].to(parameter.dtype)
-        written = (weight != rounded) & ~(weight.isnan() & rounded.isnan())
-        state["master"] = torch.where(written, weight.to(dtype), state["master"])
+        state["master"] = adopted(state["master"], mask.gather(parameter))

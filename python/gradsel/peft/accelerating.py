@@ -95,6 +95,11 @@ class _Faster:
             known[name] = key, source, places, product  # the source is kept alive, so that its id stays its own
         return known[name][2:]
 
+    def _composed(self, x: Tensor, base: nn.Linear, names: list[str], values: list[Tensor]) -> Tensor:
+        """The base layer with the values of these adapters in its weight."""
+        places, products = zip(*(self._known(name, base.weight) for name in names), strict=True)
+        return linear(x, base.weight, base.bias, values, places, products)
+
 
 class ShiraLinear(_Faster, shira.Linear):
     """PEFT's SHiRA layer with our forward."""
@@ -105,9 +110,7 @@ class ShiraLinear(_Faster, shira.Linear):
             return super().forward(x, *args, **kwargs)
         base, names = found
         shira._warn_once_about_module_hooks(self)
-        places, products = zip(*(self._known(name, base.weight) for name in names), strict=True)
-        values = [self.shira_weight[name] * self.scaling[name] for name in names]
-        return linear(x, base.weight, base.bias, values, places, products)
+        return self._composed(x, base, names, [self.shira_weight[name] * self.scaling[name] for name in names])
 
     def _values(self) -> Any:
         return self.shira_weight
@@ -129,9 +132,7 @@ class SupertuningLinear(_Faster, supertuning.Linear):
             return super().forward(x, *args, **kwargs)
         base, names = found
         supertuning._warn_once_about_module_hooks(self)
-        places, products = zip(*(self._known(name, base.weight) for name in names), strict=True)
-        values = [self.supertuning_values[name] for name in names]
-        result = linear(x, base.weight, base.bias, values, places, products)
+        result = self._composed(x, base, names, [self.supertuning_values[name] for name in names])
         for name in names:
             if self.supertuning_rank[name] > 0:  # its LoRA, as PEFT computes it
                 down, up = self.supertuning_lora_A[name], self.supertuning_lora_B[name]

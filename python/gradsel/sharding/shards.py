@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from gradsel.dtypes import adopted, differs
 from gradsel.masks import Mask
 from gradsel.sharding.reducing import reduced
 from gradsel.sharding.shares import Share, entries_of, is_aligned, share_of
@@ -86,9 +87,8 @@ class Shards:
         """Whether all shards of the weight hold its values, as after loading a checkpoint. A collective call."""
         weight, _ = self.both
         entries = self.share.mask.gather(local_of(weight))
-        rounded = self.here().to(entries.dtype)
-        differs = (entries != rounded) & ~(entries.isnan() & rounded.isnan())
-        if int(sum_over_shards(differs.sum(), weight)):
+        wrong = differs(entries, self.here().to(entries.dtype))
+        if int(sum_over_shards(wrong.sum(), weight)):
             return False
         self.mark()
         return True
@@ -119,12 +119,10 @@ class Shards:
             entries, own = self.share.mask.gather(local_of(weight)), local_of(values).detach()
         else:
             entries, own = entries_of(self.mask, weight, self.share), whole_of(values)
-        rounded = own.to(entries.dtype)
-        differs = (entries != rounded) & ~(entries.isnan() & rounded.isnan())
         if values_changed:
             self.share.mask.scatter_(local_of(weight), own if self.aligned else self.share.of(own))
         else:
-            taken = torch.where(differs, entries.to(own.dtype), own)
+            taken = adopted(own, entries)
             local_of(values).copy_(taken if self.aligned else part_like(taken, values))
         self.mark()
         return True
