@@ -139,7 +139,8 @@ def attach(model: nn.Module, selection: Selection) -> AttachReport:
     uses = parameter_uses(model)
     masks = {name: lookup(selection, name) for name in uses}
     parameters = _parameters_of(uses)
-    quantised = {name: found for name, p in parameters.items() if (found := quantised_in(model).get(id(p))) is not None}
+    weights = quantised_in(model)
+    quantised = {name: weights[id(p)] for name, p in parameters.items() if id(p) in weights}
     _check(masks, parameters, uses, selection, quantised)
 
     routes: dict[str, Route] = {}

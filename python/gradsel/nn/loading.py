@@ -12,6 +12,7 @@ from gradsel.attached import RECORD, SUFFIX, Attachments, Differences, Original,
 from gradsel.attached.steps import some
 from gradsel.dtypes import differs, trained_dtype
 from gradsel.nn.buffers import begin_with
+from gradsel.sharding import is_sharded
 from gradsel_kernels._warnings import user_stacklevel
 
 #: The key of a module's metadata in a state_dict with the fingerprints of its masks. safetensors files drop it.
@@ -184,8 +185,9 @@ def _given(state_dict: Mapping[str, Any], key: str, selected: Selected) -> Tenso
     """A tensor of a checkpoint, if it is there and fits; what does not fit torch refuses by itself."""
     tensor = state_dict.get(key)
     shape = selected.mask.compact_shape if key.endswith(SUFFIX) else selected.mask.shape
-    fits = isinstance(tensor, Tensor) and tuple(tensor.shape) == shape and not tensor.is_meta
-    return tensor if fits and not hasattr(tensor, "device_mesh") else None
+    if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
+        return None
+    return None if tensor.is_meta or is_sharded(tensor) else tensor
 
 
 def _agree(entries: Tensor, values: Tensor) -> bool:

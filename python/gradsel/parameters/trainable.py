@@ -23,7 +23,7 @@ def why_untrainable(parameter: Tensor, sharded: bool = False) -> str | None:
     kind = type(parameter.data if type(parameter) is nn.Parameter else parameter)
     if nn.parameter.is_lazy(parameter):
         return "not initialised"
-    if hasattr(parameter, "device_mesh"):
+    if is_sharded(parameter):
         return "a DTensor, sharded by FSDP or tensor parallelism"
     if hasattr(parameter, "quant_state") or hasattr(parameter, "CB") or _is_wrapper(parameter):
         return f"quantised or wrapped ({kind.__name__})"
@@ -43,7 +43,7 @@ def _is_wrapper(parameter: Tensor) -> bool:
 
 def has_memory(parameter: Tensor) -> bool:
     """Whether its entries can be looked at: it is strided, here, and not made of other tensors."""
-    wrapped = _is_wrapper(parameter) or hasattr(parameter, "device_mesh") or nn.parameter.is_lazy(parameter)
+    wrapped = _is_wrapper(parameter) or is_sharded(parameter) or nn.parameter.is_lazy(parameter)
     return not wrapped and parameter.layout is torch.strided and not parameter.is_nested and not parameter.is_meta
 
 
@@ -52,7 +52,7 @@ def is_reduced(parameter: Tensor, short: str) -> bool:
     integers = parameter.dtype in (torch.uint8, torch.int8) and short.endswith(("weight", "proj"))
     small = integers or (parameter.is_floating_point() and parameter.dtype not in _DTYPES)
     stored = hasattr(parameter, "quant_state") or hasattr(parameter, "CB")  # of bitsandbytes, in any dtype
-    return small or stored or _is_wrapper(parameter) or hasattr(parameter, "device_mesh")
+    return small or stored or _is_wrapper(parameter) or is_sharded(parameter)
 
 
 def require_trainable(name: str, parameter: Tensor) -> None:
