@@ -46,6 +46,11 @@ def expected() -> Iterator[None]:
         raise RunError(one_line(error)) from error
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that is not empty."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+
+
 def one_line(error: BaseException) -> str:
     """The message of an error without line breaks; its type if it has none."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from gradsel.attached import is_values
+from gradsel.errors import first_line
 from gradsel.parameters.names import unwrapped
 
 #: The name of a delta in a folder. It does not end in ".safetensors", because servers take all such files for weights.
@@ -60,7 +61,7 @@ def _fetched(repo_id: str, revision: str | None, token: str | bool | None) -> Pa
         except Exception as error:  # not an id, no such repository, no permission
             raise ValueError(
                 f"there is no file or folder {repo_id}, and no delta that can be fetched from the hub by that name "
-                f"({type(error).__name__}: {_first_line(error)})"
+                f"({type(error).__name__}: {first_line(error)})"
             ) from error
     raise ValueError(
         f"the repository {repo_id} has no delta, or it cannot be reached: neither {' nor '.join(FILES)} is in it"
@@ -78,20 +79,42 @@ def push(
     commit_message: str,
 ) -> str:
     """See :meth:`gradsel.Delta.push_to_hub`."""
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / FILE
         delta.save(path, originals=originals)
         card = model_card(delta, repo_id, base, path.stat().st_size)
-        api = HfApi(token=token)
-        try:
-            repo = api.create_repo(repo_id, private=private, exist_ok=True)
-            operations = [CommitOperationAdd(FILE, str(path)), CommitOperationAdd("README.md", card.encode())]
-            commit = api.create_commit(repo.repo_id, operations, commit_message=commit_message, revision=revision)
-        except Exception as error:  # not an id, no permission, no network
-            raise ValueError(f"{repo_id} cannot be pushed ({type(error).__name__}: {_first_line(error)})") from error
-    return str(commit.commit_url)
+        operations = [CommitOperationAdd(FILE, str(path)), CommitOperationAdd("README.md", card.encode())]
+        return commit(repo_id, operations, private, token, revision, commit_message)
+
+
+def commit(
+    repo_id: str,
+    operations: list[Any],
+    private: bool | None,
+    token: str | bool | None,
+    revision: str | None,
+    message: str,
+) -> str:
+    """Makes a commit to a repository, which is made if there is none; the address of the commit.
+
+    Args:
+        operations: of huggingface_hub's ``create_commit``.
+        private: of a new repository.
+
+    Raises:
+        ValueError: the hub refuses, or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    try:
+        repo = api.create_repo(repo_id, private=private, exist_ok=True)
+        made = api.create_commit(repo.repo_id, operations, commit_message=message, revision=revision)
+    except Exception as error:  # not an id, no permission, no network
+        raise ValueError(f"{repo_id} cannot be pushed ({type(error).__name__}: {first_line(error)})") from error
+    return str(made.commit_url)
 
 
 def model_card(delta: Saved, repo_id: str, base: str | nn.Module | None, size: int) -> str:
@@ -166,7 +189,3 @@ def _example(base: str, model: nn.Module | None) -> str:
         return "\nmodel = ...  # the base"
     kind = type(model).__name__
     return f"from transformers import {kind}\n\nmodel = {kind}.from_pretrained({base!r})"
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gradsel.errors import RunError, expected
+from gradsel.errors import RunError, expected, first_line
 from gradsel.training.config import CONFIG, PathLike, read_config
 from gradsel.training.folder import CHECKPOINTS, LABELS, LOG, RESULTS, SECONDS, read_results
 from gradsel_kernels._warnings import user_stacklevel
@@ -82,7 +82,9 @@ class Result:
         Raises:
             RunError: the run is not finished, or the hub refuses.
         """
-        from huggingface_hub import CommitOperationAdd, HfApi
+        from huggingface_hub import CommitOperationAdd
+
+        from gradsel.delta import hub  # which needs torch
 
         with expected():
             config = read_config(self.folder / CONFIG)
@@ -105,13 +107,7 @@ class Result:
                 and path.name not in _NOT_PUSHED
                 and CHECKPOINTS not in path.relative_to(self.folder).parts
             ]
-        api = HfApi(token=token)
-        try:
-            repo = api.create_repo(repo_id, private=private, exist_ok=True)
-            commit = api.create_commit(repo.repo_id, operations, commit_message=commit_message, revision=revision)
-        except Exception as error:  # not an id, no permission, no network
-            raise RunError(f"{repo_id} cannot be pushed ({type(error).__name__}: {_first_line(error)})") from error
-        return str(commit.commit_url)
+            return hub.commit(repo_id, operations, private, token, revision, commit_message)
 
 
 def _fetched(repo_id: str, revision: str | None, token: str | bool | None) -> Path:
@@ -122,9 +118,5 @@ def _fetched(repo_id: str, revision: str | None, token: str | bool | None) -> Pa
     except Exception as error:  # not an id, no such repository, no network, no permission
         raise RunError(
             f"there is no folder {repo_id}, and no result that can be fetched from the hub by that name "
-            f"({type(error).__name__}: {_first_line(error)})"
+            f"({type(error).__name__}: {first_line(error)})"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
