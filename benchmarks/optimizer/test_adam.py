@@ -13,7 +13,7 @@ from torch import nn
 import gradsel
 import gradsel_kernels as gk
 from gradsel.masks import PerRow
-from gradsel.ranking.policies import Scores
+from gradsel.ranking.scores import Scores
 from gradsel.views import NeuronView
 
 try:  # compared if installed

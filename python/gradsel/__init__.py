@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gradsel.papers import presets, trainable_count
     from gradsel.parameters import ranked_sizes
     from gradsel.ranking import (
+        ByMass,
         Columns,
         Criterion,
         Global,
@@ -49,6 +50,7 @@ _NAMES = {
     "gradsel.papers": ("presets", "trainable_count"),
     "gradsel.parameters": ("ranked_sizes",),
     "gradsel.ranking": (
+        "ByMass",
         "Columns",
         "Criterion",
         "Global",
@@ -94,6 +96,7 @@ _ROOMS = (
 
 __all__ = [
     "AttachReport",
+    "ByMass",
     "Columns",
     "Criterion",
     "Delta",

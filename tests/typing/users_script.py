@@ -52,6 +52,7 @@ def largest(weight: Tensor, grad: Tensor) -> Tensor:
 
 gradsel.select(model, loader, squares, gradsel.Columns(2), largest)
 gradsel.select(model, None, None, criterion="random")
+gradsel.select(model, loader, squares, gradsel.ByMass(2))
 gradsel.select(model, loader, squares, gradsel.PerLayer(fraction=0.1), gradsel.Criterion("mine", lambda w, g: w))
 reveal_type(gradsel.equal_budget(gradsel.Global, gradsel.PerNeuron(1), gradsel.ranked_sizes(model).values()))  # Policy
 reveal_type(gradsel.ranked_sizes(model))  # dict[str, tuple[int, int]]

@@ -6,11 +6,12 @@ import argparse
 import sys
 
 from gradsel.papers import counting
-from gradsel.ranking.policies import Columns, Global, PerLayer, PerNeuron, Policy, Rows
+from gradsel.ranking.policies import ByMass, Columns, Global, PerLayer, PerNeuron, Policy, Rows
 from gradsel.tables import table
 
-_COUNTED: dict[str, type[PerNeuron] | type[Rows] | type[Columns]] = {
+_COUNTED: dict[str, type[PerNeuron] | type[ByMass] | type[Rows] | type[Columns]] = {
     "per-neuron": PerNeuron,
+    "by-mass": ByMass,
     "rows": Rows,
     "columns": Columns,
 }

@@ -89,7 +89,7 @@ _METHOD = (
         "--scope",
         "method.options.scope",
         "gps: what competes for the same number of weights",
-        choices=("neuron", "layer", "net"),
+        choices=("neuron", "mass", "layer", "net"),
     ),
     Flag("--blocks", "method.options.blocks", "gps: numbers of the blocks to train", int, several=True),
     Flag("--skip-blocks", "method.options.skip_blocks", "gps: numbers of blocks to freeze", int, several=True),

@@ -20,7 +20,7 @@ from gradsel.parameters.names import did_you_mean
 from gradsel.parameters.rules import HEAD, RuleOptions, ranked_sizes
 from gradsel.ranking.criteria import Criterion, criterion_of, random_scores
 from gradsel.ranking.losses import contrastive, cross_entropy
-from gradsel.ranking.policies import Columns, Global, PerLayer, PerNeuron, Policy, Rows, equal_budget
+from gradsel.ranking.policies import ByMass, Columns, Global, PerLayer, PerNeuron, Policy, Rows, equal_budget
 from gradsel.ranking.pooling import features
 from gradsel.ranking.selecting import require_uneven, select
 from gradsel.ranking.subsets import easiest_subset
@@ -29,7 +29,9 @@ from gradsel.selection.selection import Selection
 CRITERIA = ("gradient", "absolute", "fisher", "relative", "snip", "magnitude", "random")
 LOSSES = ("contrastive", "cross-entropy", "task")
 #: What competes for the selected weights; the number of these is that of ``k`` weights for every neuron (GPS, Tab. 6a).
-SCOPES: Mapping[str, type[Policy]] = MappingProxyType({"neuron": PerNeuron, "layer": PerLayer, "net": Global})
+SCOPES: Mapping[str, type[Policy]] = MappingProxyType({
+    "neuron": PerNeuron, "mass": ByMass, "layer": PerLayer, "net": Global,
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,12 @@ class GPS(Ranked):
     summary: ClassVar[str] = "the k weights of every neuron with the largest gradient, all biases, the head"
     k: int = option(1, "weights per neuron")
     columns: int | None = option(None, "inputs of a layer to choose from; default: all")
-    scope: str = option("neuron", "what competes for as many weights in all: neuron, layer or net", choices=SCOPES)
+    scope: str = option(
+        "neuron",
+        "what competes for as many weights in all: the inputs of a neuron; mass: these, but more of them in layers "
+        "with a larger gradient; layer; or net",
+        choices=SCOPES,
+    )
     blocks: Sequence[int] | None = option(None, "numbers of the blocks to train; default: all")
     skip_blocks: Sequence[int] | None = option(None, "numbers of blocks to freeze; negative ones count from the last")
     ratio: float | None = option(
@@ -98,7 +105,7 @@ class GPS(Ranked):
         _one_of("scope", self.scope, tuple(SCOPES))
         PerNeuron(self.k, self.columns)
         if self.columns is not None and self.scope != "neuron":
-            raise ValueError(f"columns confines the inputs of neurons, which scope={self.scope!r} does not rank")
+            raise ValueError(f"columns is for scope='neuron', got scope={self.scope!r}")
         for name in ("blocks", "skip_blocks"):
             numbers = getattr(self, name)
             if numbers is not None and not (

@@ -22,8 +22,11 @@ from gradsel.methods.selected import Selected
 from gradsel.methods.targets import is_linear, is_patch_embedding, require_calls
 from gradsel.parameters.names import named_parameters
 from gradsel.parameters.rules import HEAD, KINDS, RuleOptions, parameter_rules, ranked_sizes
-from gradsel.ranking.policies import Policy, Ranking, Scores, Sizes, Together, mask_of
+from gradsel.ranking.largest import mask_of
+from gradsel.ranking.policies import Policy
+from gradsel.ranking.scores import Ranking, Scores, Sizes
 from gradsel.ranking.selecting import select
+from gradsel.ranking.together import Together
 from gradsel.selection.selection import Selection
 from gradsel.views import NeuronView
 

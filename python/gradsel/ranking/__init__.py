@@ -2,12 +2,13 @@
 
 from gradsel.ranking.criteria import Criterion, random_scores
 from gradsel.ranking.losses import SupConLoss, contrastive, cross_entropy
-from gradsel.ranking.policies import Columns, Global, PerLayer, PerNeuron, Rows, equal_budget
+from gradsel.ranking.policies import ByMass, Columns, Global, PerLayer, PerNeuron, Rows, equal_budget
 from gradsel.ranking.pooling import features
 from gradsel.ranking.selecting import select
 from gradsel.ranking.subsets import easiest_subset
 
 __all__ = [
+    "ByMass",
     "Columns",
     "Criterion",
     "Global",

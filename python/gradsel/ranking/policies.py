@@ -6,53 +6,20 @@ entry and, between parameters, to the first one of the model.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
-import numpy
 import torch
-from torch import Tensor
 
 import gradsel_kernels as gk
 from gradsel.dtypes import trained_dtype
-from gradsel.masks import Flat, Frozen, Mask, PerRow, Whole, WholeColumns, WholeRows
-from gradsel.views import NeuronView
-
-#: Number of columns whose gains are recomputed together.
-_LOOK_AT = 32
-
-#: Rows and columns of the neuron views that a policy chooses from, by parameter.
-Sizes = Mapping[str, tuple[int, int]]
-
-
-@dataclass(frozen=True, eq=False)
-class Scores:
-    """The scores of one parameter.
-
-    Attributes:
-        matrix: finite scores [rows, cols], one for each entry of the neuron view.
-        shape: shape of the parameter.
-        view: its neuron view.
-        squared: the scores are squares already.
-    """
-
-    matrix: Tensor
-    shape: tuple[int, ...]
-    view: NeuronView
-    squared: bool = False
-
-
-class Ranking(Protocol):
-    """A running selection: takes scores, one parameter at a time, and returns masks."""
-
-    def add(self, name: str, scores: Scores) -> None:
-        """Takes the scores of the parameter ``name``, without keeping the matrix."""
-
-    def finish(self) -> dict[str, Mask]:
-        """A mask for every parameter that was added."""
+from gradsel.masks import Mask, PerRow, WholeColumns, WholeRows
+from gradsel.ranking.in_proportion import InProportion
+from gradsel.ranking.largest import covering_columns, largest, mask_of
+from gradsel.ranking.scores import Ranking, Scores, Sizes
+from gradsel.ranking.together import Together
 
 
 class Policy(ABC):
@@ -140,6 +107,33 @@ class PerNeuron(_Counted):
         columns = covering_columns(matrix, self.k, self.columns)
         inside = gk.topk_rows(matrix[:, columns].contiguous(), self.k)
         return PerRow(columns[inside.long()].to(torch.int32), scores.shape, scores.view)
+
+
+@dataclass(frozen=True)
+class ByMass(_Counted):
+    """As many entries as :class:`PerNeuron` in all, and more for every neuron of a layer with a larger gradient.
+
+    All neurons of a parameter have the same number of entries. Each has one, and then parameters are given one more for
+    each of their neurons in turns: the next one is always that whose scores have the largest sum of magnitudes for each
+    entry that it has. So entries are in proportion to these sums, as in an election by Adams' method. A parameter stops
+    at :attr:`MOST` times ``k`` for each neuron, because the best of these are held until all scores have been seen: 8
+    bytes for each in float32. If the numbers of neurons leave a remainder that fits no parameter, that many entries,
+    fewer than a neuron of the smallest parameter has in all neurons, are not used.
+
+    Args:
+        k: entries per neuron in the mean.
+    """
+
+    MOST: ClassVar[int] = 8
+
+    def entries(self, rows: int, cols: int) -> int:
+        return rows * min(self.k, cols)
+
+    def start(self, sizes: Sizes) -> Ranking:
+        return InProportion(self.budget(sizes.values()), self.MOST * self.k, list(sizes))
+
+    def choose(self, scores: Scores) -> Mask:
+        return PerNeuron(self.k).choose(scores)
 
 
 @dataclass(frozen=True)
@@ -249,66 +243,6 @@ class Global(_Shared):
         return ranking.finish()[""]
 
 
-class Together:
-    """Ranks the entries of all parameters together, holding at most three times ``count`` candidates.
-
-    Args:
-        count: the number of entries to choose.
-        names: the parameters, in the order in which ties are broken.
-    """
-
-    def __init__(self, count: int, names: list[str]) -> None:
-        self._count = count
-        self._number = {name: number for number, name in enumerate(names)}
-        self._added: dict[str, tuple[torch.device, tuple[int, ...], NeuronView]] = {}
-        self._held: list[tuple[Tensor, Tensor, Tensor]] = []  # magnitudes, numbers of parameters, entries
-        self._bound: Tensor | None = None  # what an entry has to reach, if ``count`` have been found
-
-    def add(self, name: str, scores: Scores) -> None:
-        self._added[name] = (scores.matrix.device, scores.shape, scores.view)
-        magnitudes = scores.matrix.reshape(-1).abs()
-        if self._bound is not None:
-            entries = (magnitudes >= self._bound.to(magnitudes.device)).nonzero().view(-1)
-            entries = entries[largest(magnitudes[entries], self._count)]
-        else:
-            entries = largest(magnitudes, self._count)
-        self._held.append((magnitudes[entries], torch.full_like(entries, self._number[name]), entries))
-        if sum(values.numel() for values, _, _ in self._held) > 2 * self._count:
-            self._held = [self._best_of_held()]
-
-    def _best_of_held(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The ``count`` best of all candidates, in the order of parameters and entries, which breaks ties."""
-        device = self._held[0][0].device
-        values, numbers, places = (
-            torch.cat([part.to(device) for part in parts]) for parts in zip(*self._held, strict=True)
-        )
-        order = places.argsort(stable=True)
-        order = order[numbers[order].argsort(stable=True)]
-        order = order[largest(values[order], self._count)]
-        if 0 < self._count == order.numel():
-            self._bound = values[order].min()
-        return values[order], numbers[order], places[order]
-
-    def best(self) -> tuple[Tensor, Tensor]:
-        """The chosen entries, the largest magnitude first: the numbers of their parameters, and their places [count].
-
-        A place is the row-major index in the neuron view. Ties are in the order of parameters and places.
-        """
-        values, numbers, places = self._best_of_held()
-        order = values.argsort(descending=True, stable=True)
-        return numbers[order], places[order]
-
-    def finish(self) -> dict[str, Mask]:
-        masks: dict[str, Mask] = {}
-        if not self._held:  # no parameter got a gradient
-            return masks
-        _, numbers, entries = self._best_of_held()
-        for name, (device, shape, view) in self._added.items():
-            chosen = entries[numbers == self._number[name]].sort().values.to(device)
-            masks[name] = mask_of(chosen, shape, view)
-        return masks
-
-
 def equal_budget(policy: type[Policy], like: Policy, sizes: Iterable[tuple[int, int]]) -> Policy:
     """The policy of another class that trains as many entries as ``like``, or as close to it as possible.
 
@@ -335,79 +269,6 @@ def equal_budget(policy: type[Policy], like: Policy, sizes: Iterable[tuple[int, 
             high = middle
     below = policy(max(low - 1, 1))
     return below if wanted - below.budget(sizes) <= policy(low).budget(sizes) - wanted else policy(low)
-
-
-def largest(values: Tensor, count: int) -> Tensor:
-    """Indices of the ``count`` largest magnitudes of a vector without NaN: int64, ascending, ties to the lowest."""
-    if count >= values.numel():
-        return torch.arange(values.numel(), device=values.device)
-    if count == 0:
-        return torch.empty(0, dtype=torch.int64, device=values.device)
-    magnitudes = values.abs()
-    group = min(magnitudes.numel() // (2 * count), 64)
-    if group < 4:
-        return _largest_of(magnitudes, count)
-    # At least ``count`` entries reach the bound, one per peak that does, so the largest are among those that reach it.
-    peaks = magnitudes[: magnitudes.numel() // group * group].view(-1, group).amax(1)
-    bound = peaks.topk(count, sorted=False).values.min()
-    candidates = (magnitudes >= bound).nonzero().view(-1)
-    return candidates[_largest_of(magnitudes[candidates], count)]
-
-
-def _largest_of(magnitudes: Tensor, count: int) -> Tensor:
-    threshold = magnitudes.topk(count, sorted=False).values.min()
-    above = (magnitudes > threshold).nonzero().view(-1)
-    ties = (magnitudes == threshold).nonzero().view(-1)[: count - above.numel()]
-    return torch.cat([above, ties]).sort().values
-
-
-def covering_columns(score: Tensor, k: int, count: int) -> Tensor:
-    """The columns in which the ``k`` largest magnitudes of every row have the largest sum, found greedily.
-
-    That sum is submodular in the set of columns: a column never gains more later than it did before. So only columns
-    whose old gain still leads are evaluated again (Minoux 1978).
-
-    Args:
-        score: finite [rows, cols].
-        k: entries per row.
-        count: number of columns.
-
-    Returns:
-        int64 [count], ascending.
-    """
-    columns = score.abs().t().contiguous()  # [cols, rows]: one column is read at a time
-    columns = columns.to(trained_dtype(columns))
-    kept = columns.new_zeros(k, columns.shape[1])  # the best of every row in the chosen columns, ascending
-    gains = columns.sum(1, dtype=torch.float64).cpu().numpy()
-    seen_with = numpy.zeros(len(columns), dtype=int)  # number of chosen columns when each gain was computed
-    chosen: list[int] = []
-    while len(chosen) < min(count, len(columns)):
-        best = int(gains.argmax())  # the first of equal ones
-        if seen_with[best] == len(chosen):
-            kept = torch.cat([kept, columns[best : best + 1]]).sort(0).values[1:]
-            gains[best] = -1.0
-            chosen.append(best)
-        else:
-            leading = numpy.argpartition(-gains, min(_LOOK_AT, len(gains)) - 1)[:_LOOK_AT]
-            leading = numpy.union1d(leading, [best])  # among equal ones, argpartition may not take the first
-            stale = leading[(seen_with[leading] != len(chosen)) & (gains[leading] >= 0)]
-            added = columns[torch.from_numpy(stale).to(columns.device)].sub_(kept[0]).clamp_(min=0)
-            gains[stale] = added.sum(1, dtype=torch.float64).cpu().numpy()
-            seen_with[stale] = len(chosen)
-    return torch.tensor(sorted(chosen), dtype=torch.int64, device=score.device)
-
-
-def mask_of(entries: Tensor, shape: tuple[int, ...], view: NeuronView) -> Mask:
-    """The mask of some entries, given by their row-major indices in the neuron view."""
-    if entries.numel() == 0:
-        return Frozen(shape, "nothing selected")
-    if entries.numel() == math.prod(shape):
-        return Whole(shape)
-    if view.is_leading:
-        return Flat(entries, shape)
-    dense = torch.zeros(view.shape(shape), dtype=torch.bool, device=entries.device)
-    dense.view(-1)[entries] = True
-    return Flat.from_dense(view.undo(dense, shape))
 
 
 def _check_count(what: str, name: str, value: object) -> None:

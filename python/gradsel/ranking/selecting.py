@@ -24,8 +24,9 @@ from gradsel.ranking.criteria import Criterion, Score, criterion_of
 from gradsel.ranking.distributed import process_group_of
 from gradsel.ranking.gradients import Loss, collect
 from gradsel.ranking.planning import make_plan
-from gradsel.ranking.policies import Columns, PerNeuron, Policy, Ranking, Scores
+from gradsel.ranking.policies import Columns, PerNeuron, Policy
 from gradsel.ranking.preserving import preserved
+from gradsel.ranking.scores import Ranking, Scores
 from gradsel.ranking.shards import best_of_rows, gathered, is_by_matrix
 from gradsel.selection.selection import Selection
 from gradsel.sharding import is_sharded, local_of, reshard, sum_over_shards, whole_of

@@ -22,7 +22,7 @@ def weights(selection):
 
 def test_scopes_train_as_many_weights_which_compete_within_a_neuron_a_layer_or_the_net():
     counts = {}
-    for scope in ("neuron", "layer", "net"):
+    for scope in ("neuron", "mass", "layer", "net"):
         counts[scope] = {name: mask.nnz for name, mask in weights(chosen(k=2, scope=scope)).items()}
     total = sum(counts["neuron"].values())
     assert total == 2 * (24 + 2 * (72 + 24 + 96 + 24))

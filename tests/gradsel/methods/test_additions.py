@@ -334,8 +334,8 @@ def test_initial_values_depend_on_the_seed_alone():
         ("lora", {"layers": "attn"}, "layers is 'attn', expected one of all, attention"),
         ("shira", {"rank": 0}, "rank must be an integer >= 1"),
         ("paca", {"columns": 0}, "k >= 1, got 0"),
-        ("gps", {"scope": "nets"}, "scope is 'nets', expected one of neuron, layer, net; did you mean net"),
-        ("gps", {"scope": "net", "columns": 3}, "columns .* scope='net' does not rank"),
+        ("gps", {"scope": "nets"}, "scope is 'nets', expected one of neuron, mass, layer, net; did you mean net"),
+        ("gps", {"scope": "net", "columns": 3}, "columns is for scope='neuron', got scope='net'"),
         ("gps", {"skip_blocks": 3}, "skip_blocks must be a list of numbers of blocks, got 3"),
     ],
 )

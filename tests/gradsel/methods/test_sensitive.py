@@ -12,7 +12,7 @@ pytest.importorskip("timm")
 from gradsel.masks import Frozen
 from gradsel.methods import Context, method
 from gradsel.methods.sensitive import SensitiveWithin
-from gradsel.ranking.policies import Scores
+from gradsel.ranking.scores import Scores
 from gradsel.views import NeuronView
 from tests.support import tiny
 

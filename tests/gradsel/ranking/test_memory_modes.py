@@ -17,6 +17,7 @@ from tests.support.toy import Toy, batches, cross_entropy
 POLICIES = [
     gradsel.PerNeuron(2),
     gradsel.PerNeuron(1, columns=4),
+    gradsel.ByMass(2),
     gradsel.PerLayer(fraction=0.05),
     gradsel.Global(fraction=0.02),
     gradsel.Rows(2),

@@ -11,7 +11,8 @@ import gradsel
 import gradsel_kernels as gk
 from gradsel.masks import Whole
 from gradsel.parameters.rules import ranked_sizes
-from gradsel.ranking.policies import Scores, covering_columns, largest
+from gradsel.ranking.largest import covering_columns, largest
+from gradsel.ranking.scores import Scores
 from gradsel.views import NeuronView
 from tests.support.toy import Toy, batches, cross_entropy
 
@@ -146,13 +147,13 @@ def test_largest_breaks_ties_to_the_lowest_place(numel):
     assert largest(torch.randn(3), 0).tolist() == []
 
 
-KINDS = [gradsel.PerNeuron, gradsel.Rows, gradsel.Columns, gradsel.PerLayer, gradsel.Global]
+KINDS = [gradsel.PerNeuron, gradsel.ByMass, gradsel.Rows, gradsel.Columns, gradsel.PerLayer, gradsel.Global]
 
 
 @pytest.mark.parametrize("policy", KINDS, ids=lambda kind: kind.__name__)
 def test_budgets_are_what_a_selection_trains(policy):
     model = Toy().eval()
-    made = policy(3) if policy in KINDS[:3] else policy(fraction=0.03)
+    made = policy(3) if policy in KINDS[:4] else policy(fraction=0.03)
     selection = gradsel.select(model, None, None, made, "magnitude")
     sizes = ranked_sizes(model)
     assert made.budget(sizes.values()) == sum(selection[name].nnz for name in sizes)
@@ -198,6 +199,7 @@ def test_impossible_policies(make, message):
     [
         gradsel.PerNeuron(3),
         gradsel.PerNeuron(1, columns=9),
+        gradsel.ByMass(3),
         gradsel.PerLayer(fraction=0.01),
         gradsel.Global(count=500),
         gradsel.Rows(5),
@@ -224,3 +226,43 @@ def test_the_same_masks_on_any_backend_and_with_any_number_of_threads(policy):
 def test_everything_selected_is_a_whole_mask():
     for policy in (gradsel.PerLayer(fraction=1.0), gradsel.Global(count=10**6)):
         assert gradsel.select(Toy(), None, None, policy, "magnitude")["blocks.0.fc1.weight"].is_whole
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 1, 0, 2)], ids=str)
+def test_by_mass_gives_layers_entries_in_proportion_to_their_gradients(order, k):
+    shapes = {"a": (6, 70), "b": (3, 50), "c": (12, 4), "zero": (3, 50)}
+    sizes = dict(zip(shapes, (1.0, 4.0, 2.0, 0.0), strict=True))
+    scores = {name: sizes[name] * torch.randn(shape) for name, shape in shapes.items()}
+    policy = gradsel.ByMass(k)
+    ranking = policy.start(shapes)
+    for name in [list(shapes)[i] for i in order]:
+        ranking.add(name, Scores(scores[name], shapes[name], NeuronView()))
+    masks = ranking.finish()
+
+    most = {name: min(8 * k, cols) for name, (_, cols) in shapes.items()}
+    masses = {name: float(score.abs().sum(dtype=torch.float64)) for name, score in scores.items()}
+    shares = dict.fromkeys(shapes, 1)
+    left = policy.budget(shapes.values()) - sum(rows for rows, _ in shapes.values())
+    while fits := [name for name, (rows, _) in shapes.items() if rows <= left and shares[name] < most[name]]:
+        next_one = max(fits, key=lambda name: masses[name] / shapes[name][0] / shares[name])
+        shares[next_one] += 1
+        left -= shapes[next_one][0]
+    for name, share in shares.items():
+        expected = gradsel.PerNeuron(share).choose(Scores(scores[name], shapes[name], NeuronView()))
+        assert torch.equal(masks[name].to_dense(), expected.to_dense()), name
+    assert 0 <= left < 3
+    if k > 1:
+        assert shares["b"] > shares["a"] > shares["zero"]
+
+
+def test_by_mass_alone_is_per_neuron_and_ties_go_to_the_first_parameter_and_the_lowest_column():
+    score = torch.ones(4, 30)
+    one = Scores(score, (4, 30), NeuronView())
+    assert gradsel.ByMass(3).choose(one).to_dense()[:, :3].all()
+    ranking = gradsel.ByMass(3).start({"a": (4, 30), "b": (4, 30), "c": (4, 3)})
+    for name, cols in (("c", 3), ("b", 30), ("a", 30)):
+        ranking.add(name, Scores(torch.ones(4, cols), (4, cols), NeuronView()))
+    masks = ranking.finish()
+    assert {name: mask.nnz // 4 for name, mask in masks.items()} == {"a": 4, "b": 4, "c": 1}
+    assert masks["a"].to_dense()[:, :4].all()
