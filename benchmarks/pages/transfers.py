@@ -13,13 +13,13 @@ from scipy.stats import t
 from benchmarks.harness.results import Row, load
 from benchmarks.pages.figures import bullets, counted, megabytes, paragraph, table, where
 from benchmarks.transfers.cost import NOTHING
-from benchmarks.transfers.data import EMOJI, REVIEWS, SIZES
+from benchmarks.transfers.data import DIGITS, REVIEWS, SIZES
 from benchmarks.transfers.plan import ALL_INPUTS, CHANCE, ENTROPY, HALF, KS, RANKS, SEARCH, SEEDS, TABLE, of_k
 
-NAMES = {REVIEWS: "Film reviews, MiniLM", EMOJI: "Emoji, EfficientNet-Lite0"}
+NAMES = {REVIEWS: "Film reviews, MiniLM", DIGITS: "Digits, EfficientNet-Lite0"}
 LORA = "lora"
 NOT_YET = "Not run yet; the first command above does."
-CLASSES = {REVIEWS: 2, EMOJI: 4}
+CLASSES = {REVIEWS: 2, DIGITS: 10}
 
 
 class Transfers:
@@ -252,7 +252,7 @@ BLOCKS = {
     "transfers measured": measured,
     "transfers findings": findings,
     "transfers reviews": functools.partial(of_transfer, REVIEWS),
-    "transfers emoji": functools.partial(of_transfer, EMOJI),
+    "transfers digits": functools.partial(of_transfer, DIGITS),
     "transfers random": against_random,
     "transfers search": search,
     "transfers ranks": ranks,

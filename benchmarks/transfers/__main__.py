@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.harness.environment import MACHINE, RESULTS, machine
 from benchmarks.harness.results import load, merge
 from benchmarks.transfers import data
-from benchmarks.transfers.data import EMOJI, REVIEWS
+from benchmarks.transfers.data import DIGITS, REVIEWS
 from benchmarks.transfers.plan import FACTORS, SEEDS, STAGES, settings
 from gradsel.experiments import compare
 from gradsel.experiments.comparing import ROWS
@@ -38,7 +38,7 @@ def stages(only: str | None) -> Iterator[tuple[str, tuple[str, ...]]]:
 def collect(folder: Path, path: Path = FILE) -> None:
     """Adds the rows of all comparisons, finished or not, to the results file."""
     where = machine()
-    for transfer in (REVIEWS, EMOJI):
+    for transfer in (REVIEWS, DIGITS):
         rows = folder / "compared" / transfer / ROWS
         if rows.is_file():
             merge(path, FIELDS, KEY, [{"transfer": transfer, **row, **where} for row in load(rows)], ordered=False)

@@ -25,7 +25,7 @@ import torch
 from benchmarks.harness.environment import MACHINE, RESULTS, machine
 from benchmarks.harness.results import merge
 from benchmarks.selection.select_memory import peak_of
-from benchmarks.transfers.data import EMOJI, REVIEWS
+from benchmarks.transfers.data import DIGITS, REVIEWS
 from benchmarks.transfers.plan import TABLE, settings
 from gradsel.experiments.comparing import Contestant
 from gradsel.methods import Context
@@ -104,12 +104,12 @@ def _measure(sender: Connection, root: Path, transfer: str, text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.transfers.cost", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="that of python -m benchmarks.transfers")
-    parser.add_argument("--only", choices=(REVIEWS, EMOJI), help="one of the transfers")
+    parser.add_argument("--only", choices=(REVIEWS, DIGITS), help="one of the transfers")
     arguments = parser.parse_args()
     if not Path("/proc/self/clear_refs").exists():
         sys.exit("peak memory is measured through /proc, which this system does not have")
     forking = multiprocessing.get_context("fork")
-    for transfer in (REVIEWS, EMOJI) if arguments.only is None else (arguments.only,):
+    for transfer in (REVIEWS, DIGITS) if arguments.only is None else (arguments.only,):
         rows = []
         for text in (NOTHING, *TABLE[transfer]):
             receiver, sender = forking.Pipe(duplex=False)

@@ -1,11 +1,11 @@
-"""Real data and models with real weights, from packages: film reviews for MiniLM, emoji for an ImageNet convnet.
+"""Real data and models with real weights, from packages: film reviews for MiniLM, digits for an ImageNet convnet.
 
 Reviews: sentences of film reviews, each rated by twenty people from -4 to 4, which the source distribution of the
 Python package ``vaderSentiment`` 0.5 carries (Hutto and Gilbert, ICWSM 2014). Kept are sentences of 4 to 12 words with
 a mean rating of at least 1 or at most -1; the class is the sign.
 
-Emoji: Google's drawings of things, 64 x 64, from the npm package ``emoji-datasource-google`` 16.0.0; the class is one
-of four of Unicode's groups.
+Digits: 8 x 8 grey images of handwritten digits that scikit-learn carries (Alpaydin and Kaynak, 1998, the test part),
+enlarged to 64 x 64; the class is the digit.
 
 Both are split by a fixed seed: the same number of samples of each class for training and for validation, others for
 testing.
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import random
 import subprocess
 import sys
@@ -26,26 +25,27 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 from PIL import Image
 
-REVIEWS, EMOJI = "reviews", "emoji"
+REVIEWS, DIGITS = "reviews", "digits"
 #: Samples of each class for training and for validation; of all classes for testing.
-SIZES = {REVIEWS: (96, 75, 400), EMOJI: (30, 20, 400)}
-_REVIEWS_PACKAGE, _EMOJI_PACKAGE = "vaderSentiment==0.5", "emoji-datasource-google@16.0.0"
+SIZES = {REVIEWS: (96, 75, 400), DIGITS: (20, 20, 400)}
+_REVIEWS_PACKAGE = "vaderSentiment==0.5"
 _SNIPPETS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 _WORDS, _CLEAR = range(4, 13), 1.0
-_GROUPS = {"Animals & Nature", "Food & Drink", "Objects", "Travel & Places"}
+_PIXELS = 64
 _Sample = TypeVar("_Sample")
 
 
 def make(root: Path) -> None:
-    """Writes data and models to ``root/reviews``, ``root/emoji``, ``root/minilm`` and ``root/efficientnet``.
+    """Writes data and models to ``root/reviews``, ``root/digits``, ``root/minilm`` and ``root/efficientnet``.
 
     What is there already stays.
     """
     for name, write in (
         (REVIEWS, _write_reviews),
-        (EMOJI, _write_emoji),
+        (DIGITS, _write_digits),
         ("minilm", _write_minilm),
         ("efficientnet", write_efficientnet),
     ):
@@ -117,44 +117,29 @@ def clear_reviews(lines: Iterable[str]) -> list[tuple[str, str]]:
     return list(kept.items())
 
 
-# --- Emoji -------------------------------------------------------------------------------------------------------
+# --- Digits ------------------------------------------------------------------------------------------------------
 
 
-def _write_emoji(folder: Path) -> None:
-    with tempfile.TemporaryDirectory() as temporary:
-        _run(["npm", "pack", "--silent", "--pack-destination", temporary, _EMOJI_PACKAGE])
-        (package,) = Path(temporary).glob("*.tgz")
-        with tarfile.open(package) as archive:
-            file = archive.extractfile("package/emoji.json")
-            assert file is not None
-            splits = drawn(groups(json.load(file)), *SIZES[EMOJI])
-            places = {
-                f"package/img/google/64/{name}": folder / split / label / name
-                for split, pairs in splits.items()
-                for name, label in pairs
-            }
-            for member in archive:  # in their order, because a compressed archive cannot be read from the middle
-                if (place := places.pop(member.name, None)) is not None:
-                    place.parent.mkdir(parents=True, exist_ok=True)
-                    _flat(Image.open(archive.extractfile(member))).save(place)  # type: ignore[arg-type]
-    assert not places, f"{_EMOJI_PACKAGE} lacks {', '.join(places)}"
+def _write_digits(folder: Path) -> None:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    samples = [(number, str(label)) for number, label in enumerate(digits.target)]
+    for split, pairs in drawn(samples, *SIZES[DIGITS]).items():
+        for number, label in pairs:
+            place = folder / split / label / f"{number}.png"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            picture(digits.images[number]).save(place)
 
 
-def _flat(picture: Image.Image) -> Image.Image:
-    """On white."""
-    picture = picture.convert("RGBA")
-    flat = Image.new("RGB", picture.size, "white")
-    flat.paste(picture, mask=picture.getchannel("A"))
-    return flat
+def picture(values: np.ndarray) -> Image.Image:
+    """Dark strokes on white, enlarged.
 
-
-def groups(emoji: Sequence[dict[str, object]]) -> list[tuple[str, str]]:
-    """File and group of every emoji of a thing that Google draws."""
-    return [
-        (str(each["image"]), str(each["category"]))
-        for each in emoji
-        if each["has_img_google"] and each["category"] in _GROUPS
-    ]
+    Args:
+        values: 8 x 8, from 0 for paper to 16 for ink.
+    """
+    grey = np.rint(255 * (1 - values / 16)).astype(np.uint8)
+    return Image.fromarray(grey).resize((_PIXELS, _PIXELS), Image.Resampling.BICUBIC).convert("RGB")
 
 
 # --- Models ------------------------------------------------------------------------------------------------------

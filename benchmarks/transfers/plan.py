@@ -7,12 +7,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from benchmarks.transfers.data import EMOJI, REVIEWS
+from benchmarks.transfers.data import DIGITS, REVIEWS
 from gradsel.training import Config
 
 SEEDS = 5
 #: Learning rates that are tried, as multiples of the method's own; one run each, judged on the validation set.
-FACTORS: Mapping[str, tuple[float, ...]] = MappingProxyType({REVIEWS: (2 / 3, 2.0, 6.0), EMOJI: (4.0, 12.0, 36.0)})
+FACTORS: Mapping[str, tuple[float, ...]] = MappingProxyType(
+    {REVIEWS: (2 / 3, 2.0, 6.0), DIGITS: (2.0, 6.0, 18.0, 54.0)}
+)
 
 _SHARED: Mapping[str, Any] = MappingProxyType({
     "device": "cpu",
@@ -21,14 +23,14 @@ _SHARED: Mapping[str, Any] = MappingProxyType({
 })  # fmt: skip
 _SETTINGS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
     REVIEWS: {"model": "minilm", "data.max_length": 24, "recipe.epochs": 4, "output.save_steps": 96},
-    EMOJI: {
-        "model": "efficientnet", "data.image_size": 64, "data.augmentation": "none", "recipe.epochs": 6,
-        "output.save_steps": 90,  # the last step, so that no epoch is chosen
+    DIGITS: {
+        "model": "efficientnet", "data.image_size": 64, "data.augmentation": "none", "recipe.epochs": 4,
+        "output.save_steps": 100,  # the last step, so that no epoch is chosen
     },
 })  # fmt: skip
 
 #: Weights per neuron of GPS that are about half as many in all as those of LoRA of rank 8.
-K: Mapping[str, int] = MappingProxyType({REVIEWS: 7, EMOJI: 4})
+K: Mapping[str, int] = MappingProxyType({REVIEWS: 7, DIGITS: 4})
 #: The method that the others are compared with, the same with random weights, and with the other loss for selection.
 HALF = {transfer: f"gps:k={k}" for transfer, k in K.items()}
 CHANCE = {transfer: f"{half}:criterion=random" for transfer, half in HALF.items()}
@@ -40,8 +42,8 @@ TABLE: Mapping[str, tuple[str, ...]] = MappingProxyType({
         *_MAIN[REVIEWS], "lora:rank=4", "grft:columns=7", "grft:rows=7", "adapter", "ssf", "spt-lora", "spt-adapter",
         "shira:rank=4", "miss:rank=8", "paca:columns=8", "gps:k=16",
     ),
-    EMOJI: (
-        *_MAIN[EMOJI], "lora:rank=4", "grft:columns=4", "grft:rows=7", "adapter", "ssf", "spt-lora", "spt-adapter",
+    DIGITS: (
+        *_MAIN[DIGITS], "lora:rank=4", "grft:columns=4", "grft:rows=7", "adapter", "ssf", "spt-lora", "spt-adapter",
         "paca:columns=8", "gps:k=16",
     ),
 })  # fmt: skip
@@ -57,7 +59,10 @@ def of_k(k: int) -> tuple[str, str, str]:
 
 def _search(transfer: str) -> tuple[str, ...]:
     criteria = ("relative", "snip", "fisher")
-    ways = (*(f"criterion={each}" for each in criteria), "scope=layer", "scope=net", "columns=48", "ratio=3")
+    scopes = ("mass", "layer", "net")
+    ways = (
+        *(f"criterion={each}" for each in criteria), *(f"scope={each}" for each in scopes), "columns=48", "ratio=3",
+    )  # fmt: skip
     return tuple(f"{HALF[transfer]}:{way}" for way in ways)
 
 
@@ -69,10 +74,10 @@ ALL_INPUTS = "gps:k=2"
 #: What is run, in this order: first what the main questions need.
 STAGES = (
     (REVIEWS, (*_MAIN[REVIEWS][:6], SEARCH[REVIEWS][0], "gps", "gps:criterion=random")),
-    (EMOJI, ("lora", HALF[EMOJI], CHANCE[EMOJI], "full", "linear", SEARCH[EMOJI][0])),
-    (REVIEWS, TABLE[REVIEWS]), (EMOJI, TABLE[EMOJI]),
+    (DIGITS, ("lora", HALF[DIGITS], CHANCE[DIGITS], "full", "linear", SEARCH[DIGITS][0])),
+    (REVIEWS, TABLE[REVIEWS]), (DIGITS, TABLE[DIGITS]),
     *((transfer, tuple(way for k in KS[transfer] for way in of_k(k))) for transfer in K),
-    (REVIEWS, SEARCH[REVIEWS]), (REVIEWS, (ALL_INPUTS, *RANKS)), (EMOJI, SEARCH[EMOJI]),
+    (REVIEWS, SEARCH[REVIEWS]), (REVIEWS, (ALL_INPUTS, *RANKS)), (DIGITS, SEARCH[DIGITS]),
 )  # fmt: skip
 
 

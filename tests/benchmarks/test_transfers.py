@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 
+import numpy as np
 import pytest
 
 pytest.importorskip("timm")
@@ -45,13 +46,13 @@ def test_reviews_are_short_clear_and_there_once():
     ]
 
 
-def test_emoji_are_things_that_google_draws():
-    emoji = [
-        {"image": "a.png", "category": "Food & Drink", "has_img_google": True},
-        {"image": "b.png", "category": "Flags", "has_img_google": True},
-        {"image": "c.png", "category": "Objects", "has_img_google": False},
-    ]
-    assert data.groups(emoji) == [("a.png", "Food & Drink")]
+def test_digits_are_dark_on_white():
+    values = np.zeros((8, 8))
+    values[2:6, 2:6] = 16
+    picture = data.picture(values)
+    assert (picture.mode, picture.size) == ("RGB", (64, 64))
+    assert picture.getpixel((0, 0)) == (255, 255, 255)
+    assert max(picture.getpixel((32, 32))) < 10
 
 
 def test_the_plan_names_methods_with_options_and_later_stages_repeat_earlier_ones():
@@ -62,16 +63,16 @@ def test_the_plan_names_methods_with_options_and_later_stages_repeat_earlier_one
     for transfer, methods in ran.items():
         assert [str(Contestant.of(text).how.name) for text in methods]
         assert set(plan.TABLE[transfer]) <= set(methods)
-    assert {transfer for transfer, _ in program.stages("emoji")} == {"emoji"}
+    assert {transfer for transfer, _ in program.stages("digits")} == {"digits"}
 
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    """A comparison on toy images, in the place of the emoji's."""
+    """A comparison on toy images, in the place of the digits."""
     root = tmp_path_factory.mktemp("transfers")
-    images = runs.image_folder(root / "emoji", train=4, val=4, test=4)
+    images = runs.image_folder(root / "digits", train=4, val=4, test=4)
     config = runs.image_run(
-        images, root / "compared" / "emoji", recipe__epochs=1, recipe__mixup=0.0, recipe__cutmix=0.0
+        images, root / "compared" / "digits", recipe__epochs=1, recipe__mixup=0.0, recipe__cutmix=0.0
     )
     return root, config, compare(config, ["linear", "gps:k=2"], seeds=2, factors=[1, 3], quiet=True)
 
@@ -82,7 +83,7 @@ def test_rows_of_a_comparison_go_to_the_results_file(toy, tmp_path):
     program.collect(root, file)
     rows = list(csv.DictReader(file.open()))
     assert [row["method"] for row in rows] == [row.method for row in found.rows]
-    assert {row["transfer"] for row in rows} == {"emoji"}
+    assert {row["transfer"] for row in rows} == {"digits"}
     assert [float(row["value"]) for row in rows] == [row.value for row in found.rows]
     assert all(row["threads"] for row in rows)
     program.collect(root, file)
@@ -94,8 +95,8 @@ def test_steps_of_a_method_are_measured(toy, monkeypatch):
     monkeypatch.setattr(cost, "settings", lambda *_: config)
     monkeypatch.setattr(cost, "STEPS", 2)
     monkeypatch.setattr(cost, "RANKED", 2)
-    nothing = cost.measured(root, "emoji", cost.NOTHING)
-    found = cost.measured(root, "emoji", "gps:k=2")
+    nothing = cost.measured(root, "digits", cost.NOTHING)
+    found = cost.measured(root, "digits", "gps:k=2")
     assert found.keys() == nothing.keys() == set(cost.FIELDS) - set(cost.MACHINE)
     assert found["steps"] == 2
     assert float(found["step_ms"]) > 0
