@@ -145,12 +145,18 @@ if not TYPE_CHECKING:  # or every name would have a type, misspelt ones too
 
     def __getattr__(name: str) -> Any:
         if name in _HOME:
-            found = getattr(import_module(_HOME[name]), name)
+            found = getattr(_imported(_HOME[name]), name)
             globals()[name] = found
             return found
         if name in _ROOMS:
-            return import_module(f"gradsel.{name}")
+            return _imported(f"gradsel.{name}")
         raise AttributeError(f"module 'gradsel' has no attribute {name!r}")
+
+
+def _imported(room: str) -> Any:
+    if room == "gradsel.nn":
+        import_module("gradsel.delta")  # by which an attached model saves a delta beside its weights
+    return import_module(room)
 
 
 def __dir__() -> list[str]:

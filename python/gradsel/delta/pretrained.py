@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +18,12 @@ from gradsel.delta.hub import FILE
 from gradsel.delta.making import Base
 from gradsel.delta.parts import Part, entries_of, read, same_bits, write_
 from gradsel.delta.sites import Site, is_base, require_base, require_plain, sites_of
+from gradsel.errors import first_line
 from gradsel.interrupts import uninterrupted
 from gradsel.nn.attaching import attach
 from gradsel.parameters.fingerprints import fingerprint
 from gradsel.selection.selection import Selection
+from gradsel_kernels._warnings import user_stacklevel
 
 
 def save_pretrained(
@@ -85,6 +89,17 @@ def from_pretrained(kind: Any, folder: str | os.PathLike[str], **kwargs: Any) ->
     model: nn.Module = kind.from_pretrained(folder, **kwargs)
     attach_trained(model, delta)
     return model
+
+
+def save_beside(model: nn.Module, folder: Path) -> None:
+    """What a model's own ``save_pretrained`` adds to its folder while it is attached."""
+    try:
+        Delta.of(model).save(folder / FILE, originals=True, force=True)
+    except (KeyError, ValueError) as error:
+        warnings.warn(
+            f"{folder} holds the plain model, but no {FILE} by which training would go on: {first_line(error)}",
+            stacklevel=user_stacklevel(),
+        )
 
 
 def attach_trained(model: nn.Module, delta: Delta) -> None:

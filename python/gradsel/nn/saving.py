@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from gradsel.sharding import is_sharded
 _NAME = "save_pretrained"
 #: The folders from which a Trainer resumes; values must be in them, and it looks nowhere else.
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
+#: Functions of an attached model and a folder, which write into it what the plain model cannot hold. Rooms above this
+#: one add theirs.
+BESIDE: list[Callable[[nn.Module, Path], None]] = []
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
@@ -70,11 +74,15 @@ class _PlainSaving:
         self._root = root
 
     def __call__(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-        save = getattr(type(self._root), _NAME)
-        given = len(args) > 1 or kwargs.get("state_dict") is not None
-        if not given and not _CHECKPOINT.fullmatch(Path(save_directory).name):
-            kwargs["state_dict"] = plain_state(self._root)
-        return save(self._root, save_directory, *args, **kwargs)
+        save, folder = getattr(type(self._root), _NAME), Path(save_directory)
+        if len(args) > 1 or kwargs.get("state_dict") is not None or _CHECKPOINT.fullmatch(folder.name):
+            return save(self._root, save_directory, *args, **kwargs)
+        kwargs["state_dict"] = plain_state(self._root)
+        result = save(self._root, save_directory, *args, **kwargs)
+        if (args[0] if args else kwargs.get("is_main_process", True)) and folder.is_dir():
+            for write in BESIDE:
+                write(self._root, folder)
+        return result
 
 
 def _plain(key: str) -> str:

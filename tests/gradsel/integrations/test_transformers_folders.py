@@ -163,6 +163,7 @@ def test_the_own_method_of_an_attached_model_writes_the_plain_model(name, tmp_pa
     model.save_pretrained(tmp_path / "checkpoint-2")
     plain = gradsel.detach(model)
     plain.save_pretrained(tmp_path / "theirs")
+    written = {path.name for path in (tmp_path / "theirs").iterdir()}
     theirs = load_file(tmp_path / "theirs" / "model.safetensors")
     for folder in ("ours", "copy", "compiled"):
         found = load_file(tmp_path / folder / "model.safetensors")
@@ -172,10 +173,31 @@ def test_the_own_method_of_an_attached_model_writes_the_plain_model(name, tmp_pa
     assert values
     assert all(key.endswith("_values") for key in values)
     assert "save_pretrained" not in vars(plain)
+    delta = gradsel.Delta.of(again)
+    for folder in ("ours", "copy", "compiled"):
+        assert {path.name for path in (tmp_path / folder).iterdir()} - {"gradsel.delta"} == written
+        assert gradsel.Delta.from_pretrained(tmp_path / folder) == delta
+    assert not (tmp_path / "checkpoint-2" / "gradsel.delta").exists()
     with silence():
         read, found = type(model).from_pretrained(tmp_path / "ours", output_loading_info=True)
+        goes_on = from_pretrained(type(model), tmp_path / "ours")
     assert not any(found.values())
     assert torch.equal(logits(read, batch), logits(plain, batch))
+    assert all(same_bits(tensor, goes_on.state_dict()[key]) for key, tensor in again.state_dict().items())
+
+
+def test_what_cannot_be_saved_beside_is_told_and_only_one_process_saves(tmp_path, monkeypatch):
+    model, _, _ = attached("Llama")
+    model.save_pretrained(tmp_path / "other process", is_main_process=False)
+    assert not (tmp_path / "other process" / "gradsel.delta").exists()
+
+    def refuse(*_, **__):
+        raise ValueError("the weights are of another model")
+
+    monkeypatch.setattr(gradsel.Delta, "of", refuse)
+    with pytest.warns(UserWarning, match="no gradsel.delta by which training would go on: the weights are of another"):
+        model.save_pretrained(tmp_path / "ours")
+    assert (tmp_path / "ours" / "model.safetensors").exists()
 
 
 @each_model
