@@ -19,7 +19,7 @@ COMMANDS = {
     "resume": "go on with a run of finetune that was stopped",
     "compare": "compare methods on one data set, with tuned learning rates and several seeds",
     "papers": "run the papers' tables, figures and ablations by name, beside their numbers",
-    "push": "put a result of finetune on a model hub",
+    "push": "put a result of finetune, or a delta, on a model hub",
     "methods": "list the methods of finetune and their options",
     "presets": "list the papers' settings that finetune --preset takes, and where they are from",
     "demo": "fine-tune a small model on handwritten digits, without a download, in two minutes",

@@ -101,7 +101,7 @@ class Result:
             local = {"data.path": Path(config.data.path).name, "output.folder": self.folder.name}
             content = {CONFIG: config.replaced(local).to_yaml().encode()}
             operations = [
-                CommitOperationAdd(str(path.relative_to(self.folder)), content.get(path.name, str(path)))
+                CommitOperationAdd(path.relative_to(self.folder).as_posix(), content.get(path.name, str(path)))
                 for path in sorted(self.folder.rglob("*"))
                 if path.is_file()
                 and path.name not in _NOT_PUSHED

@@ -9,6 +9,7 @@ import transformers
 import yaml
 
 import gradsel
+from gradsel.cli.main import main
 from gradsel.delta.parts import same_bits
 from gradsel.integrations.transformers import from_pretrained, save_pretrained
 from tests.support import hub, tiny
@@ -45,6 +46,36 @@ def test_a_pushed_delta_works_elsewhere(trained, tmp_path, served):
     fetched.apply_(base)
     plain = gradsel.detach(trained).state_dict()
     assert all(same_bits(tensor, plain[name]) for name, tensor in base.state_dict().items())
+
+
+def test_the_command_pushes_a_delta(trained, tmp_path, served, capsys):
+    delta = gradsel.Delta.of(trained)
+    delta.save(tmp_path / "birds.safetensors")
+    save_pretrained(trained, tmp_path / "folder")
+    for source in ("birds.safetensors", "folder"):
+        command = ["push", str(tmp_path / source), f"user/{source}", "--base", "google/tiny-bert", "--token", "right"]
+        assert main(command) == 0
+        assert capsys.readouterr().out.strip().endswith(f"/user/{source}/commit/{hub.COMMIT}")
+        assert gradsel.Delta.from_pretrained(f"user/{source}") == delta
+        card = huggingface_hub.ModelCard(served[f"user/{source}"]["README.md"].decode())
+        assert card.data.base_model == "google/tiny-bert"
+
+
+def test_what_the_command_cannot_push(tmp_path, served, capsys):
+    (tmp_path / "note.txt").write_text("no delta")
+    (tmp_path / "empty").mkdir()
+    for source, options, message in (
+        ("nowhere", [], "there is no file or folder"),
+        ("note.txt", [], "is not a readable safetensors file"),
+        ("empty", [], "holds no finished result of gradsel"),
+        ("empty", ["--base", "google/tiny-bert"], "--base is for a delta"),
+    ):
+        assert main(["push", str(tmp_path / source), "user/birds", *options]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("gradsel push: ")
+        assert message in error
+        assert error.count("\n") == 1
+    assert not served
 
 
 def test_the_card_says_what_it_is(trained, tmp_path, served):
