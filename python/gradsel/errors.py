@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -44,6 +45,12 @@ def expected() -> Iterator[None]:
         raise
     except (ValueError, OSError) as error:
         raise RunError(one_line(error)) from error
+
+
+def did_you_mean(wrong: str, known: Iterable[str]) -> str:
+    """``"; did you mean weight?"``, to end a message about an unknown name; empty if no known name resembles it."""
+    close = difflib.get_close_matches(wrong, list(known), n=1, cutoff=0.4)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def first_line(error: BaseException) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
+from gradsel.cli.parsing import Parser
 from gradsel.cli.running import TRACEBACK
 
 #: Every command with its help; the module of the same name adds its arguments.
@@ -36,11 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0; 1 if something given does not fit; 2 if an optional package is missing; 130 after Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    traced = "--traceback" in argv  # wherever it stands, as it is added to a command that has failed
+    argv = [word for word in argv if word != "--traceback"]
     arguments = parser(argv).parse_args(argv)
-    if arguments.traceback:
+    if traced:
         os.environ[TRACEBACK] = "1"
     try:
-        code: int = arguments.command(arguments)
+        code: int = arguments.command(arguments) or 0
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has stopped, as in ``gradsel count | head``
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or flushing at exit would raise again
@@ -58,10 +61,10 @@ class _Version(argparse.Action):
 
 def parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     """The parser of a command line; only the command that it names has arguments."""
-    found = argparse.ArgumentParser("gradsel", description="Gradient-based sparse fine-tuning.")
+    found = Parser("gradsel", description="Gradient-based sparse fine-tuning.")
     found.add_argument("--version", action=_Version, nargs=0, help="show program's version number and exit")
     found.add_argument("--traceback", action="store_true", help="show where an error was raised, besides its message")
-    commands = found.add_subparsers(required=True, metavar="command")
+    commands = found.add_subparsers(metavar="command")
     wanted = next((word for word in argv if not word.startswith("-")), None)
     for name, text in COMMANDS.items():
         if name == wanted:

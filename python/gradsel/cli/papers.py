@@ -30,7 +30,7 @@ def add_to(commands: argparse._SubParsersAction, text: str) -> None:
         "papers", help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    inner = parser.add_subparsers(required=True, metavar="list|show|run")
+    inner = parser.add_subparsers(metavar="verb")
     inner.add_parser("list", help="list the experiments").set_defaults(command=_list)
     show = inner.add_parser("show", help="what an experiment consists of, the data that it lacks, and what it costs")
     show.add_argument("--measure", action="store_true", help="measure a step of each model and method, for the hours")

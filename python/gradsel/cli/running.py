@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 
 from gradsel.errors import OtherRankFailed, RunError, one_line
+from gradsel.tables import printable
 
 #: Set by ``gradsel --traceback``.
 TRACEBACK = "GRADSEL_TRACEBACK"
@@ -54,6 +55,12 @@ def run(name: str, command: Callable[[], None]) -> int:
         told = f"{one_line(error)}; pass a smaller --batch-size, and --accumulation to make up for it"
         return _end(name, 1, told, error)
     return 0
+
+
+def say(text: object) -> None:
+    """Prints lines, which may have names from a file in them."""
+    for line in str(text).split("\n"):
+        print(printable(line))
 
 
 def _end(name: str, code: int, told: str, error: BaseException, always: bool = False) -> int:

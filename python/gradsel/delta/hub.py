@@ -32,7 +32,7 @@ class Saved(Protocol):
     def __len__(self) -> int: ...
 
 
-def find(source: str | os.PathLike[str], revision: str | None, token: str | bool | None) -> Path:
+def find(source: str | os.PathLike[str], revision: str | None = None, token: str | bool | None = None) -> Path:
     """The file of a delta: itself, or the one in a folder or repository.
 
     Raises:
@@ -46,6 +46,8 @@ def find(source: str | os.PathLike[str], revision: str | None, token: str | bool
             if (path / name).is_file():
                 return path / name
         raise ValueError(f"{path} has no delta: neither {' nor '.join(FILES)} is in it")
+    if path.is_absolute() or len(path.parts) > 2:
+        raise ValueError(f"there is no file or folder {path}")
     return _fetched(os.fspath(source), revision, token)
 
 

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from gradsel.errors import did_you_mean
 from gradsel.methods.additions import Addition, Bottleneck, ScaleShift, sizes
 from gradsel.methods.base import NO_PARTS, Context, Parts, option
 from gradsel.methods.selected import HEAD_ONLY, Selected, by_rules
 from gradsel.methods.targets import attention_outputs, is_linear, mlp_outputs, require_calls
-from gradsel.parameters.names import did_you_mean
 from gradsel.parameters.rules import HEAD, RuleOptions
 from gradsel.selection.selection import Selection
 

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from gradsel.errors import did_you_mean
 from gradsel.files import filling, replacing
 from gradsel.methods.additions import sizes
 from gradsel.methods.base import (
@@ -29,7 +30,7 @@ from gradsel.methods.base import (
 from gradsel.methods.selected import HEAD_ONLY, head_only
 from gradsel.methods.targets import matrices, queries_and_values, whole_modules
 from gradsel.nn.buffers import saved_buffers
-from gradsel.parameters.names import did_you_mean, named_parameters
+from gradsel.parameters.names import named_parameters
 from gradsel.parameters.rules import HEAD, parameter_rules
 from gradsel.selection.selection import Selection
 from gradsel.tensor_files import load_file, save_file

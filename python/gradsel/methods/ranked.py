@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from gradsel.attached import is_values
+from gradsel.errors import did_you_mean
 from gradsel.methods.base import NO_PARTS, Context, Parts, option
 from gradsel.methods.selected import Selected
 from gradsel.optim.anchoring import anchored_groups, regular_blocks
-from gradsel.parameters.names import did_you_mean
 from gradsel.parameters.rules import HEAD, RuleOptions, ranked_sizes
 from gradsel.ranking.criteria import Criterion, criterion_of, random_scores
 from gradsel.ranking.losses import contrastive, cross_entropy

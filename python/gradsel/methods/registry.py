@@ -7,6 +7,7 @@ from dataclasses import fields
 from types import MappingProxyType
 from typing import Any
 
+from gradsel.errors import did_you_mean
 from gradsel.methods.added import SSF, Adapter
 from gradsel.methods.base import Method
 from gradsel.methods.by_peft import Lora, Miss, Shira
@@ -15,7 +16,6 @@ from gradsel.methods.prompting import VPTDeep, VPTShallow
 from gradsel.methods.ranked import GPS, GRFT
 from gradsel.methods.sensitive import SPTAdapter, SPTLora
 from gradsel.methods.unranked import Bias, Linear, Paca
-from gradsel.parameters.names import did_you_mean
 
 _KINDS: tuple[type[Method], ...] = (
     GPS, GRFT, Full, Linear, Bias, Adapter, VPTShallow, VPTDeep, SSF, SPTAdapter, SPTLora, Lora, Shira, Miss, Paca,

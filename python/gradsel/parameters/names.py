@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator
 
 from torch import nn
@@ -60,12 +59,6 @@ def strings(names: Iterable[str]) -> tuple[str, ...]:
 def has_part(name: str, heads: tuple[str, ...]) -> bool:
     """Whether one of ``heads`` is among the dotted parts of ``name``."""
     return any(f".{head}." in f".{name}." for head in heads)
-
-
-def did_you_mean(wrong: str, known: Iterable[str]) -> str:
-    """``"; did you mean weight?"``, to end a message about an unknown name; empty if no known name resembles it."""
-    close = difflib.get_close_matches(wrong, list(known), n=1, cutoff=0.4)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def strip_wrappers(name: str) -> str:

@@ -13,11 +13,11 @@ from torch.nn.utils.parametrize import ParametrizationList
 from typing_extensions import Unpack
 
 from gradsel.attached import is_attached
+from gradsel.errors import did_you_mean
 from gradsel.parameters.adapters import adapter_tensors
 from gradsel.parameters.blocks import is_inside, numbered
 from gradsel.parameters.names import (
     Use,
-    did_you_mean,
     has_part,
     parameter_uses,
     shaped_parameters,

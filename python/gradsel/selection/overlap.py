@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from gradsel.errors import did_you_mean
 from gradsel.masks import Mask, shared_entries
-from gradsel.parameters.names import did_you_mean
 from gradsel.tables import shape_text, table
 
 Shapes = Mapping[str, Sequence[int]]

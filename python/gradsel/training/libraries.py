@@ -6,7 +6,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from gradsel.parameters.names import did_you_mean
+from gradsel.errors import did_you_mean
 from gradsel.training.config import DataConfig
 from gradsel.training.splits import Data, Split, Stored, checked_images, named_splits, some
 from gradsel.training.tables import loaded, read_columns

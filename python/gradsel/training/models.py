@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gradsel.errors import did_you_mean
 from gradsel.methods import Parts
-from gradsel.parameters.names import did_you_mean
 from gradsel.parameters.rules import HEAD, RuleOptions
 from gradsel.training.config import ModelConfig
 

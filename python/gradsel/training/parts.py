@@ -9,10 +9,9 @@ from pathlib import Path
 
 import torch
 
-from gradsel.errors import RunError
+from gradsel.errors import RunError, did_you_mean
 from gradsel.methods import Method
 from gradsel.nn.buffers import saved_buffers
-from gradsel.parameters.names import did_you_mean
 from gradsel.training.config import Config
 from gradsel.training.data import Data, portable_path
 from gradsel.training.models import Loaded

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from gradsel.errors import did_you_mean
 from gradsel.papers.presets import DATA_SETS, GPS, GRFT, GRFTPreset, Preset, gps, grft
-from gradsel.parameters.names import did_you_mean
 from gradsel.ranking.policies import Columns, PerNeuron, Rows
 from gradsel.training.config import Config
 

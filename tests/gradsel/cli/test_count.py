@@ -62,7 +62,7 @@ def test_one_setting_by_default_is_vit_on_imagenet(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--policy", "rowz:3"], "'rowz:3' .*per-neuron:K, rows:K, columns:K, per-layer:F"),
+        (["--policy", "rowz:3"], "'rowz:3' .*per-neuron:K, by-mass:K, rows:K, columns:K, per-layer:F"),
         (["--policy", "rows"], "'rows' .*per-neuron:K"),
         (["--policy", "rows:x"], "rows:x .*'x' .*>= 1"),
         (["--policy", "columns:0"], "columns:0 .*'0' .*>= 1"),

@@ -59,6 +59,10 @@ def test_the_command_pushes_a_delta(trained, tmp_path, served, capsys):
         assert gradsel.Delta.from_pretrained(f"user/{source}") == delta
         card = huggingface_hub.ModelCard(served[f"user/{source}"]["README.md"].decode())
         assert card.data.base_model == "google/tiny-bert"
+        assert main(["delta", "info", f"user/{source}"]) == 0
+        assert str(delta) in capsys.readouterr().out
+    assert main(["delta", "info", str(tmp_path / "folder")]) == 0
+    assert "gradsel.delta: " in capsys.readouterr().out
 
 
 def test_what_the_command_cannot_push(tmp_path, served, capsys):

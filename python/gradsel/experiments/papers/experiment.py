@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from gradsel.errors import did_you_mean
 from gradsel.experiments.papers.sources import SOURCES, names_of, plain
-from gradsel.parameters.names import did_you_mean
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from gradsel.errors import did_you_mean
 from gradsel.experiments.papers.experiment import Experiment
 from gradsel.experiments.papers.of_gps import GPS
 from gradsel.experiments.papers.of_grft import GRFT
-from gradsel.parameters.names import did_you_mean
 
 #: All of them, GPS's first.
 EXPERIMENTS: Mapping[str, Experiment] = MappingProxyType({each.name: each for each in (*GPS, *GRFT)})

@@ -1,0 +1,38 @@
+"""How a command line that cannot be read is answered: by one line, with the name that was probably meant."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from gradsel.errors import did_you_mean
+
+#: argparse's message about a word that is none of those expected.
+_CHOICE = re.compile(r"argument (?P<what>.+?): invalid choice: '(?P<wrong>[^']*)' \(choose from (?P<known>.*)\)")
+
+
+class Parser(argparse.ArgumentParser):
+    """An ``ArgumentParser`` with short messages; one with subcommands prints its help if none is given."""
+
+    def add_subparsers(self, **kwargs: Any) -> Any:
+        self.set_defaults(command=lambda _: self.print_help())
+        return super().add_subparsers(**kwargs)
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:  # type: ignore[override]
+        found, extra = super().parse_known_args(args, namespace)
+        if extra:
+            options = [option for action in self._actions for option in action.option_strings]
+            word = extra[0].partition("=")[0]
+            hint = did_you_mean(word, options) if word.startswith("-") else ""
+            self.error(f"there is no option {word}{hint}" if word.startswith("-") else f"{word!r} is one word too many")
+        return found, extra
+
+    def error(self, message: str) -> NoReturn:
+        if found := _CHOICE.match(message):
+            known = [word.strip().strip("'") for word in found["known"].split(",")]
+            what, wrong, hint = found["what"], found["wrong"], did_you_mean(found["wrong"], known)
+            said = f"{what} is {wrong!r}" if what.startswith("-") else f"there is no {what} {wrong!r}"
+            message = f"{said}{hint or '; expected one of ' + ', '.join(known)}"
+        self.exit(2, f"{self.prog}: {message}{' ' if message.endswith('?') else '. '}See {self.prog} --help\n")
