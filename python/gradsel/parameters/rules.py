@@ -195,11 +195,13 @@ def _require_no_opaque(opaque: list[tuple[str, str]], freeze: tuple[str, ...]) -
     found = [(codes, kind) for codes, kind in opaque if not any(fnmatchcase(codes, pattern) for pattern in freeze)]
     if found:
         codes, kind = found[0]
-        pattern = f"*.{codes.rpartition('.')[2]}"
+        short = codes.rpartition(".")[2]
+        patterns = [name for name, _ in found] if short == "weight" else [f"*.{short}"]  # others have weights, too
+        listed = ", ".join(map(repr, patterns[:3])) + (", ..." if len(patterns) > 3 else "")
         raise ValueError(
             f"{len(found)} quantised layers hold their weights where they cannot be trained, first {codes} of a {kind} "
             "(GPTQ, AWQ, HQQ and the like). Load the model quantised by bitsandbytes (nf4, int8) or torchao instead, "
-            f"or freeze these layers by name and train the others: freeze=[{pattern!r}]"
+            f"or freeze these layers by name and train the others: freeze=[{listed}]"
         )
 
 

@@ -5,26 +5,45 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from gradsel.quantised.torchao import is_of_torchao, quantises_inputs
 
-#: What layers call the codes of a weight that they do not keep as a parameter named ``weight``.
-_CODES = ("qweight", "W_q", "weight_packed", "weight_quantized", "packed_weight", "weight_q")
+#: What layers call the codes of a weight that they do not keep under a name with "weight" in it.
+_CODES = ("W_q",)
+#: Packages of torch whose layers hold packed weights, which are neither parameters nor buffers.
+_PACKED = ("torch.ao.nn.quantized", "torch.ao.nn.sparse.quantized", "torch.ao.nn.intrinsic.quantized")
+#: Where such layers hold them: linear layers and convolutions, LSTM and GRU, their cells.
+_PACKS = ("_packed_params", "_all_weight_values", "_packed_weight_ih")
 
 
 def opaque_layers(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Layers of GPTQ, AWQ, HQQ and the like, whose codes are buffers and so are no parameters of the model.
+    """Layers of GPTQ, AWQ, HQQ, BitNet and the like, and those of ``quantize_dynamic``, which cannot be trained.
+
+    Their codes are buffers, integers or packed, so a model has no parameter to rank for them.
 
     Yields:
         The name of each layer's codes, which patterns such as ``freeze=["*.qweight"]`` match, and the layer's class.
     """
     for path, module in model.named_modules():
-        for codes in _CODES:
-            held: Any = module._buffers.get(codes, module._parameters.get(codes))
-            if isinstance(held, Tensor) and not held.is_floating_point():
-                yield f"{path}.{codes}".lstrip("."), type(module).__name__
-                break
+        if codes := _codes_of(module):
+            yield f"{path}.{codes}".lstrip("."), type(module).__name__
+
+
+def _codes_of(module: nn.Module) -> str | None:
+    kind = type(module)
+    if kind.__module__.startswith(_PACKED) and not kind.__name__.startswith(("LinearPacked", "PackedParam")):
+        return next((name for name in _PACKS if hasattr(module, name)), None)
+    others = {name: held for name, held in module._parameters.items() if name != "weight"}  # rules see that one
+    for name, held in {**module._buffers, **others}.items():
+        if held is not None and held.dim() > 1 and (name in _CODES or "weight" in name) and _is_integer(held.dtype):
+            return name
+    return None
+
+
+def _is_integer(dtype: torch.dtype) -> bool:
+    return not (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool)
 
 
 def why_unknown(module: nn.Module, parameter: Any) -> str | None:

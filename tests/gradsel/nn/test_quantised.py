@@ -283,6 +283,43 @@ def test_layers_whose_weights_are_no_parameters_are_refused_unless_frozen_by_nam
     assert select(model, freeze=["*.qweight"])["up.weight"].nnz
 
 
+class OfBitNet(nn.Module):
+    """As transformers stores ternary weights: four to a byte, as a buffer called weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(INPUTS // 4, HIDDEN, dtype=torch.uint8))
+        self.register_buffer("weight_scale", torch.ones(1))
+        self.bias = nn.Parameter(torch.zeros(INPUTS))
+
+
+class OfEetq(nn.Module):
+    """A weight of integers as a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(HIDDEN, INPUTS, dtype=torch.int8), requires_grad=False)
+        self.weight_scales = nn.Parameter(torch.ones(INPUTS))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own quantisation is deprecated
+def test_no_layer_with_integers_for_weights_is_left_out_silently() -> None:
+    for layer, name in ((OfBitNet(), "weight"), (OfEetq(), "weight")):
+        model = Net()
+        model.down = layer
+        with pytest.raises(ValueError, match=rf"first down\.{name}\b.*freeze=\['down.weight'\]"):
+            select(model)
+        layer.forward = nn.Linear(HIDDEN, INPUTS).forward
+        assert select(model, freeze=["down.weight"])["up.weight"].nnz
+    for kinds, name in (({nn.Linear}, "up._packed_params"), ({nn.LSTM}, "down._all_weight_values")):
+        model = Net()
+        if nn.LSTM in kinds:
+            model.down = nn.LSTM(HIDDEN, INPUTS)
+        packed = torch.ao.quantization.quantize_dynamic(model, kinds, dtype=torch.qint8)
+        with pytest.raises(ValueError, match=rf"quantised layers .* first {name} of a L"):
+            select(packed)
+
+
 def test_a_quantised_head_is_refused() -> None:
     model = quantised_net("nf4")
     model.head = quantised_net("nf4").up
