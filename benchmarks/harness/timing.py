@@ -72,6 +72,26 @@ def time_calls(run: Function, calls: int = 1, cuda: bool = False) -> tuple[float
     return first.elapsed_time(last) / 1e3 / calls, (time.perf_counter() - start) / calls
 
 
+def interleaved(
+    makers: Mapping[str, Callable[[], Callable[[], object]]], rounds: int, warm_up: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of calls on the wall clock, one sample of each in every round, for what runs on the CPU.
+
+    Args:
+        makers: each returns the call that is timed next, after what needs no timing.
+        warm_up: rounds that are not counted, before the others.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in makers}
+    for number, order in zip(range(warm_up + rounds), shuffled(makers), strict=False):
+        for name in order:
+            call = makers[name]()
+            start = time.perf_counter()
+            call()
+            if number >= warm_up:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
 # --- A comparison of calls ---------------------------------------------------------------------------------------
 
 

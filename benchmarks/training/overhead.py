@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader
 import gradsel
 from benchmarks.harness.environment import MACHINE, RESULTS, ROOT, machine
 from benchmarks.harness.results import merge
-from benchmarks.harness.timing import percentiles
+from benchmarks.harness.timing import interleaved, percentiles
 from gradsel.methods import Context, Method, method
 from gradsel.training.config import RecipeConfig
 from gradsel.training.models import logits_of
@@ -241,13 +241,12 @@ sys.exit("torch" in sys.modules)
 def help_times(rounds: int) -> dict[str, list[float]]:
     """Seconds of new processes. Raises CalledProcessError if torch is imported."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'python'}{os.pathsep}{ROOT}"}
-    seconds: dict[str, list[float]] = {"python": [], "gradsel": []}
-    for _ in range(rounds):
-        for name, code in (("python", "pass"), ("gradsel", _HELP)):
-            start = time.perf_counter()
-            subprocess.run([sys.executable, "-c", code], env=environment, check=True, stdout=subprocess.DEVNULL)
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
+
+    def process(code: str) -> Callable[[], object]:
+        command = [sys.executable, "-c", code]
+        return lambda: subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+
+    return interleaved({"python": lambda: process("pass"), "gradsel": lambda: process(_HELP)}, rounds, warm_up=0)
 
 
 # --- Results -----------------------------------------------------------------------------------------------------

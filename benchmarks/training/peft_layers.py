@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness.environment import RESULTS, machine
 from benchmarks.harness.results import merge
-from benchmarks.harness.timing import percentiles
+from benchmarks.harness.timing import interleaved, percentiles
 from gradsel.peft import accelerate
 
 CONFIGS: dict[str, Callable[[], peft.PeftConfig]] = {
@@ -113,13 +112,8 @@ def rows(size: str, case: Case, adapter: str, rounds: int) -> list[dict[str, Any
     x = torch.randn(shape, requires_grad=True)
     theirs = peft.get_peft_model(make(), CONFIGS[adapter]())
     models = {PEFT: theirs, OURS: accelerate(copy.deepcopy(theirs))}
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(rounds + 1):
-        for name, model in models.items():
-            start = time.perf_counter()
-            model(x).sum().backward()
-            seconds[name].append(time.perf_counter() - start)
-    seconds = {name: values[1:] for name, values in seconds.items()}
+    steps = {name: (lambda model=model: lambda: model(x).sum().backward()) for name, model in models.items()}
+    seconds = interleaved(steps, rounds)
     found = []
     for name, values in seconds.items():
         p20, p50, p80 = (f"{1e3 * value:.2f}" for value in percentiles(values))

@@ -21,8 +21,8 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import bitsandbytes
@@ -35,7 +35,7 @@ from torch.nn import functional as F
 import gradsel
 from benchmarks.harness.environment import MACHINE, RESULTS, ROOT, machine
 from benchmarks.harness.results import merge
-from benchmarks.harness.timing import percentiles
+from benchmarks.harness.timing import interleaved, percentiles
 from benchmarks.selection.select_memory import peak_of
 from gradsel.masks import PerRow
 from gradsel.quantised import quantised_weight
@@ -173,13 +173,7 @@ def times(tokens: int, rounds: int, small: bool) -> list[dict[str, Any]]:
         else:
             gradsel.attach(model, select(model, ids, 1 if provider == K1 else 8))
         made[provider] = model, optimizer(model, provider), ids
-    seconds: dict[str, list[float]] = {provider: [] for provider in made}
-    for number in range(rounds + 1):
-        for provider, (model, steps, ids) in made.items():
-            start = time.perf_counter()
-            step(model, steps, ids)
-            if number:
-                seconds[provider].append(time.perf_counter() - start)
+    seconds = interleaved({each: (lambda each=each: partial(step, *made[each])) for each in made}, rounds)
     name = f"{shape['blocks']} blocks of Llama-3.2-1B in nf4" if not small else "small"
     return [
         {"part": "step", "model": name, "tokens": tokens, "provider": provider, "phase": "train",
@@ -232,14 +226,13 @@ def adding(rounds: int, small: bool) -> list[dict[str, Any]]:
                 product,
                 lambda _, sparse=sparse, transposed=transposed: torch.mm(sparse, transposed),
             )
-        seconds: dict[str, list[float]] = {name: [] for name in contenders}
-        for number in range(rounds + 1):
-            for name, (before, run) in contenders.items():
-                made = before()
-                start = time.perf_counter()
-                run(made)
-                if number:
-                    seconds[name].append(time.perf_counter() - start)
+        seconds = interleaved(
+            {
+                name: (lambda before=before, run=run: partial(run, before()))
+                for name, (before, run) in contenders.items()
+            },
+            rounds,
+        )
         rows += [
             {"part": "adding", "model": f"{outputs} x {inputs}", "tokens": tokens, "provider": name, "phase": "forward",
              **_percentiles(taken)}
