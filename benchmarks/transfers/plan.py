@@ -62,6 +62,7 @@ def _search(transfer: str) -> tuple[str, ...]:
     scopes = ("mass", "layer", "net")
     ways = (
         *(f"criterion={each}" for each in criteria), *(f"scope={each}" for each in scopes), "columns=48", "ratio=3",
+        "reselect=1",
     )  # fmt: skip
     return tuple(f"{HALF[transfer]}:{way}" for way in ways)
 

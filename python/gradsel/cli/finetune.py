@@ -94,6 +94,7 @@ _METHOD = (
     Flag("--blocks", "method.options.blocks", "gps: numbers of the blocks to train", int, several=True),
     Flag("--skip-blocks", "method.options.skip_blocks", "gps: numbers of blocks to freeze", int, several=True),
     Flag("--ratio", "method.options.ratio", "gps: learning rate of the chosen weights by that of all else", float),
+    Flag("--reselect", "method.options.reselect", "gps: epochs of training after which it selects again", int),
     Flag("--rank", "method.options.rank", "lora, shira, miss, spt-adapter, spt-lora: rank", int),
     Flag(
         "--alpha",

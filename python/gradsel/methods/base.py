@@ -63,6 +63,7 @@ class Context:
         head: names of the head's modules, as in :func:`gradsel.parameters.rules.parameter_rules`.
         parts: what becomes of parameters that the general rules would treat otherwise.
         loss: ``loss(model, batch)``, that of training, for methods whose own loss is ``"task"``.
+        rate: learning rate of the training that follows; None: the method's own.
         seed: of everything random: masks, subsets, the initial values of adapters.
         progress: whether to show progress bars; None: only on a terminal.
         views: the inputs of a batch have several views of each sample, [batch, views, ...].
@@ -74,6 +75,7 @@ class Context:
     head: Iterable[str] = HEAD
     parts: Parts = field(default_factory=Parts)
     loss: Callable[[Any, Any], Tensor] | None = None
+    rate: float | None = None
     seed: int = 0
     progress: bool | None = None
     views: bool = False

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gradsel.attached import is_values
 from gradsel.errors import did_you_mean
 from gradsel.methods.base import NO_PARTS, Context, Parts, option
+from gradsel.methods.reselecting import trained
 from gradsel.methods.selected import Selected
 from gradsel.optim.anchoring import anchored_groups, regular_blocks
 from gradsel.parameters.rules import HEAD, RuleOptions, ranked_sizes
@@ -98,8 +99,14 @@ class GPS(Ranked):
         None, "learning rate of the chosen weights, as a multiple of that of biases and head; default: the same"
     )
 
+    reselect: int = option(
+        0, "epochs that a first selection is trained for, before another one is chosen and training starts anew"
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if type(self.reselect) is not int or self.reselect < 0:
+            raise ValueError(f"reselect must be a number of epochs, got {self.reselect!r}")
         if self.ratio is not None and (type(self.ratio) not in (int, float) or not 0 < self.ratio < math.inf):
             raise ValueError(f"ratio must be a positive number, got {self.ratio!r}")
         _one_of("scope", self.scope, tuple(SCOPES))
@@ -119,6 +126,21 @@ class GPS(Ranked):
     def policy(self, sizes: Collection[tuple[int, int]] = ()) -> Policy:
         policy = PerNeuron(self.k, self.columns)
         return policy if self.scope == "neuron" else equal_budget(SCOPES[self.scope], policy, sizes)
+
+    def choose(self, model: nn.Module, batches: Iterable[Any] | None, context: Context) -> Selection:
+        first = super().choose(model, batches, context)
+        if not self.reselect:
+            return first
+        if context.process_group is not None:
+            raise ValueError("reselect trains in one process, but several run; select in one, and pass its selection")
+        assert batches is not None
+        rate = self.rate if context.rate is None else context.rate
+        with trained(
+            model, first, self.reselect, batches, loss_for(model, "cross-entropy", context.views),
+            lambda model: self.optimizer(model, rate, decoupled=False, head=context.head),
+        ):  # fmt: skip
+            second = super().choose(model, batches, context)
+        return Selection(second, {**second.notes, "selected after": f"{self.reselect} epochs"}, first.base)
 
     def rated(self, groups: list[dict[str, Any]], lr: float) -> list[dict[str, Any]]:
         if self.ratio is None:

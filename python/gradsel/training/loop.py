@@ -147,7 +147,8 @@ def _prepare(
 ) -> Prepared:
     processes, how, model = parts.processes, parts.how, parts.loaded.model
     context = Context(
-        head=parts.loaded.head, seed=config.seed, views=views, selection=selection, dataset=batches.dataset,
+        head=parts.loaded.head, rate=parts.recipe.rate, seed=config.seed, views=views, selection=selection,
+        dataset=batches.dataset,
         batches_of=lambda dataset: _selection_batches(config, parts, dataset, views),
         progress=None if processes.first else False, process_group=processes.group,
         parts=parts.loaded.parts, loss=parts.task.selection_loss,

@@ -7,8 +7,10 @@ import torch
 
 pytest.importorskip("timm")
 import gradsel
+from gradsel.delta.parts import same_bits
 from gradsel.masks import WholeColumns
 from gradsel.methods import Context, method
+from gradsel.methods.ranked import loss_for
 from tests.support import tiny
 
 
@@ -75,6 +77,31 @@ def test_paca_trains_whole_random_columns_of_linear_layers_and_the_head():
     assert len({tuple(m.to_dense().all(0).nonzero().flatten().tolist()) for m in found.values()}) > 3
     assert selection != chosen("paca", columns=3, seed=2)
     assert selection == chosen("paca", columns=3, seed=1)
+
+
+def test_reselecting_ranks_at_weights_that_have_been_trained_and_leaves_the_model_as_it_was():
+    model = tiny.vit()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    how = method("gps", k=2, reselect=2)
+    again = how.choose(model, tiny.images(), Context(rate=0.05))
+    assert all(same_bits(tensor, before[name]) for name, tensor in model.state_dict().items())
+    first = chosen(k=2)
+    assert again.notes["selected after"] == "2 epochs"
+    assert again.trainable_count() == first.trainable_count()
+    assert again != first
+    gradsel.attach(model, first)
+    optimizer = gradsel.MaskedAdam(gradsel.trainable_parameters(model), lr=0.05)
+    for batch in tiny.images() * 2:
+        optimizer.zero_grad()
+        loss_for(model, "cross-entropy", False)(model, batch).backward()
+        optimizer.step()
+    gradsel.detach(model)
+    expected = gradsel.select(model, tiny.images(), how.loss_for(model, False), gradsel.PerNeuron(2))
+    assert again == expected
+    gradsel.attach(tiny.vit(), again)  # it is for the pre-trained weights
+    for wrong in (-1, 1.5, True):
+        with pytest.raises(ValueError, match="reselect must be a number of epochs, got"):
+            method("gps", reselect=wrong)
 
 
 def test_ratio_is_the_learning_rate_of_the_chosen_weights_alone():
