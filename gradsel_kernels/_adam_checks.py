@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gradsel_kernels._checks import FLOATS, Layout, describe, floating, no_overlap, same_device, sum_dtype
-from gradsel_kernels.adam_call import NUMBERS, AdamCall, entry, grad_is_dense
+from gradsel_kernels.adam_call import NUMBERS, RATES, AdamCall, entry, grad_is_dense
 
 
 def masked_adam_(call: AdamCall) -> None:
@@ -24,8 +24,14 @@ def masked_adam_(call: AdamCall) -> None:
 
 
 def scaler(call: AdamCall) -> None:
-    """Checks what a gradient scaler passes."""
+    """Checks what a gradient scaler passes, and hyperparameters on the device."""
     device = call.exp_avgs[0].device
+    rates = call.rates
+    wanted = (torch.float64, (len(RATES),), (1,), device)
+    if rates is not None and (rates.dtype, rates.shape, rates.stride(), rates.device) != wanted:
+        raise ValueError(
+            f"rates must be contiguous float64 [{len(RATES)}] on {device} ({', '.join(RATES)}), got {describe(rates)}"
+        )
     for name, scalar in (("grad_scale", call.grad_scale), ("found_inf", call.found_inf)):
         if scalar is None:
             continue

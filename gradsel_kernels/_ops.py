@@ -39,7 +39,7 @@ SCHEMAS = {
         "float lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled_weight_decay, "
         "bool maximize, float anchor, bool anchor_l1, bool anchor_decoupled, Tensor? grad_scale=None, "
         "Tensor? found_inf=None, int[] seeds=[], bool[] stochastic=[], Tensor(g!)[]? compensations=None, "
-        "Tensor? numbers=None) -> ()"
+        "Tensor? numbers=None, Tensor? rates=None) -> ()"
     ),
     "topk_masked_adam_": (
         "(Tensor(a!)[] weights, Tensor(b!)[] values, Tensor[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, "

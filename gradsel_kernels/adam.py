@@ -40,6 +40,7 @@ def masked_adam_(
     seeds: Sequence[int | None] | None = None,
     compensations: Sequence[Tensor | None] | None = None,
     numbers: Tensor | None = None,
+    rates: Tensor | None = None,
 ) -> None:
     """One step of Adam or AdamW on the selected entries of every tensor, in place.
 
@@ -100,6 +101,8 @@ def masked_adam_(
             compensation. In float16, whose numbers are multiples of 2^-24, it adds few digits to small weights.
         numbers: float64 [6] on the CPU: lr, beta1, beta2, eps, weight_decay and anchor, in place of the arguments. They
             are read at the call. To compiled code, a float argument is a constant, and a tensor is not.
+        rates: float64 [3] on the device of the other tensors: lr, beta1 and beta2, in place of the arguments. On GPUs
+            the kernels read them, so nothing waits, and each replay of a CUDA graph uses what they hold by then.
 
     Raises:
         TypeError, ValueError: tensors that do not fit together; the message names the tensor's number. A tensor with
@@ -132,6 +135,7 @@ def masked_adam_(
         grad_scale=grad_scale,
         found_inf=found_inf,
         numbers=numbers,
+        rates=rates,
         **keywords,
     )
 

@@ -34,6 +34,7 @@ class AdamCall(NamedTuple):
     compensations: Sequence[Tensor]
     grad_scale: Tensor | None
     found_inf: Tensor | None
+    rates: Tensor | None  #: of :data:`RATES`
 
     def states(self) -> list[Tensor]:
         """All that belongs to the optimizer, the first moment of the first tensor first."""
@@ -63,8 +64,9 @@ class AdamOptions(NamedTuple):
     anchor_decoupled: bool
 
 
-#: The options that a tensor can hold instead.
+#: The options that a tensor can hold instead: one on the CPU, and one on the device, which kernels read.
 NUMBERS = ("lr", "beta1", "beta2", "eps", "weight_decay", "anchor")
+RATES = ("lr", "beta1", "beta2")
 
 
 def records(
@@ -74,11 +76,17 @@ def records(
     compensations: Sequence[Tensor] | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    rates: Tensor | None = None,
     **options: Any,
 ) -> tuple[AdamCall, AdamOptions]:
     """The records of a call whose arguments are the operator's."""
-    fields = (*lists, seeds, stochastic, compensations or (), grad_scale, found_inf)
+    fields = (*lists, seeds, stochastic, compensations or (), grad_scale, found_inf, rates)
     return AdamCall._make(fields), AdamOptions(**options)
+
+
+def read_rates(call: AdamCall, options: AdamOptions) -> AdamOptions:
+    """The options with the rates of a call in their place, for backends that compute with them on the host."""
+    return options if call.rates is None else options._replace(**dict(zip(RATES, call.rates.tolist(), strict=True)))
 
 
 def entry(tensors: Sequence[Tensor], i: int) -> Tensor | None:

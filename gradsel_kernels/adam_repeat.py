@@ -118,20 +118,26 @@ class RepeatedAdam:
                 self._table.items[i].grad = self._converted[-1].data_ptr()
         return True
 
-    def run(self, options: AdamOptions, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
+    def run(
+        self,
+        options: AdamOptions,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        rates: Tensor | None = None,
+    ) -> None:
         """Makes the call. To be called only after :meth:`holds`, before anything else happens.
 
         Args:
             options: the hyperparameters.
-            grad_scale, found_inf: as in :func:`gradsel_kernels.masked_adam_`.
+            grad_scale, found_inf, rates: as in :func:`gradsel_kernels.masked_adam_`.
 
         Raises:
-            ValueError: ``grad_scale`` or ``found_inf`` do not fit.
+            ValueError: ``grad_scale``, ``found_inf`` or ``rates`` do not fit.
             IndexError: as :func:`gradsel_kernels.masked_adam_`. Nothing has changed.
         """
         call = self._call
-        if grad_scale is not None or found_inf is not None:
-            call = call._replace(grad_scale=grad_scale, found_inf=found_inf)
+        if grad_scale is not None or found_inf is not None or rates is not None:
+            call = call._replace(grad_scale=grad_scale, found_inf=found_inf, rates=rates)
             checks.scaler(call)
         backends.resolve(self.device).adam_of_table(self._table, call, options)
         self._converted = []

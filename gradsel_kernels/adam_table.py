@@ -81,6 +81,10 @@ class AdamTable:
         self._prepared[:] = [(key, made), *self._prepared[: PREPARED - 1]]
         return made
 
+    def earlier(self, fits: Callable[[Any], bool]) -> Any:
+        """What was prepared last under a key that fits; None if there is none."""
+        return next((made for key, made in self._prepared if fits(key)), None)
+
 
 _tables: WeakIdKeyDictionary = WeakIdKeyDictionary()
 

@@ -1,10 +1,10 @@
 """Everything about speed on one GPU: ``python -m benchmarks.gpu [PART ...]``, or ``make gpu``.
 
-The parts, in order: build (both extensions), tests (tests/gpu and tests/kernels), topk, adam, weight_grad (the
-operators), cost, llama (training steps of whole models), plots, sanitizer (memory errors and races in every kernel;
-last, because it takes long). Nothing is downloaded or installed: the Python that runs this needs torch, triton, pytest
-and setuptools with pybind11 and ninja. Where the package is not installed, set PYTHONPATH=.:python, as ``make gpu``
-does.
+The parts, in order: build (both extensions), tests (tests/gpu and tests/kernels), topk, adam, first_step, weight_grad
+(the operators), cost, llama (training steps of whole models), plots, sanitizer (memory errors and races in every
+kernel; last, because it takes long). Nothing is downloaded or installed: the Python that runs this needs torch, triton,
+pytest and setuptools with pybind11 and ninja. Where the package is not installed, set PYTHONPATH=.:python, as ``make
+gpu`` does.
 
 A run takes at most ``--minutes``. Whatever it measures is written to the results file at once, so rerun the same
 command to resume. Rows about other sources, another device or another torch are measured again. No speed is measured
@@ -46,6 +46,7 @@ PARTS = {
     "tests": Part(90),
     "topk": Part(30, measures=True),
     "adam": Part(30, measures=True),
+    "first_step": Part(30, measures=True),
     "weight_grad": Part(30, measures=True),
     "cost": Part(60, measures=True),
     "llama": Part(60, measures=True),

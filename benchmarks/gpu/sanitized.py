@@ -73,6 +73,16 @@ def steps(dtype: torch.dtype) -> None:
             )  # fmt: skip
 
 
+def first_steps(dtype: torch.dtype) -> None:
+    """Every size of K, all shapes in one call; with masks, maxima and originals, and what 16 bits lose."""
+    for low_precision in ("master", "kahan"):
+        grads = [torch.randn(rows, cols + 1, device=DEVICE).to(dtype)[:, 1:] for rows, cols in SHAPES]
+        for view in (grads, [grad.T.contiguous().T for grad in grads]):
+            for k in (1, 5, 70):
+                weights = [torch.randn(grad.shape, device=DEVICE).to(dtype) for grad in grads]
+                gk.topk_masked_adam_(weights, view, k, lr=0.1, amsgrad=True, anchor=0.1, low_precision=low_precision)
+
+
 def columns(rows: int, cols: int, k: int) -> Tensor:
     scores = torch.rand(rows, cols, device=DEVICE)
     return scores.topk(min(k, cols)).indices.sort(1).values.to(torch.int32)
@@ -90,6 +100,7 @@ OPERATIONS: list[tuple[str, Callable[..., None], bool]] = [
     ("rows", copying, True),
     ("weight_grad", products, True),
     ("adam", steps, True),
+    ("first_step", first_steps, True),
 ]
 
 

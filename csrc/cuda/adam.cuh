@@ -83,25 +83,34 @@ struct CurrentItem {
 template <class T>
 using Registers = T[kPerThread];
 
-// The arithmetic of a step, beginning with the gradients as stored.
+// The arithmetic of a step, beginning with the gradients as stored. `originals` fills in those of the entries.
+template <class T, int count, class Originals>
+__device__ __forceinline__ void step_entries(AdamScalars<T> scalars, bool anchored, bool amsgrad, T (&p)[count],
+                                             T (&g)[count], T (&m)[count], T (&v)[count], T (&v_max)[count],
+                                             const Originals& originals) {
+  if (scalars.grad_scale != 1) unscale_loop(g, g, count, scalars.grad_scale);
+  if (anchored && scalars.pulls) {
+    T original[count];
+    originals(original);
+#pragma unroll
+    for (int e = 0; e < count; ++e)
+      pull_entry(p[e], g[e], original[e], scalars, scalars.decay != 0, scalars.pull_l1, scalars.pull_decoupled);
+    scalars = after_pull(scalars);
+  }
+#pragma unroll
+  for (int e = 0; e < count; ++e)
+    adam_entry(p[e], g[e], m[e], v[e], v_max[e], scalars, scalars.decay != 0, amsgrad);
+}
+
+// Likewise, with the originals of a tensor.
 template <class T>
 __device__ __forceinline__ void step_entries(const CurrentItem<T>& now, Registers<T>& p, Registers<T>& g,
                                              Registers<T>& m, Registers<T>& v, Registers<T>& v_max, bool amsgrad,
                                              const Numbers& number, const Flags& valid) {
   const AdamItem& item = now.item;
-  AdamScalars<T> scalars = now.scalars;
-  if (scalars.grad_scale != 1) unscale_loop(g, g, kPerThread, scalars.grad_scale);
-  if (item.original && scalars.pulls) {
-    Registers<T> original;
+  step_entries(now.scalars, item.original != 0, amsgrad, p, g, m, v, v_max, [&](Registers<T>& original) {
     read_any(original, sizeof(T) == 8 ? kFloat64 : kFloat32, item.original, number, valid);
-#pragma unroll
-    for (int e = 0; e < kPerThread; ++e)
-      pull_entry(p[e], g[e], original[e], scalars, scalars.decay != 0, scalars.pull_l1, scalars.pull_decoupled);
-    scalars = after_pull(scalars);
-  }
-#pragma unroll
-  for (int e = 0; e < kPerThread; ++e)
-    adam_entry(p[e], g[e], m[e], v[e], v_max[e], scalars, scalars.decay != 0, amsgrad);
+  });
 }
 
 // A tile of a tensor of any kind but kAny.
@@ -168,15 +177,14 @@ __device__ __forceinline__ void add_compensation(const AdamItem& item, float& p,
 }
 __device__ __forceinline__ void add_compensation(const AdamItem&, double&, int64_t) {}
 
-__device__ __forceinline__ void round_param(const CurrentItem<float>& now, float& p, int64_t entry) {
-  const AdamItem& item = now.item;
+__device__ __forceinline__ void round_param(const AdamItem& item, const RandomKeys& keys, float& p, int64_t entry) {
   const bool brain = item.weight_dtype == kBFloat16;
-  if (item.stochastic && brain) stochastic_loop<stochastic_bfloat16>(&p, entry, 1, now.keys);
-  if (item.stochastic && !brain) stochastic_loop<stochastic_float16>(&p, entry, 1, now.keys);
+  if (item.stochastic && brain) stochastic_loop<stochastic_bfloat16>(&p, entry, 1, keys);
+  if (item.stochastic && !brain) stochastic_loop<stochastic_float16>(&p, entry, 1, keys);
   if (item.compensation && brain) compensated_loop<BFloat16>(&p, at<BFloat16>(item.compensation) + entry, 1);
   if (item.compensation && !brain) compensated_loop<Float16>(&p, at<Float16>(item.compensation) + entry, 1);
 }
-__device__ __forceinline__ void round_param(const CurrentItem<double>&, double&, int64_t) {}
+__device__ __forceinline__ void round_param(const AdamItem&, const RandomKeys&, double&, int64_t) {}
 
 // Four entries of any tensor.
 template <class T>
@@ -205,7 +213,7 @@ __device__ __forceinline__ void update_any(const CurrentItem<T>& now, const Entr
   if (!item.weight) return;
 #pragma unroll
   for (int e = 0; e < kPerThread; ++e)
-    if (valid[e]) round_param(now, p[e], number[e]);
+    if (valid[e]) round_param(item, now.keys, p[e], number[e]);
   write_any(item.weight_dtype, item.weight, p, place.weight, valid);
 }
 
@@ -227,12 +235,11 @@ __device__ __forceinline__ void update_tile(const CurrentItem<T>& now, int64_t t
 }
 
 // The item that a tile belongs to: the last one whose first tile is not after it. All threads of the block call this.
-__device__ __forceinline__ int64_t item_of(const AdamTable& table, int64_t tile) {
-  const int64_t* first_tiles = table.first_tiles();
+__device__ __forceinline__ int64_t item_of(const int64_t* first_tiles, int64_t count, int64_t tile) {
   int64_t item = -1;
-  for (int64_t i = 0; i < table.count; i += blockDim.x) {
+  for (int64_t i = 0; i < count; i += blockDim.x) {
     const int64_t mine = i + threadIdx.x;
-    item += __syncthreads_count(mine < table.count && first_tiles[mine] <= tile);
+    item += __syncthreads_count(mine < count && first_tiles[mine] <= tile);
   }
   return item;
 }
@@ -244,11 +251,17 @@ __device__ __forceinline__ void begin_item(const AdamStep& step, int64_t number,
   const AdamItem& item = step.table.items()[number];
   if (threadIdx.x % kWarp == 0 && threadIdx.x < 2 * kWarp) {
     const bool first = threadIdx.x == 0;
-    corrections[first ? 0 : 1] = 1 - power(first ? step.hyper.beta1 : step.hyper.beta2, step_number(item));
+    const double beta = step.rates ? step.rates[first ? 1 : 2] : first ? step.hyper.beta1 : step.hyper.beta2;
+    corrections[first ? 0 : 1] = 1 - power(beta, step_number(item));
   }
   __syncthreads();  // and no thread still uses the previous item
   if (threadIdx.x == 0) {
     AdamHyperparameters hyper = step.hyper;
+    if (step.rates) {
+      hyper.lr = step.rates[0];
+      hyper.beta1 = step.rates[1];
+      hyper.beta2 = step.rates[2];
+    }
     hyper.grad_scale = step.grad_scale ? *step.grad_scale : 1.0;
     now->item = item;
     now->scalars = scalars<T>(hyper, corrections[0], corrections[1]);
@@ -274,7 +287,7 @@ __device__ __forceinline__ void adam_step(const AdamStep& step) {
   const int64_t begin = tiles * blockIdx.x / gridDim.x;
   const int64_t end = skipped ? begin : tiles * (blockIdx.x + 1) / gridDim.x;
 
-  int64_t number = begin < end ? item_of(table, begin) : 0;
+  int64_t number = begin < end ? item_of(first_tiles, table.count, begin) : 0;
   for (int64_t tile = begin; tile < end;) {
     while (first_tiles[number + 1] <= tile) ++number;
     begin_item(step, number, now, corrections);

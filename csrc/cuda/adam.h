@@ -30,6 +30,7 @@ struct AdamStep {
   AdamHyperparameters hyper;
   const float* grad_scale;  // or null
   const float* found_inf;   // or null
+  const double* rates;      // or null: lr, beta1 and beta2, in place of those in hyper
 };
 
 // A part of a table on its way to the device, as a kernel's parameter. Unlike a copy, this needs no pinned memory that

@@ -22,6 +22,20 @@ __device__ __forceinline__ unsigned char* shared_memory() {
 #endif
 }
 
+// The same address, but the compiler learns that it is in global memory: otherwise every access would test for that.
+template <class T>
+__device__ __forceinline__ T* at(int64_t address) {
+#ifdef __CUDACC__
+  return static_cast<T*>(__cvta_global_to_generic(static_cast<size_t>(address)));
+#else
+  return reinterpret_cast<T*>(static_cast<intptr_t>(address));
+#endif
+}
+template <class T>
+__device__ __forceinline__ T* in_global_memory(T* address) {
+  return at<T>(static_cast<int64_t>(reinterpret_cast<intptr_t>(address)));
+}
+
 __device__ __forceinline__ unsigned lane_number() { return threadIdx.x % kWarp; }
 __device__ __forceinline__ unsigned lanes_before() { return (1u << lane_number()) - 1; }
 

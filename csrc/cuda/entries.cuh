@@ -10,16 +10,6 @@
 
 namespace gradsel {
 
-template <class T>
-__device__ __forceinline__ T* at(int64_t address) {
-#ifdef __CUDACC__
-  // The same address, but the compiler learns that it is in global memory: otherwise every access would test for that.
-  return static_cast<T*>(__cvta_global_to_generic(static_cast<size_t>(address)));
-#else
-  return reinterpret_cast<T*>(static_cast<intptr_t>(address));
-#endif
-}
-
 using Numbers = int64_t[kPerThread];
 using Flags = bool[kPerThread];
 
@@ -145,7 +135,24 @@ __device__ __forceinline__ void with_dtype(int64_t dtype, const Body& body) {
   }
 }
 
-// The same for any dtype, converted at once.
+// The same for any dtype, converted at once: one number, or four.
+
+template <class T>
+__device__ __forceinline__ T read_one(int64_t dtype, int64_t address, int64_t offset) {
+  T to;
+  with_dtype(dtype, [&](auto* typed) {
+    to = convert<T>(at<const std::remove_pointer_t<decltype(typed)>>(address)[offset]);
+  });
+  return to;
+}
+
+template <class T>
+__device__ __forceinline__ void write_one(int64_t dtype, int64_t address, T from, int64_t offset) {
+  with_dtype(dtype, [&](auto* typed) {
+    using Stored = std::remove_pointer_t<decltype(typed)>;
+    at<Stored>(address)[offset] = convert<Stored>(from);
+  });
+}
 
 template <class T>
 __device__ __forceinline__ void read_any(T (&to)[kPerThread], int64_t dtype, int64_t address, const Numbers& offset,

@@ -11,6 +11,15 @@
   X(gradsel_topk_many_16)       \
   X(gradsel_topk_many_32)       \
   X(gradsel_topk_many_64)       \
+  X(gradsel_topk_adam_one_16)   \
+  X(gradsel_topk_adam_one_32)   \
+  X(gradsel_topk_adam_one_64)   \
+  X(gradsel_topk_adam_few_16)   \
+  X(gradsel_topk_adam_few_32)   \
+  X(gradsel_topk_adam_few_64)   \
+  X(gradsel_topk_adam_many_16)  \
+  X(gradsel_topk_adam_many_32)  \
+  X(gradsel_topk_adam_many_64)  \
   X(gradsel_write_table)        \
   X(gradsel_adam_step_32)       \
   X(gradsel_adam_step_64)

@@ -1,6 +1,7 @@
 // All device code, in one file for one fatbin.
 #include "cuda/adam.cuh"
 #include "cuda/topk.cuh"
+#include "cuda/topk_adam.cuh"
 
 // Named after a hash of the sources, by which the extension knows its own kernels.
 #ifdef GRADSEL_SOURCE

@@ -10,6 +10,10 @@
 // Keys are magnitudes as integers. All NaNs count as one key just above infinity's, but comparisons with a bound need
 // no such clamping, because no bound is above that key. Columns past the end of a row have the key 0, and lose ties
 // because their numbers are the highest.
+//
+// The functions take the number of their block within the matrix, and its shared memory, because another kernel can
+// select in several matrices. Each entry that is chosen is handed to `each`, by one thread: its row, its position among
+// the row's entries and its column.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -82,12 +86,12 @@ struct Place {
   int warp, part, parts, begin, end;
   bool inside;
 
-  __device__ __forceinline__ explicit Place(const TopK& p) {
+  __device__ __forceinline__ Place(const TopK& p, int64_t block) {
     const int shift = p.log2_warps, all = blockDim.x / kWarp;
     warp = static_cast<int>(threadIdx.x / kWarp);
     parts = 1 << shift;
     part = warp & (parts - 1);
-    row = static_cast<int64_t>(blockIdx.x) * (all >> shift) + (warp >> shift);
+    row = block * (all >> shift) + (warp >> shift);
     inside = row < p.rows;
     const int chunks = static_cast<int>((p.cols + Chunk<Raw>::kColumns - 1) / Chunk<Raw>::kColumns);
     begin = (chunks * part) >> shift;
@@ -102,7 +106,7 @@ __device__ __forceinline__ void store_bits(const TopK& p, int64_t row, const uin
     uint32_t word = 0;
     for (int i = 0; i < p.k; ++i)
       if (cols[i] / 32 == w) word |= 1u << (cols[i] % 32);
-    p.bits[row * words + w] = word;
+    in_global_memory(p.bits)[row * words + w] = word;
   }
 }
 
@@ -113,10 +117,10 @@ __device__ __forceinline__ void reduce_to_best(Key& key, uint32_t& col) {
   key = best;
 }
 
-template <class Raw>
-__device__ __forceinline__ void topk_one(const TopK& p) {
+template <class Raw, class Each>
+__device__ __forceinline__ void topk_one(const TopK& p, int64_t block, unsigned char* shared, const Each& each) {
   using Key = typename KeyOf<Raw>::Type;
-  const Place<Raw> place(p);
+  const Place<Raw> place(p, block);
   const Raw* row = row_of<Raw>(p, place.row);
   const Key nan = static_cast<Key>(p.nan);
   Key best = 0;
@@ -137,7 +141,7 @@ __device__ __forceinline__ void topk_one(const TopK& p) {
   reduce_to_best(best, best_col);
 
   if (place.parts > 1) {
-    Key* keys = reinterpret_cast<Key*>(shared_memory());
+    Key* keys = reinterpret_cast<Key*>(shared);
     uint32_t* cols = reinterpret_cast<uint32_t*>(keys + blockDim.x / kWarp);
     if (lane_number() == 0) {
       keys[place.warp] = best;
@@ -150,8 +154,9 @@ __device__ __forceinline__ void topk_one(const TopK& p) {
     reduce_to_best(best, best_col);
   }
   if (!place.inside || place.part != 0) return;
-  if (lane_number() == 0) p.out[place.row] = static_cast<int32_t>(best_col);
+  if (lane_number() == 0) in_global_memory(p.out)[place.row] = static_cast<int32_t>(best_col);
   if (p.bits) store_bits(p, place.row, &best_col);
+  if (lane_number() == 0) each(place.row, 0, best_col);
 }
 
 // The middle between two keys, rounded up.
@@ -170,8 +175,8 @@ struct Candidates {
   int count = 0;
   Key bound = 0;  // no smaller key can be one of the K largest
 
-  __device__ __forceinline__ explicit Candidates(int warp) {
-    unsigned char* mine = shared_memory() + static_cast<unsigned>(warp) * kCandidates * (sizeof(Key) + 4);
+  __device__ __forceinline__ Candidates(unsigned char* shared, int warp) {
+    unsigned char* mine = shared + static_cast<unsigned>(warp) * kCandidates * (sizeof(Key) + 4);
     keys = reinterpret_cast<Key*>(mine);
     cols = reinterpret_cast<uint32_t*>(mine + kCandidates * sizeof(Key));
   }
@@ -324,13 +329,13 @@ __device__ __forceinline__ bool add_chunk(const TopK& p, const Raw* row, int64_t
   return true;
 }
 
-template <class Raw>
-__device__ __forceinline__ void topk_few(const TopK& p) {
+template <class Raw, class Each>
+__device__ __forceinline__ void topk_few(const TopK& p, int64_t block, unsigned char* shared, const Each& each) {
   using Key = typename KeyOf<Raw>::Type;
-  const Place<Raw> place(p);
+  const Place<Raw> place(p, block);
   const Raw* row = row_of<Raw>(p, place.row);
   const Key nan = static_cast<Key>(p.nan);
-  Candidates<Key> list(place.warp);
+  Candidates<Key> list(shared, place.warp);
   for (int c = place.begin; c < place.end; ++c) {
     const int64_t first = static_cast<int64_t>(c) * Chunk<Raw>::kColumns;
     Chunk<Raw> chunk;
@@ -342,11 +347,11 @@ __device__ __forceinline__ void topk_few(const TopK& p) {
   if (list.count > p.k) list.keep_best(p.k, nan);
 
   if (place.parts > 1) {  // lists of higher columns are added to the first part's one by one
-    int* counts = reinterpret_cast<int*>(shared_memory() + blockDim.x / kWarp * kCandidates * (sizeof(Key) + 4));
+    int* counts = reinterpret_cast<int*>(shared + blockDim.x / kWarp * kCandidates * (sizeof(Key) + 4));
     if (lane_number() == 0) counts[place.warp] = list.count;
     __syncthreads();
     for (int w = 1; place.inside && place.part == 0 && w < place.parts; ++w) {
-      const Candidates<Key> other(place.warp + w);
+      const Candidates<Key> other(shared, place.warp + w);
       const int count = counts[place.warp + w];
       for (int i = 0; i < count; i += static_cast<int>(kWarp)) {
         const int slot = i + static_cast<int>(lane_number());
@@ -359,21 +364,26 @@ __device__ __forceinline__ void topk_few(const TopK& p) {
   }
   if (!place.inside || place.part != 0) return;
   __syncwarp();
+  if (p.bits) store_bits(p, place.row, list.cols);
   for (int i = static_cast<int>(lane_number()); i < p.k; i += static_cast<int>(kWarp)) {
     const uint32_t col = list.cols[i];
     int position = 0;
     for (int j = 0; j < p.k; ++j) position += list.cols[j] < col;
-    p.out[place.row * p.k + position] = static_cast<int32_t>(col);
+    in_global_memory(p.out)[place.row * p.k + position] = static_cast<int32_t>(col);
+    each(place.row, position, col);
   }
-  if (p.bits) store_bits(p, place.row, list.cols);
 }
+
+struct Nothing {
+  __device__ __forceinline__ void operator()(int64_t, int, uint32_t) const {}
+};
 
 }  // namespace gradsel
 
 #define GRADSEL_TOPK(kind, size, threads, blocks)                                                    \
   extern "C" __global__ void __launch_bounds__(threads, blocks)                                      \
       gradsel_topk_##kind##_##size(const gradsel::TopK p) {                                          \
-    gradsel::topk_##kind<uint##size##_t>(p);                                                         \
+    gradsel::topk_##kind<uint##size##_t>(p, blockIdx.x, gradsel::shared_memory(), gradsel::Nothing{}); \
   }
 GRADSEL_TOPK(one, 16, gradsel::kTopKThreads, 7)
 GRADSEL_TOPK(one, 32, gradsel::kTopKThreads, 7)

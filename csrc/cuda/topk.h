@@ -1,7 +1,7 @@
 // The parameters of the top-K kernels for GPUs.
 #pragma once
 
-#include <cstdint>
+#include "common/numbers.h"
 
 namespace gradsel {
 
@@ -25,5 +25,17 @@ struct TopK {
   int log2_warps;  // of how many warps share a row: 1, 2 or 4
   bool vectors;    // rows are contiguous, and all begin at an address divisible by 16
 };
+
+GRADSEL_INLINE int64_t bytes_of(Dtype dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
+
+// The magnitude, as an integer, that stands for every NaN: infinity's plus one.
+GRADSEL_INLINE uint64_t nan_key(Dtype dtype) {
+  switch (dtype) {
+    case kFloat64: return 0x7ff0000000000001;
+    case kBFloat16: return 0x7f81;
+    case kFloat16: return 0x7c01;
+    default: return 0x7f800001;
+  }
+}
 
 }  // namespace gradsel

@@ -24,7 +24,7 @@ __device__ __forceinline__ typename KeyOf<Raw>::Type magnitude(Raw raw) {
 
 template <class Raw>
 __device__ __forceinline__ const Raw* row_of(const TopK& p, int64_t row) {
-  return static_cast<const Raw*>(p.grad) + row * p.row_stride;
+  return in_global_memory(static_cast<const Raw*>(p.grad)) + row * p.row_stride;
 }
 
 // Sums over the threads of a block before this one, and over all; `sums` has room for one number a warp.
@@ -44,15 +44,14 @@ __device__ __forceinline__ unsigned block_sum_before(unsigned x, unsigned* sums,
 }
 
 // Finds the K-th key 8 bits at a time, from the top, by counting the next digit of the keys that begin as it does.
-template <class Raw>
-__device__ __forceinline__ void topk_many(const TopK& p) {
+template <class Raw, class Each>
+__device__ __forceinline__ void topk_many(const TopK& p, int64_t number, unsigned char* shared, const Each& each) {
   using Key = typename KeyOf<Raw>::Type;
   constexpr unsigned kDigits = 256;
-  unsigned* histogram = reinterpret_cast<unsigned*>(shared_memory());
+  unsigned* histogram = reinterpret_cast<unsigned*>(shared);
   unsigned* sums = histogram + kDigits;  // one a warp
   Key* shared_key = reinterpret_cast<Key*>(sums + kWarp);
   unsigned* shared_wanted = reinterpret_cast<unsigned*>(shared_key + 1);
-  const int64_t number = blockIdx.x;
   const Raw* row = row_of<Raw>(p, number);
   const Key nan = static_cast<Key>(p.nan);
 
@@ -90,9 +89,10 @@ __device__ __forceinline__ void topk_many(const TopK& p) {
     const unsigned rank = equal_before + block_sum_before(equal, sums, &equals);
     const bool chosen = col < p.cols && (key > kth || (equal && rank < wanted));
     const unsigned slot = chosen_before + block_sum_before(chosen, sums, &chosens);
-    if (chosen) p.out[number * p.k + slot] = static_cast<int32_t>(col);
+    if (chosen) in_global_memory(p.out)[number * p.k + slot] = static_cast<int32_t>(col);
     const unsigned word = __ballot_sync(kAllLanes, chosen);
-    if (p.bits && lane_number() == 0 && col < p.cols) p.bits[number * words + col / 32] = word;
+    if (p.bits && lane_number() == 0 && col < p.cols) in_global_memory(p.bits)[number * words + col / 32] = word;
+    if (chosen) each(number, static_cast<int>(slot), static_cast<uint32_t>(col));
     equal_before += equals;
     chosen_before += chosens;
   }

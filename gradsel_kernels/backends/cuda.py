@@ -1,4 +1,4 @@
-"""CUDA C++ for CUDA tensors: row-wise top-K and masked Adam, from csrc/cuda.
+"""CUDA C++ for CUDA tensors: row-wise top-K, masked Adam, and both fused, from csrc/cuda.
 
 The other operators come from Triton or, without Triton, from the specification. The kernels are in a fatbin that
 setup.py makes where it finds nvcc; ``gradsel_kernels._C`` launches them.
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from gradsel_kernels._checks import words
 from gradsel_kernels._streams import is_capturing, stream_of
-from gradsel_kernels.adam_call import AdamCall, AdamOptions, entry
+from gradsel_kernels.adam_call import AdamCall, AdamOptions
+from gradsel_kernels.adam_item import CODES
 from gradsel_kernels.adam_table import AdamTable, table_of
 from gradsel_kernels.backends import native, reference, triton
 
@@ -33,14 +34,6 @@ if _off is None:
             "install nvidia-cuda-nvcc), then install again from the checkout: pip install --force-reinstall --no-deps ."
         )
 
-#: The magnitude, as an integer, that stands for every NaN: infinity's plus one.
-_NAN = {
-    torch.float32: 0x7F800001,
-    torch.bfloat16: 0x7F81,
-    torch.float16: 0x7C01,
-    torch.float64: 0x7FF0000000000001,
-}
-
 
 def why_off(device: torch.device) -> str | None:
     if device.type != "cuda":
@@ -53,7 +46,7 @@ def why_off(device: torch.device) -> str | None:
 
 
 def about() -> str:
-    return "CUDA C++ for top-K and masked Adam, Triton for the rest"
+    return "CUDA C++ for top-K and masked Adam, apart and fused, Triton for the rest"
 
 
 def topk_rows(grad: Tensor, k: int) -> Tensor:
@@ -69,15 +62,9 @@ def topk_rows_bits(grad: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def _topk(grad: Tensor, k: int, bits: Tensor | None) -> Tensor:
     rows, n = grad.shape
     cols = torch.empty((rows, min(k, n)), dtype=torch.int32, device=grad.device)
-    _topk_into(grad, cols, bits)
-    return cols
-
-
-def _topk_into(grad: Tensor, cols: Tensor, bits: Tensor | None) -> None:
     _C.cuda_topk_rows(
         grad.data_ptr(),
-        grad.element_size(),
-        _NAN[grad.dtype],
+        CODES[grad.dtype],
         *grad.shape,
         *grad.stride(),
         cols.shape[1],
@@ -86,6 +73,7 @@ def _topk_into(grad: Tensor, cols: Tensor, bits: Tensor | None) -> None:
         grad.device.index or 0,
         stream_of(grad.device),
     )
+    return cols
 
 
 def masked_adam_(call: AdamCall, options: AdamOptions) -> None:
@@ -114,24 +102,34 @@ def adam_of_table(table: AdamTable, call: AdamCall, options: AdamOptions) -> Non
             *options,
             _address(call.grad_scale),
             _address(call.found_inf),
+            _address(call.rates),
             device.index or 0,
             stream,
         )
 
 
 def topk_masked_adam_(call: AdamCall, options: AdamOptions, bits: list[Tensor]) -> None:
-    """One launch of top-K for each tensor, then one of Adam for all: what they have in common is not fused here.
+    """One launch for all tensors whose gradients have elements of one size, and whose K is 1, or up to 64, or more.
 
-    Adam reads the selected entries of gradients only, so the gradients as a whole are read once.
+    Like :func:`masked_adam_` it never waits for the device, and can be captured.
     """
-    zeros = [*call.exp_avgs, *call.exp_avg_sqs, *call.max_exp_avg_sqs, *call.steps, *call.compensations]
-    torch._foreach_zero_(zeros)
-    for i, (weight, grad, cols) in enumerate(zip(call.weights, call.grads, call.indices, strict=True)):
-        _topk_into(grad, cols, bits[i] if bits else None)
-        for copy in (entry(call.values, i), entry(call.originals, i)):
-            if copy is not None:
-                copy.copy_(gather_rows(weight, cols))
-    masked_adam_(call, options)
+    device = call.weights[0].device
+    index, stream = device.index or 0, stream_of(device)
+    table = AdamTable(call)
+    launches = _C.cuda_topk_adam_launches(table.address, len(table.items), [b.data_ptr() for b in bits], index)
+    for kernel, content, *sizes in launches:
+        memory = torch.empty(len(content) // 8, dtype=torch.int64, device=device)
+        _C.cuda_write_table(content, memory.data_ptr(), index, stream)
+        _C.cuda_topk_adam(
+            kernel,
+            memory.data_ptr(),
+            *sizes,
+            *options,
+            _address(call.grad_scale),
+            _address(call.found_inf),
+            index,
+            stream,
+        )
 
 
 def _address(tensor: Tensor | None) -> int:

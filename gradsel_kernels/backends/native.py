@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gradsel_kernels import panels
 from gradsel_kernels._checks import sum_dtype, words
-from gradsel_kernels.adam_call import AdamCall, AdamOptions
+from gradsel_kernels.adam_call import AdamCall, AdamOptions, read_rates
 from gradsel_kernels.adam_item import CODES, ITEM_LAYOUT
 from gradsel_kernels.adam_table import AdamTable, table_of
 
@@ -248,6 +248,7 @@ def masked_adam_(call: AdamCall, options: AdamOptions) -> None:
 
 
 def adam_of_table(table: AdamTable, call: AdamCall, options: AdamOptions) -> None:
+    options = read_rates(call, options)
     if call.found_inf is not None and call.found_inf.item() != 0:
         return
     scale = 1.0 if call.grad_scale is None else call.grad_scale.item()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from gradsel_kernels import _adam_checks, reference
-from gradsel_kernels.adam_call import AdamCall, AdamOptions
+from gradsel_kernels.adam_call import AdamCall, AdamOptions, read_rates
 from gradsel_kernels.reference import (
     gather_rows,
     pack_bits,
@@ -46,4 +46,4 @@ def about() -> str:
 
 def masked_adam_(call: AdamCall, options: AdamOptions) -> None:
     _adam_checks.masked_adam_(call)
-    reference.masked_adam_(call, options)
+    reference.masked_adam_(call, read_rates(call, options))

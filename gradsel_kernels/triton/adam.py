@@ -6,7 +6,7 @@ kernels do its step: one counts the steps and computes bias corrections, the oth
 
 from __future__ import annotations
 
-import itertools
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,15 +14,14 @@ import triton
 from torch import Tensor
 
 from gradsel_kernels._checks import Layout, sum_dtype
-from gradsel_kernels._streams import is_capturing, stream_of
 from gradsel_kernels.adam_call import AdamCall, AdamOptions
-from gradsel_kernels.adam_item import CODES, ITEM_WORDS, AdamItem
+from gradsel_kernels.adam_item import CODES, AdamItem
 from gradsel_kernels.adam_table import AdamTable, table_of
 from gradsel_kernels.triton import adam_device as device_code
+from gradsel_kernels.triton import device_tables
 from gradsel_kernels.triton.common import TRITON_DTYPES, on_device
+from gradsel_kernels.triton.device_tables import ENTRIES, Prepared
 
-#: Entries of one tile, 4 a thread: vectors of 16 bytes, and so few registers that occupancy hides scattered reads.
-ENTRIES = 512
 WARPS = 4
 #: Tensors whose steps one program counts.
 STEPS = 32
@@ -47,15 +46,6 @@ class _Bucket(NamedTuple):
     has_values: bool
     rounding: int
     aligned: bool
-
-
-class _Prepared(NamedTuple):
-    """A bucket ready to launch: its table, the tensor of every tile (int32), and the number of tensors."""
-
-    bucket: _Bucket
-    table: Tensor
-    tiles: Tensor
-    tensors: int
 
 
 def _is_contiguous(item: AdamItem, row_stride: int, col_stride: int) -> bool:
@@ -88,49 +78,32 @@ def _bucket(item: AdamItem, anchored: bool) -> _Bucket:
     )
 
 
-def _to_device(numbers: Tensor, device: torch.device) -> Tensor:
-    """A copy for which the host does not wait; torch keeps the pinned source until it is done."""
-    return numbers if device.type == "cpu" else numbers.pin_memory().to(device, non_blocking=True)
-
-
-def _prepare(table: AdamTable, anchored: bool, device: torch.device) -> list[_Prepared]:
+def _bucket_tables(table: AdamTable, anchored: bool) -> list[tuple[_Bucket, list[int]]]:
+    """The buckets of a table, each with the numbers of its tensors."""
     buckets: dict[_Bucket, list[int]] = {}
     for i, item in enumerate(table.items):
         buckets.setdefault(_bucket(item, anchored), []).append(i)
-    words = torch.frombuffer(table.words, dtype=torch.int64).view(-1, ITEM_WORDS)
-    prepared = []
-    for bucket, members in buckets.items():
-        counts = [triton.cdiv(table.items[i].nnz, ENTRIES) for i in members]
-        first_tiles = list(itertools.accumulate(counts, initial=0))[:-1]
-        lines = torch.cat([words[members], torch.tensor(first_tiles).unsqueeze(1)], dim=1)
-        tiles = torch.repeat_interleave(torch.arange(len(counts), dtype=torch.int32), torch.tensor(counts))
-        prepared.append(_Prepared(bucket, _to_device(lines, device), _to_device(tiles, device), len(members)))
-    return prepared
+    return list(buckets.items())
 
 
 def masked_adam_(call: AdamCall, options: AdamOptions) -> None:
     """One step on every tensor: two launches a bucket. Never waits for the device.
 
     Describing 150 tensors takes the host longer than their step takes the device, so what was prepared for the same
-    addresses on the same stream is used again.
+    addresses on the same stream is used again. A step like one that has been made can be captured in a CUDA graph, see
+    :mod:`gradsel_kernels.triton.device_tables`.
     """
     adam_of_table(table_of(call), call, options)
 
 
 def adam_of_table(table: AdamTable, call: AdamCall, options: AdamOptions) -> None:
-    device = call.exp_avgs[0].device
-    if is_capturing(device):
-        raise RuntimeError(
-            "Triton's masked_adam_ cannot be captured in a CUDA graph: the addresses of its tensors are copied from "
-            "the host. Capture forward and backward and step outside the graph, or use the kernel in CUDA C++, which "
-            "can be captured: gradsel_kernels.use_backend('cuda')"
-        )
     anchored = bool(call.originals) and options.anchor != 0
     scalars, flags = _scalars(options, anchored)
     flags["AMSGRAD"] = bool(call.max_exp_avg_sqs)
+    given = tuple(optional is not None for optional in (call.grad_scale, call.found_inf, call.rates))
     with on_device(call.exp_avgs[0]):
-        key = (stream_of(device), anchored, table.words.tobytes())
-        for prepared in table.prepared(key, lambda: _prepare(table, anchored, device)):
+        buckets = partial(_bucket_tables, table, anchored)
+        for prepared in device_tables.of(table, (*flags.values(), *given), buckets, call.exp_avgs[0]):
             _launch(prepared, call, options, scalars, flags)
 
 
@@ -144,7 +117,7 @@ def _scalars(options: AdamOptions, anchored: bool) -> tuple[tuple[float, ...], d
     anchor_mode, pull = device_code.NO_ANCHOR, 0.0
     if anchored:
         l1 = options.anchor_l1
-        anchor_mode, pull = device_code.L1_ANCHOR if l1 else device_code.L2_ANCHOR, options.anchor * (1 if l1 else 2)
+        anchor_mode, pull = device_code.L1_ANCHOR if l1 else device_code.L2_ANCHOR, _pull(options)
         if options.anchor_decoupled:
             anchor_mode = device_code.DECOUPLED_L1_ANCHOR if l1 else device_code.DECOUPLED_L2_ANCHOR
             pull *= options.lr
@@ -152,25 +125,53 @@ def _scalars(options: AdamOptions, anchored: bool) -> tuple[tuple[float, ...], d
     return (1 - options.beta1, options.beta2, 1 - options.beta2, options.eps, decay, pull), flags
 
 
+def _pull(options: AdamOptions) -> float:
+    """The factor of the gap to the original, or for L1 of its sign, in the gradient."""
+    return options.anchor * (1 if options.anchor_l1 else 2)
+
+
 def advance(
-    table: Tensor, tensors: int, step_dtype: torch.dtype, rounding: int, call: AdamCall, options: AdamOptions
-) -> tuple[Tensor, Tensor | None]:
-    """Counts the steps of a table's tensors; bias corrections, and for stochastic rounding the keys of its numbers."""
+    table: Tensor,
+    tensors: int,
+    step_dtype: torch.dtype,
+    rounding: int,
+    call: AdamCall,
+    options: AdamOptions,
+    flags: dict[str, Any],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Counts the steps of a table's tensors.
+
+    Returns:
+        Their bias corrections; for stochastic rounding the keys of its numbers; and with rates the numbers that the
+        kernel of the step would otherwise be given.
+    """
     corrections = torch.empty((tensors, 2), dtype=torch.float64, device=table.device)
     stochastic = rounding == device_code.STOCHASTIC.value
     keys = torch.empty(tensors, dtype=torch.int64, device=table.device) if stochastic else None
+    scalars = None
+    decoupled_decay = decoupled_pull = False
+    decay = pull = 0.0
+    if call.rates is not None:
+        scalars = torch.empty(5, dtype=torch.float64, device=table.device)
+        decay, pull = options.weight_decay, _pull(options)
+        decoupled_decay = flags["DECAY"] == device_code.DECOUPLED_DECAY.value
+        decoupled_pull = options.anchor_decoupled
     device_code.advance[(triton.cdiv(tensors, STEPS),)](
-        table, corrections, keys, call.found_inf, tensors, options.lr, options.beta1, options.beta2,
-        STEP=TRITON_DTYPES[step_dtype], TENSORS=STEPS, num_warps=1, enable_fp_fusion=False,
+        table, corrections, keys, call.found_inf, call.rates, scalars, tensors,
+        options.lr, options.beta1, options.beta2, decay, pull,
+        STEP=TRITON_DTYPES[step_dtype], TENSORS=STEPS, DECOUPLED_DECAY=decoupled_decay, DECOUPLED_PULL=decoupled_pull,
+        num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
-    return corrections, keys
+    return corrections, keys, scalars
 
 
 def _launch(
-    prepared: _Prepared, call: AdamCall, options: AdamOptions, scalars: tuple[float, ...], flags: dict[str, Any]
+    prepared: Prepared, call: AdamCall, options: AdamOptions, scalars: tuple[float, ...], flags: dict[str, Any]
 ) -> None:
-    bucket, table, tiles, tensors = prepared
-    corrections, keys = advance(table, tensors, bucket.step_dtype, bucket.rounding, call, options)
+    bucket, members, table, tiles = prepared
+    corrections, keys, from_rates = advance(
+        table, len(members), bucket.step_dtype, bucket.rounding, call, options, flags
+    )
     total = tiles.numel()
     if not total:
         return
@@ -187,7 +188,7 @@ def _launch(
         **flags,
         **COMPILER_OPTIONS,
     }
-    pointers = (table, tiles, corrections, keys, call.grad_scale, call.found_inf)
+    pointers = (table, tiles, corrections, keys, call.grad_scale, call.found_inf, from_rates)
     device_code.step[(total,)](
         *pointers, *scalars,
         INDEX=TRITON_DTYPES[bucket.index_dtype], LAYOUT=bucket.layout, LINEAR=bucket.linear,

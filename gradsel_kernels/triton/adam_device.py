@@ -150,13 +150,30 @@ def _allowed(valid, found_inf):
 
 @triton.jit(do_not_specialize=["count"])
 def advance(
-    table, corrections, keys, found_inf, count, lr: tl.float64, beta1: tl.float64, beta2: tl.float64,
-    STEP: tl.constexpr, TENSORS: tl.constexpr,
+    table, corrections, keys, found_inf, rates, scalars, count, lr: tl.float64, beta1: tl.float64, beta2: tl.float64,
+    decay: tl.float64, pull: tl.float64,
+    STEP: tl.constexpr, TENSORS: tl.constexpr, DECOUPLED_DECAY: tl.constexpr, DECOUPLED_PULL: tl.constexpr,
 ):  # fmt: skip
     """Counts the steps and writes each tensor's (step size, root of the second correction) in float64.
 
     If there are ``keys``, it also writes the random keys of the step.
+
+    If there are ``rates``, they are read in place of ``lr``, ``beta1`` and ``beta2``, and the numbers that ``step``
+    then finds in ``scalars`` are made of them: ``decay`` is the weight decay, and ``pull`` the factor of the gap, if it
+    is decoupled without ``lr``.
     """
+    if rates is not None:
+        lr = tl.load(rates)
+        beta1 = tl.load(rates + 1)
+        beta2 = tl.load(rates + 2)
+        if tl.program_id(0) == 0:
+            tl.store(scalars, 1.0 - beta1)
+            tl.store(scalars + 1, beta2)
+            tl.store(scalars + 2, 1.0 - beta2)
+            weight_decay = tl.full((), decay, tl.float64)
+            factor = tl.full((), pull, tl.float64)
+            tl.store(scalars + 3, 1.0 - lr * weight_decay if DECOUPLED_DECAY else weight_decay)
+            tl.store(scalars + 4, lr * factor if DECOUPLED_PULL else factor)
     i = tl.program_id(0) * TENSORS + tl.arange(0, TENSORS)
     valid = _allowed(i < count, found_inf)
     address = tl.load(table + i * _FIELDS + _STEP, mask=valid, other=0).to(tl.pointer_type(STEP))
@@ -248,7 +265,7 @@ def _update(
 
 @triton.jit
 def step(
-    table, tiles, corrections, keys, grad_scale, found_inf, lerp_weight: tl.float64, beta2: tl.float64,
+    table, tiles, corrections, keys, grad_scale, found_inf, scalars, lerp_weight: tl.float64, beta2: tl.float64,
     square_weight: tl.float64, eps: tl.float64, decay: tl.float64, pull: tl.float64,
     WEIGHT: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, MOMENT: tl.constexpr, INDEX: tl.constexpr,
     LAYOUT: tl.constexpr, COMPACT: tl.constexpr, LINEAR: tl.constexpr, HAS_WEIGHT: tl.constexpr,
@@ -259,7 +276,14 @@ def step(
     """One tile of a tensor.
 
     COMPACT: the gradient is in mask order. LINEAR: dense tensors have entries at their flat index, row * cols + col.
+    If there are ``scalars``, from ``advance``, they take the place of all numbers but ``eps``.
     """
+    if scalars is not None:
+        lerp_weight = tl.load(scalars)
+        beta2 = tl.load(scalars + 1)
+        square_weight = tl.load(scalars + 2)
+        decay = tl.load(scalars + 3)
+        pull = tl.load(scalars + 4)
     tile = tl.program_id(0)
     tensor = tl.load(tiles + tile)
     item = table + tensor * _FIELDS

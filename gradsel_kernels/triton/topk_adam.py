@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +14,8 @@ from gradsel_kernels.adam_item import ITEM_WORDS, AdamItem
 from gradsel_kernels.adam_table import AdamTable
 from gradsel_kernels.triton import adam
 from gradsel_kernels.triton import adam_device as device_code
-from gradsel_kernels.triton.adam import _to_device
 from gradsel_kernels.triton.common import TRITON_DTYPES, on_device
+from gradsel_kernels.triton.device_tables import lines_and_tiles, refuse_capture, to_device
 from gradsel_kernels.triton.topk import (
     BYTES_IN_REGISTERS,
     RANKED_AT_ONCE,
@@ -85,8 +84,9 @@ def _bucket(call: AdamCall, item: AdamItem, i: int) -> _Bucket:
 
 def topk_masked_adam_(call: AdamCall, options: AdamOptions, bits: list[Tensor]) -> None:
     """Selects, makes states and updates. Never waits for the device."""
-    table = AdamTable(call)
     device = call.weights[0].device
+    refuse_capture("topk_masked_adam_", device)
+    table = AdamTable(call)
     buckets: dict[_Bucket, list[int]] = {}
     for i, item in enumerate(table.items):
         buckets.setdefault(_bucket(call, item, i), []).append(i)
@@ -100,12 +100,10 @@ def topk_masked_adam_(call: AdamCall, options: AdamOptions, bits: list[Tensor]) 
             blocks = [
                 triton.cdiv(call.grads[i].shape[0], bucket.config.rows) * (call.indices[i].numel() > 0) for i in members
             ]
-            first_tiles = list(itertools.accumulate(blocks, initial=0))[:-1]
-            lines = torch.cat([words[members], torch.tensor(first_tiles).unsqueeze(1)], dim=1)
-            tiles = torch.repeat_interleave(torch.arange(len(blocks), dtype=torch.int32), torch.tensor(blocks))
+            lines, tiles = lines_and_tiles(words[members], blocks)
             masks = torch.tensor([bits[i].data_ptr() for i in members] if bits else [0], dtype=torch.int64)
             _launch(
-                bucket, len(members), _to_device(lines, device), _to_device(tiles, device), _to_device(masks, device),
+                bucket, len(members), to_device(lines, device), to_device(tiles, device), to_device(masks, device),
                 call, options, scalars,
                 {**flags, "AMSGRAD": bool(call.max_exp_avg_sqs), "HAS_ORIGINAL": bool(call.originals),
                  "WITH_BITS": bool(bits)},
@@ -123,7 +121,7 @@ def _launch(
     scalars: tuple[float, ...],
     flags: dict[str, Any],
 ) -> None:
-    corrections, keys = adam.advance(table, tensors, torch.float32, bucket.rounding, call, options)
+    corrections, keys, _ = adam.advance(table, tensors, torch.float32, bucket.rounding, call, options, flags)
     if not tiles.numel():
         return
     search = bucket.config

@@ -48,18 +48,23 @@ class Tensors:
 @pytest.fixture
 def writes(emulated, monkeypatch):
     """How many tables are written to the device."""
-    cuda = backend("cuda")
+    return counted(emulated, monkeypatch, "cuda_write_table")
+
+
+def counted(emulated, monkeypatch, function: str) -> list:
+    """The first argument of every call of a function of the emulated device."""
     done = []
 
     class Counting:
         def __getattr__(self, name):
             return getattr(emulated, name)
 
-        def cuda_write_table(self, content, *args):
-            done.append(len(content))
-            return emulated.cuda_write_table(content, *args)
+    def count(first, *args):
+        done.append(first)
+        return getattr(emulated, function)(first, *args)
 
-    monkeypatch.setattr(cuda, "_C", Counting())
+    setattr(Counting, function, staticmethod(count))
+    monkeypatch.setattr(backend("cuda"), "_C", Counting())
     return done
 
 
@@ -110,6 +115,39 @@ def test_a_step_that_overflowed_is_not_counted_and_the_next_one_is(fast):
         )  # fmt: skip
         assert [step.item() for step in ours.steps] == [steps] * 2
         assert all(torch.equal(a, b) for a, b in zip(ours.weights, before, strict=True)) == (steps == 0)
+
+
+@emulated_only
+def test_the_first_step_of_a_model_is_one_launch(fast, emulated, monkeypatch):
+    """One more for each size of the gradients' elements, and for K = 1 and K above 64, which are searched otherwise."""
+    launches = counted(emulated, monkeypatch, "cuda_topk_adam")
+    weights = [torch.randn(3 + i % 4, 66 + i % 50) for i in range(300)]
+    gk.topk_masked_adam_(weights, [weight.cos() for weight in weights], 2, lr=0.1)
+    assert launches == ["gradsel_topk_adam_few_32"]
+    launches.clear()
+    weights += [weight.half() for weight in weights[:2]]
+    gk.topk_masked_adam_(weights, [weight.cos() for weight in weights], [1, 65, *[2] * 300], lr=0.1)
+    assert launches == [f"gradsel_topk_adam_{name}" for name in ("few_16", "few_32", "many_32", "one_32")]
+
+
+@emulated_only
+@pytest.mark.parametrize("k", [1, 5, 70])
+@pytest.mark.parametrize("multiprocessors", [1, 200])
+def test_a_first_step_does_not_depend_on_how_many_warps_share_a_row(fast, emulated, multiprocessors, k):
+    """Short and long rows in one launch, of which each has its own number of warps."""
+    grads = [torch.randint(-9, 9, shape).float() for shape in ((3, 90), (2, 5000), (0, 7), (5, 2100))]
+    results = []
+    for count in (3, multiprocessors):
+        emulated.set_multiprocessors(count)
+        try:
+            weights = [torch.ones(grad.shape) for grad in grads]
+            first = gk.topk_masked_adam_(weights, grads, k, lr=0.1, amsgrad=True, originals=True)
+        finally:
+            emulated.set_multiprocessors(3)
+        results.append([*weights, *(tensor for made in first if made[0] is not None for tensor in made)])
+    assert all(map(torch.equal, *results))
+    for grad, cols in zip(grads, first.cols, strict=True):
+        assert torch.equal(cols, reference.topk_rows(grad, cols.shape[1]))
 
 
 @emulated_only

@@ -12,7 +12,8 @@ from torch import Tensor
 
 import gradsel_kernels as gk
 from gradsel_kernels import Layout, reference
-from gradsel_kernels.backends import cuda
+from gradsel_kernels._ops import OPS
+from gradsel_kernels.adam_item import CODES
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("GRADSEL_EMULATE_CUDA") != "1", reason="runs in the process that test_emulated.py starts"
@@ -49,7 +50,7 @@ def test_topk(emulated, guarded, dtype, at_end):
             cols = guarded(torch.full((rows, k), -1, dtype=torch.int32), at_end=at_end)
             bits = guarded(torch.full((rows, (n + 31) // 32), -1, dtype=torch.int32), at_end=at_end)
             emulated.cuda_topk_rows(
-                grad.data_ptr(), grad.element_size(), cuda._NAN[dtype], rows, n, *grad.stride(), k,
+                grad.data_ptr(), CODES[dtype], rows, n, *grad.stride(), k,
                 cols.data_ptr(), bits.data_ptr(), 0, 0,
             )  # fmt: skip
             expected = reference.topk_rows_bits(grad, k)
@@ -87,3 +88,43 @@ def test_masked_adam(fast, guarded, dtype, layout, at_end):
                 gk.masked_adam_(*([tensor] for tensor in tensors), indices=[index], **options)
             for found, expected in zip(here, tensors, strict=True):
                 torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("at_end", [False, True], ids=["at the start", "at the end"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_topk_masked_adam(fast, emulated, guarded, dtype, at_end):
+    """All that the operator writes lies at a page that cannot be touched."""
+    state = torch.float64 if dtype is torch.float64 else torch.float32
+    half = dtype in (torch.bfloat16, torch.float16)
+    for rows, n in ((1, 1), (3, 33), (2, 1025), (5, 200)):
+        for k in (1, 3, 66):
+            if k > n:
+                continue
+            shape = (rows, k)
+            grad = guarded(torch.randn(rows, n, dtype=torch.float64).to(dtype), at_end=at_end)
+            weight = torch.randn(rows, n, dtype=torch.float64).to(dtype)
+            expected = weight.clone()
+            here = guarded(weight, at_end=at_end)
+            made = [guarded(torch.full(shape, 9, dtype=state), at_end=at_end) for _ in range(4)]
+            lost = [guarded(torch.full(shape, 9, dtype=dtype), at_end=at_end)] if half else None
+            step, cols, bits = (
+                guarded(torch.full(size, 9, dtype=kind), at_end=at_end)
+                for size, kind in (((), torch.float32), (shape, torch.int32), ((rows, (n + 31) // 32), torch.int32))
+            )
+            OPS.topk_masked_adam_.default(
+                [here], [], [grad], *([tensor] for tensor in made), [step], [cols], [bits], lr=0.1, beta1=0.9,
+                beta2=0.99, eps=1e-8, weight_decay=0.1, decoupled_weight_decay=True, maximize=False, anchor=0.1,
+                anchor_l1=False, anchor_decoupled=False, compensations=lost,
+            )  # fmt: skip
+            with gk.use_backend("reference"):
+                first = gk.topk_masked_adam_(
+                    [expected], [grad], k, lr=0.1, beta2=0.99, weight_decay=0.1, decoupled_weight_decay=True,
+                    amsgrad=True, anchor=0.1, low_precision="kahan",
+                )  # fmt: skip
+            torch.testing.assert_close(here, expected)
+            assert torch.equal(cols, first.cols[0])
+            assert torch.equal(bits, first.bits[0])
+            assert step == 1
+            theirs = (first.exp_avgs, first.exp_avg_sqs, first.max_exp_avg_sqs, first.originals)
+            for found, (right,) in zip(made, theirs, strict=True):
+                torch.testing.assert_close(found, right)

@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.skipif(native.broken is not None, reason=f"{native.broken}"),
 ]
 LOADED = "import gradsel_kernels._C as C; C.cuda_load(b'fatbin'); "
-TOPK = "C.cuda_topk_rows(0xabc0, 4, 0x7f800001, 100, 768, 768, 1, {k}, 0x1000, 0, {device}, {stream})"
+TOPK = "C.cuda_topk_rows(0xabc0, 0, 100, 768, 768, 1, {k}, 0x1000, 0, {device}, {stream})"
 
 
 @pytest.fixture(scope="module")

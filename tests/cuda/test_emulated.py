@@ -21,6 +21,7 @@ TESTS = (
     "tests/kernels/test_topk.py",
     "tests/kernels/test_adam.py",
     "tests/kernels/test_adam_bad_input.py",
+    "tests/kernels/test_adam_capture.py",
     "tests/kernels/test_adam_low_precision.py",
     "tests/kernels/test_adam_scaling.py",
     "tests/kernels/test_adam_specification.py",

@@ -44,6 +44,13 @@ def adam(x: Tensor, cols: Tensor) -> tuple[Tensor, ...]:
     return weight, m, v, step
 
 
+def first_step(x: Tensor, cols: Tensor) -> tuple[Tensor, ...]:
+    """Selection and first step on a copy of ``x``, which is the gradient too."""
+    weight = x.clone()
+    first = gk.topk_masked_adam_([weight], [x], 5, lr=0.1)
+    return weight, first.cols[0], first.bits[0], first.exp_avgs[0], first.exp_avg_sqs[0], first.steps[0]
+
+
 def weight_grad(strategy: str) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     return lambda x, cols: gk.selected_weight_grad_bias(x, x, cols, strategy)
 
@@ -62,6 +69,7 @@ OPERATORS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, ...]]] = {
     "selected_weight_grad, tile": weight_grad("tile"),
     "selected_weight_grad, union": weight_grad("union"),
     "masked_adam_": adam,
+    "topk_masked_adam_": first_step,
 }
 
 

@@ -74,6 +74,26 @@ def test_top_k_is_that_of_the_cpu(kernels, device, dtype, values):
             assert torch.equal(a.cpu(), b)
 
 
+@pytest.mark.parametrize("how", ["nearest", "master", "kahan", "stochastic"])
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=name)
+def test_a_first_step_is_that_of_the_cpu(kernels, device, dtype, how):
+    """In one call: gradients of every size of K and of row, with everything that the operator can make."""
+    grads = [values(shape).to(dtype) for shape in ((40, 768), (9, 5000)) for values in (cases.normal, cases.ties)]
+    weights = [torch.randn(grad.shape, dtype=torch.float64).to(dtype) for grad in grads]
+    options = {"weight_decay": 0.1, "amsgrad": True, "anchor": 0.1, "low_precision": how, "seeds": range(4)}
+    if dtype in (torch.float32, torch.float64):
+        options |= {"seeds": [None] * 4}
+    there = [weight.clone().to(device) for weight in weights]
+    found = gk.topk_masked_adam_(there, [grad.to(device) for grad in grads], [1, 5, 64, 70], lr=0.01, **options)
+    with gk.use_backend("native"):
+        expected = gk.topk_masked_adam_(weights, grads, [1, 5, 64, 70], lr=0.01, **options)
+    for field, mine, theirs in zip(found._fields, found, expected, strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            assert (a is None and b is None) or cases.same_bits(a.cpu(), b), field
+    for mine, theirs in zip(there, weights, strict=True):
+        assert cases.same_bits(mine.cpu(), theirs)
+
+
 def check_steps(problem: Problem, device: str, steps: int = 3, scaler: dict[str, float] | None = None, **options):
     """A few steps with new gradients, after each of which every bit is that of the native backend on the CPU."""
     there = problem.to(device)

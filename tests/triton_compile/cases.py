@@ -20,6 +20,7 @@ from gradsel_kernels.triton import (  # fmt: skip
     adam,
     adam_device,
     bitmask,
+    device_tables,
     rows,
     topk,
     topk_adam,
@@ -108,11 +109,12 @@ def adam_case(
     rounding: tl.constexpr = adam_device.TO_NEAREST,
     moment: str | None = None,
     scaler: bool = False,
+    rates: bool = False,
     targets=(HOPPER,),
 ) -> Case:
     scalars = dict.fromkeys(("lerp_weight", "beta2", "square_weight", "eps", "decay", "pull"), "fp64")
     types = {"table": "*i64", "tiles": "*i32", "corrections": "*fp64", **scalars}
-    optional = {"keys": ("*i64", rounding is adam_device.STOCHASTIC)}
+    optional = {"keys": ("*i64", rounding is adam_device.STOCHASTIC), "scalars": ("*fp64", rates)}
     optional |= dict.fromkeys(("grad_scale", "found_inf"), ("*fp32", scaler))
     types |= {name: pointer for name, (pointer, passed) in optional.items() if passed}
     constants = {
@@ -138,7 +140,7 @@ def adam_case(
     divisible = tuple(name for name in types if types[name][0] == "*")
     name = f"{layout.name}-{weight}-{moment or state}"
     name += "-compact" * compact + "-values" * values + "-amsgrad" * amsgrad + "-scaler" * scaler
-    name += f"-rounding{rounding.value}" * (rounding.value > 0)
+    name += f"-rounding{rounding.value}" * (rounding.value > 0) + "-rates" * rates
     return Case(
         adam_device.step,
         name + f"-anchor{anchor.value}" * (anchor.value > 0),
@@ -212,17 +214,20 @@ def first_step_case(
     )
 
 
-def advance_case(*, stochastic: bool, scaler: bool) -> Case:
-    types = {"table": "*i64", "corrections": "*fp64", "count": "i32", "lr": "fp64", "beta1": "fp64", "beta2": "fp64"}
+def advance_case(*, stochastic: bool, scaler: bool, rates: bool = False) -> Case:
+    types = {"table": "*i64", "corrections": "*fp64", "count": "i32"}
+    types |= dict.fromkeys(("lr", "beta1", "beta2", "decay", "pull"), "fp64")
     constants: dict[str, object] = {"STEP": tl.float32, "TENSORS": adam.STEPS}
-    for name, pointer, passed in (("keys", "*i64", stochastic), ("found_inf", "*fp32", scaler)):
+    constants |= {"DECOUPLED_DECAY": rates, "DECOUPLED_PULL": False}
+    optional = {"keys": ("*i64", stochastic), "found_inf": ("*fp32", scaler)}
+    for name, (pointer, passed) in (optional | dict.fromkeys(("rates", "scalars"), ("*fp64", rates))).items():
         if passed:
             types[name] = pointer
         else:
             constants[name] = None
     return Case(
         adam_device.advance,
-        "float32-steps" + "-stochastic" * stochastic + "-scaler" * scaler,
+        "float32-steps" + "-stochastic" * stochastic + "-scaler" * scaler + "-rates" * rates,
         types,
         constants,
         tuple(name for name in types if types[name][0] == "*"),
@@ -383,6 +388,7 @@ CASES = [
         targets=EVERYWHERE,
     ),
     adam_case(Layout.COLS, "bf16", compact=True, amsgrad=True, rounding=adam_device.COMPENSATED, moment="bf16"),
+    adam_case(Layout.COLS, "bf16", compact=True, values=True, decay=adam_device.DECOUPLED_DECAY, rates=True),
     first_step_case(768, 1, "fp32", targets=EVERYWHERE),
     first_step_case(3072, 8, "bf16", values=True, scaler=True, anchor=adam_device.L2_ANCHOR),
     first_step_case(768, 64, "fp16", rounding=adam_device.COMPENSATED, amsgrad=True),
@@ -404,6 +410,15 @@ CASES = [
     take_case("bf16", input_tokens=True),
     advance_case(stochastic=False, scaler=False),
     advance_case(stochastic=True, scaler=True),
+    advance_case(stochastic=True, scaler=True, rates=True),
+    Case(
+        device_tables._write_addresses,
+        "gradients",
+        {"lines": "*i64", "count": "i32", **dict.fromkeys(device_tables._PARAMETERS, "i64")},
+        {"FIELD": adam_device._GRAD.value, "FIELDS": device_tables.LINE},
+        ("lines",),
+        {"num_warps": 1},
+    ),
     Case(
         bitmask._pack,
         "3072",
