@@ -125,7 +125,7 @@ class Subject:
         try:
             graph = self.bench.clock.capture(optimizer.step)
         except RuntimeError as error:
-            if "cannot be captured" in str(error):
+            if "captured in a CUDA graph" in str(error):
                 raise Refused(first_line(error)) from None
             raise
         # The graph knows only addresses: what lies there has to live for as long as it is replayed.

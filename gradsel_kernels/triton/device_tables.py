@@ -4,12 +4,12 @@ A graph replays what was launched, with the addresses that were current, and not
 stream is captured nothing is copied from the host: the table of an earlier step on the same tensors is used. Gradients
 may lie elsewhere by then, because backward passes allocate them, and in a captured one from the graph's own memory. In
 that case the graph gets a copy of the table, into which a kernel writes the new addresses, which it has as parameters.
+The earlier step may have been made on another stream: torch.cuda.graph() begins by waiting for all of them.
 """
 
 from __future__ import annotations
 
 import itertools
-from array import array
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -109,12 +109,11 @@ def lines_and_tiles(words: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tenso
 
 
 def _for_graph(table: AdamTable, variant: tuple, content: bytes, buckets: Buckets) -> list[Prepared]:
-    """What an earlier step prepared; if gradients lie elsewhere now, a copy that has their addresses."""
+    """What an earlier step prepared; if gradients lie elsewhere now, a copy with their addresses."""
     same = table.earlier(lambda key: key[1:] == (variant, content))
     if same is not None:
         return same
-    rest = _without_grads(content)
-    other = table.earlier(lambda key: key[1] == variant and _without_grads(key[2]) == rest)
+    other = table.earlier(lambda key: key[1] == variant)  # as long as a table lives, only gradients change in it
     if other is None or [(each.bucket, each.members) for each in other] != buckets():
         raise RuntimeError(
             "this step of masked_adam_ is being captured in a CUDA graph, but none like it has been made before: its "
@@ -125,12 +124,6 @@ def _for_graph(table: AdamTable, variant: tuple, content: bytes, buckets: Bucket
     return [
         each._replace(table=_with_addresses(each.table, [table.items[i].grad for i in each.members])) for each in other
     ]
-
-
-def _without_grads(content: bytes) -> bytes:
-    words = array("q", content)
-    words[_GRAD::ITEM_WORDS] = array("q", bytes(8 * (len(words) // ITEM_WORDS)))
-    return words.tobytes()
 
 
 def _with_addresses(lines: Tensor, grads: list[int]) -> Tensor:

@@ -35,6 +35,14 @@ WORKSPACE = 2**20
 SIZE = 300
 
 
+def matrices(device: str, count: int) -> list[Tensor]:
+    return [torch.randn(SIZE, SIZE).to(device) for _ in range(count)]
+
+
+def same(left, right) -> bool:
+    return all(cases.same_bits(a, b) for a, b in zip(left, right, strict=True))
+
+
 def adam(x: Tensor, cols: Tensor) -> tuple[Tensor, ...]:
     """The first step on a copy of ``x``, which is the gradient too."""
     weight, dtype = x.clone(), sum_dtype(x.dtype)

@@ -37,14 +37,6 @@ def kernels(request, device):
 
 
 @pytest.fixture
-def graph_kernels(device):
-    """Puts the backend in use whose steps can be captured in CUDA graphs."""
-    name = "native" if ON_CPU else "cuda"
-    with _in_use(name, device):
-        yield name
-
-
-@pytest.fixture
 def float32_is_float32():
     """No tf32 in convolutions and products, whose 11 bits no comparison would survive."""
     products = torch.backends.cuda.matmul.allow_tf32

@@ -240,15 +240,21 @@ class Plan:
             and all(can_repeat(each.device) and each.holds() for each in self._repeated)
         )
 
-    def run(self, options: AdamOptions, scalar: Callable[[str, torch.device], Tensor | None]) -> None:
+    def run(
+        self,
+        options: AdamOptions,
+        scalar: Callable[[str, torch.device], Tensor | None],
+        rates: Callable[[torch.device], Tensor | None],
+    ) -> None:
         """Makes the calls; only after :meth:`holds`.
 
         Args:
             options: the hyperparameters.
             scalar: finds what a gradient scaler has set, by name, on a device.
+            rates: finds the hyperparameters that stay on a device.
         """
         for each in self._repeated:
-            each.run(options, scalar("grad_scale", each.device), scalar("found_inf", each.device))
+            each.run(options, scalar("grad_scale", each.device), scalar("found_inf", each.device), rates(each.device))
 
 
 def refresh(target: Target) -> None:

@@ -56,7 +56,7 @@ class MaskedAdam(Stepping):
     Args:
         params: parameters, named parameters (``model.named_parameters()``, required with ``masks``) or groups. A group
             may have its own ``"masks"``, which replace the argument's; None trains it whole.
-        lr: learning rate; a 1-element tensor is read at every step, which waits for its device.
+        lr: learning rate; a 1-element tensor is read at every step, which waits for its device unless ``capturable``.
         betas: decay rates of the two moments; floats or 1-element tensors.
         eps: added to the denominator.
         weight_decay: decay of the selected entries; an L2 term in the gradient unless ``decoupled_weight_decay``.
@@ -66,8 +66,9 @@ class MaskedAdam(Stepping):
         foreach: recorded in the groups as torch does. It changes nothing: the only implementation is fused.
         fused: likewise, except that with True, as in torch, a :class:`torch.amp.GradScaler` leaves unscaling and
             skipping to the kernel, which saves a synchronisation.
-        capturable: accepted on devices on which torch allows it. The backend ``"cuda"`` of gradsel_kernels can capture
-            a step in a CUDA graph, with the hyperparameters at capture; ``"triton"`` refuses to.
+        capturable: accepted on devices on which torch allows it. A step can then be captured in a CUDA graph, after at
+            least one outside of it. ``lr`` and ``betas`` as tensors on the parameters' device are read by every replay;
+            all other hyperparameters stay what they were at capture.
         differentiable: must be False, because the kernels write in place.
         maximize: maximise the objective.
         decoupled_weight_decay: decay as in AdamW.

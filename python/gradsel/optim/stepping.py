@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from gradsel.optim.call import Call, Plan, State, Target, calls_by_device, refus
 from gradsel.optim.completing import complete
 from gradsel.optim.first_step import select_in_step
 from gradsel.optim.groups import check_anchor, check_options, check_parameter
+from gradsel.optim.rates import host_number, rates_on
 from gradsel.optim.selector import Selector
 from gradsel.selection.selection import Selection
 from gradsel_kernels.adam_call import AdamOptions
@@ -27,10 +29,11 @@ _DECIDING_OPTIONS = ("amsgrad", "capturable", "differentiable", "low_precision",
 
 def _hyperparameters(group: dict[str, Any]) -> AdamOptions:
     beta1, beta2 = group["betas"]
+    capturable = group["capturable"]
     return AdamOptions(
-        float(group["lr"]),
-        float(beta1),
-        float(beta2),
+        host_number(group["lr"], capturable),
+        host_number(beta1, capturable),
+        host_number(beta2, capturable),
         group["eps"],
         group["weight_decay"],
         group["decoupled_weight_decay"],
@@ -119,7 +122,7 @@ class Stepping(Optimizer):
             check_anchor(group)
             plan = self._plans.pop(number, None)
             if plan is not None and not done and plan.holds(group, self.state):
-                plan.run(_hyperparameters(group), self._from_scaler)
+                plan.run(_hyperparameters(group), self._from_scaler, partial(rates_on, group))
             else:
                 grads = [None if parameter in done else parameter.grad for parameter in group["params"]]
                 calls = self._calls(number, grads)
@@ -138,7 +141,8 @@ class Stepping(Optimizer):
     def _run(self, call: Call, group: dict[str, Any]) -> None:
         scaler: dict[str, Any] = {name: self._from_scaler(name, call.device) for name in ("grad_scale", "found_inf")}
         lists = call.lists(group["amsgrad"], bool(group["anchor"]))
-        gk.masked_adam_(**lists, **_hyperparameters(group)._asdict(), **scaler)
+        rates = rates_on(group, call.device)
+        gk.masked_adam_(**lists, **_hyperparameters(group)._asdict(), **scaler, rates=rates)
         call.done()
 
     def _from_scaler(self, name: str, device: torch.device) -> Tensor | None:
