@@ -52,13 +52,13 @@ def bench(path: Path, part: str = "topk", seconds: float = 1000.0) -> comparing.
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("gpu") / "x.csv"
-    assert run(path, "topk", "adam", "weight_grad", "plots") == 0
+    assert run(path, "topk", "adam", "first_step", "weight_grad", "plots") == 0
     return path
 
 
 def test_a_dry_run_writes_every_column_of_every_part(measured):
     assert tuple(lines(measured)[0]) == results.FIELDS
-    for part in ("topk", "adam", "weight_grad"):
+    for part in ("topk", "adam", "first_step", "weight_grad"):
         rows = lines(measured, part=part)
         timed = [row for row in rows if row["p50_ms"]]
         assert timed
@@ -81,6 +81,7 @@ def test_pictures_and_tables_lie_next_to_the_results(measured):
         assert measured.with_name(f"gpu-{name}.png").stat().st_size > 10_000
     text = measured.with_suffix(".txt").read_text()
     assert "target 0.8" in text
+    assert "target 1.1 of top-K alone" in text
     assert "DENSE_RATE" in text or "the rule" in text
     assert max(map(len, text.splitlines())) < 200
 

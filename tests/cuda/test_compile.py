@@ -88,6 +88,15 @@ def test_streams_are_read_and_written_in_vectors(name):
     assert "adam_step" not in name or re.search(r"STG\.E(\.\w+)*\.128", code)
 
 
+def test_no_access_asks_which_memory_it_is_in():
+    """Addresses from a table are known to be in global memory: a generic access would test for shared memory first."""
+    names = [name for name in NAMES if "topk_adam" in name]
+    code = cuobjdump("-sass", "-arch", "sm_90", "-fun", ",".join(names))
+    assert code.count("Function :") == len(names)
+    assert re.search(r"\bLDG\.", code)
+    assert not re.search(r"\b(LD|ST)\.", code)
+
+
 def test_a_steps_loads_do_not_wait_for_each_other():
     """Parameter, gradient and two moments: four loads in a row, nothing between them that needs the first."""
     code = cuobjdump("-sass", "-arch", "sm_90", "-fun", "gradsel_adam_step_32")

@@ -16,6 +16,7 @@ from torch import Tensor
 import gradsel_kernels as gk
 from gradsel.dtypes import adopted
 from gradsel.optim.call import Call
+from gradsel.optim.rates import rates_on
 
 #: Sizes, strides and offset of an alias; None for the tensor itself.
 Form = tuple[tuple[int, ...], tuple[int, ...], int] | None
@@ -128,6 +129,7 @@ def step(group: dict[str, Any], into: tuple[list, ...], scaler: dict[str, Any]) 
         anchor_l1=group["anchor_norm"] == 1,
         anchor_decoupled=group["anchor_decoupled"],
         numbers=_numbers(group),
+        rates=rates_on(group, weights[0].device),
         **scaler,
     )
 
@@ -135,7 +137,9 @@ def step(group: dict[str, Any], into: tuple[list, ...], scaler: dict[str, Any]) 
 def _numbers(group: dict[str, Any]) -> Tensor:
     """See :func:`gradsel_kernels.masked_adam_`."""
     beta1, beta2 = group["betas"]
-    numbers = (group["lr"], beta1, beta2, group["eps"], group["weight_decay"], group["anchor"])
+    numbers = [group["lr"], beta1, beta2, group["eps"], group["weight_decay"], group["anchor"]]
+    if group["capturable"]:  # what is on the device stays there: see rates_on
+        numbers = [0.0 if isinstance(number, Tensor) else number for number in numbers]
     return torch.stack([_number(number) for number in numbers])
 
 

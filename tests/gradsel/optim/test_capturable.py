@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import gradsel
 from gradsel.optim import groups
 from gradsel.optim.rates import rates_on
-from tests.kernels.cases import same_bits
+from tests.kernels.cases import INTERPRETED, same_bits
 from tests.support.selections import random_selection
 
 CPU = torch.device("cpu")
@@ -71,6 +72,29 @@ def test_a_step_does_not_ask_for_them(capturable_cpu, monkeypatch, attached):
                 optimizer.step()
         runs.append([parameter.detach() for parameter in model.parameters()])
     assert all(map(same_bits, *runs))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="torch.compile and the interpreter do not mix")
+def test_nor_does_a_compiled_step(capturable_cpu):
+    """It hands the tensor over, and is not compiled again for new values."""
+    torch._dynamo.reset()
+    runs, counter = [], CompileCounterWithBackend("aot_eager")
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.randn(4, 6))
+        lr = torch.tensor(0.1)
+        optimizer = gradsel.MaskedAdam([weight], lr=lr, capturable=True)
+        step = torch.compile(optimizer.step, fullgraph=True, backend=counter) if compiled else optimizer.step
+        for rate in (0.1, 0.05, 0.01):
+            weight.grad = torch.full((4, 6), rate)
+            lr.fill_(rate)
+            step()
+        runs.append(weight.detach())
+    torch._dynamo.reset()
+    assert same_bits(*runs)
+    assert counter.frame_count == 1
+    nodes = [node for graph in counter.graphs for node in graph.graph.nodes]
+    assert not [node for node in nodes if node.target == "to"], "the rate is copied to the host"
 
 
 def _waits(tensor):
