@@ -28,7 +28,7 @@ namespace {
 using gradsel::pointer;
 
 // Raised whenever a signature or the Adam table changes; native.py refuses a module with another number.
-constexpr int kAbi = 8;
+constexpr int kAbi = 9;
 
 gradsel::Dtype dtype_of(int64_t code) { return static_cast<gradsel::Dtype>(code); }
 

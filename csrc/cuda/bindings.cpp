@@ -34,13 +34,13 @@ void launch(const std::string& kernel, int64_t grid, unsigned block, unsigned sh
   cuda_launch({kernel.c_str(), static_cast<unsigned>(grid), block, shared_bytes, device, stream}, addresses);
 }
 
-// `size` is an element's, in bytes.
 // Which of the selections a K takes, and what a block of it needs.
 struct Selection {
   const char* kind;
   unsigned threads, shared_bytes;
 };
 
+// `size` is an element's, in bytes.
 Selection selection_of(int64_t k, int64_t size) {
   constexpr unsigned kWarps = kTopKThreads / 32;
   if (k > kMostFew) return {"many", kTopKManyThreads, 2048};

@@ -79,7 +79,7 @@ def _topk(grad: Tensor, k: int, bits: Tensor | None) -> Tensor:
 def masked_adam_(call: AdamCall, options: AdamOptions) -> None:
     """One launch; float64 states have their own. Never waits for the device.
 
-    It can be captured in a CUDA graph, whose replays use the same tensors and hyperparameters.
+    It can be captured in a CUDA graph, whose replays use the same tensors and, but for rates, hyperparameters.
     """
     adam_of_table(table_of(call), call, options)
 

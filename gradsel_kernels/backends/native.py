@@ -19,7 +19,7 @@ from gradsel_kernels.adam_item import CODES, ITEM_LAYOUT
 from gradsel_kernels.adam_table import AdamTable, table_of
 
 #: Must equal the number compiled into the extension (csrc/bindings.cpp).
-ABI = 8
+ABI = 9
 
 _REBUILD = (
     "Install a C++17 compiler and the Python headers, then install again from the checkout: "

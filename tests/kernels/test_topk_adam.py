@@ -129,6 +129,13 @@ def test_low_precision(fast, dtype, low_precision):
         check(weights, grads, [2, 9, 40], fast, low_precision=low_precision, seeds=seeds, lr=1e-3, **options)
 
 
+@pytest.mark.parametrize("low_precision", ["nearest", "master", "kahan"])
+def test_zeros_keep_the_sign_that_masked_adam_leaves(fast, low_precision):
+    """Where the gradient is zero, nothing but the addition of a compensation changes -0.0."""
+    grad, weight = torch.zeros(3, 40).bfloat16(), torch.full((3, 40), -0.0).bfloat16()
+    check([weight, weight.float()], [grad, grad.float()], 3, fast, low_precision=low_precision, originals=True)
+
+
 @pytest.mark.parametrize("view", cases.VIEWS, ids=name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_strided_views(fast, dtype, view):
