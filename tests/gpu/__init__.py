@@ -28,6 +28,8 @@ ON_CPU = os.environ.get("GRADSEL_GPU_TESTS_ON") == "cpu"
 BACKENDS = ["triton", "cuda"]
 if ON_CPU:
     BACKENDS = ["triton"] if cases.INTERPRETED else ["cuda"] if EMULATED else ["native"]
+#: Options of an optimizer whose steps are captured.
+CAPTURABLE = {} if ON_CPU else {"capturable": True}
 
 #: What a call may take beyond its outputs: tables, counts of tiles, the allocator's rounding.
 WORKSPACE = 2**20

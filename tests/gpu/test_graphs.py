@@ -10,6 +10,7 @@ import torch
 import gradsel_kernels as gk
 from gradsel_kernels import Layout
 from tests.gpu import (
+    CAPTURABLE,
     ON_CPU,
     OPERATORS,
     Captured,
@@ -26,7 +27,6 @@ from tests.gpu import (
 from tests.gpu.training import close, small, step
 
 needs_cuda = pytest.mark.skipif(ON_CPU, reason="there are no CUDA graphs on the CPU")
-CAPTURABLE = {} if ON_CPU else {"capturable": True}
 
 
 @pytest.mark.parametrize(

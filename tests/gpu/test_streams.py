@@ -9,6 +9,7 @@ import torch
 
 import gradsel
 from tests.gpu import (
+    CAPTURABLE,
     OPERATORS,
     columns,
     keep_busy,
@@ -145,6 +146,18 @@ def test_an_attached_step_does_not_wait(kernels, device, fused):
     with no_synchronisation(device):
         for _ in range(2):
             run()
+    check()
+
+
+def test_a_step_with_a_learning_rate_on_the_device_does_not_wait(kernels, device):
+    model, optimizer, check = small(device, torch.float32, **CAPTURABLE)
+    optimizer.param_groups[0]["lr"] = torch.tensor(1e-2, device=device)
+    x = torch.randn(20, 32).to(device)
+    for _ in range(2):
+        step(model, optimizer, x)
+    with no_synchronisation(device):
+        for _ in range(2):
+            step(model, optimizer, x)
     check()
 
 

@@ -17,14 +17,14 @@ def rates_on(group: dict[str, Any], device: torch.device) -> Tensor | None:
     """The ``rates`` of :func:`gradsel_kernels.masked_adam_`; None if the group's are for the host.
 
     With ``capturable`` they are written on the device, so each replay of a graph reads the tensors of the group again.
-    Tensors elsewhere count with the values that they have at capture, because a graph cannot copy from the host.
+    Tensors on the host count with the values that they have at capture, because a graph cannot copy from there.
     """
     numbers = (group["lr"], *group["betas"])
     if not group["capturable"] or not any(isinstance(number, Tensor) for number in numbers):
         return None
     rates = torch.empty(len(numbers), dtype=torch.float64, device=device)
     for i, number in enumerate(numbers):
-        if isinstance(number, Tensor) and number.device == device:
+        if isinstance(number, Tensor) and number.device.type == device.type:
             rates[i].copy_(number.detach().reshape(()))
         else:
             rates[i].fill_(float(number))

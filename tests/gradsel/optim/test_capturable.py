@@ -39,8 +39,8 @@ def test_tensors_are_read_in_their_own_precision(shape):
     assert rates_on(group(betas=betas), CPU).tolist() == [0.1, 0.9, 0.5]
 
 
-def test_a_tensor_elsewhere_is_read_by_the_host():
-    """Its value would have to be copied, which a graph cannot."""
+def test_a_tensor_on_the_host_is_read_there():
+    """A graph could not copy its value."""
     rates = rates_on(group(lr=torch.tensor(0.1)), torch.device("meta"))
     assert rates.device.type == "meta"
 
