@@ -44,6 +44,19 @@ def test_top_k_takes_its_results(kernels, device, dtype, k):
     assert peak_of(device, lambda: gk.topk_rows_bits(grad, k)) <= results + 4 * WIDTH * words(WIDTH) + SLACK
 
 
+@pytest.mark.parametrize("k", [1, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_first_step_takes_its_results(kernels, device, dtype, k):
+    """Columns, two moments, and packed masks."""
+    weight, grad = matrix(device, dtype), matrix(device, dtype)
+
+    def run() -> None:
+        gk.topk_masked_adam_([weight], [grad], k, lr=0.1)
+
+    run()
+    assert peak_of(device, run) <= 12 * WIDTH * k + 4 * WIDTH * words(WIDTH) + SLACK
+
+
 @pytest.mark.parametrize("layout", [Layout.COLS, Layout.FLAT], ids=lambda layout: layout.name)
 def test_a_step_takes_nothing(kernels, device, layout):
     weight, grad = matrix(device, torch.bfloat16), matrix(device, torch.bfloat16)
