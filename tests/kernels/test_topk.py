@@ -76,6 +76,25 @@ def test_strided_views(fast, dtype, view):
             check(view(cases.normal(shape).to(dtype)), k, fast)
 
 
+def one_in_sixteen(shape):
+    """Large elements in every 16th column only: many come from one lane of a register."""
+    grad = cases.normal(shape)
+    grad[:, 5::16] *= 1e3
+    return grad
+
+
+@pytest.mark.skipif(cases.INTERPRETED, reason="the native backend")
+@pytest.mark.parametrize("level", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=name)
+def test_every_simd_level(native, dtype, level):
+    native._C.limit_simd(level)
+    for shape in ((1, 64), (2, 130), (3, 256), (7, 700), (4, 2100), (1, 9000)):
+        for values in (*cases.VALUES, one_in_sixteen, lambda shape: cases.normal(shape).sort().values):
+            grad = values(shape).to(dtype)
+            for k in (1, 2, 3, 7, 8, 9, 16, 17, 60):
+                check(grad, k, "cpu")
+
+
 def test_offsets_past_two_to_the_31(fast):
     """Rows lie 2**31 elements apart; the memory between them is reserved, not used."""
     stride = 2**31 + 7

@@ -293,17 +293,6 @@ def test_bad_offsets_and_columns():
 UNEVEN = [(None, 2000, 20, 700, 9), (None, 5000, 3, 40, 1), (30, 49, 70, 300, 2), (3, 300, 17, 40, 5)]
 
 
-@pytest.fixture
-def native():
-    from gradsel_kernels.backends import native
-
-    if native.why_off(torch.device("cpu")):
-        pytest.fail("the native backend is off")
-    with gk.use_backend("native"):
-        yield native
-    native._C.limit_simd("avx512")
-
-
 @pytest.mark.skipif(cases.INTERPRETED, reason="the native backend")
 @pytest.mark.parametrize("level", ["portable", "avx2", "avx512"])
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=name)

@@ -1,5 +1,5 @@
 // Registers of magnitude keys for select_rows.inc: loads that drop the sign, maxima, and comparisons that yield one bit
-// for each lane.
+// for each lane. count_above() adds one to the lanes of `count` where a > b.
 #pragma once
 
 #include "cpu/simd.h"
@@ -43,8 +43,14 @@ struct KeyRegister<int32_t> {
   }
   FN KeyRegister all(int32_t x) { return {_mm512_set1_epi32(x)}; }
   FN KeyRegister max(KeyRegister a, KeyRegister b) { return {_mm512_max_epi32(a.v, b.v)}; }
+  FN KeyRegister min(KeyRegister a, KeyRegister b) { return {_mm512_min_epi32(a.v, b.v)}; }
+  FN KeyRegister sub(KeyRegister a, KeyRegister b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+  FN KeyRegister either(KeyRegister a, KeyRegister b) { return {_mm512_or_si512(a.v, b.v)}; }
   FN void store(int32_t* p, KeyRegister a) { _mm512_storeu_si512(p, a.v); }
   FN uint64_t at_least(KeyRegister a, KeyRegister b) { return _mm512_cmpge_epi32_mask(a.v, b.v); }
+  FN KeyRegister count_above(KeyRegister count, KeyRegister a, KeyRegister b) {
+    return {_mm512_mask_add_epi32(count.v, _mm512_cmpgt_epi32_mask(a.v, b.v), count.v, all(1).v)};
+  }
 };
 
 template <>
@@ -55,8 +61,14 @@ struct KeyRegister<int16_t> {
   FN KeyRegister load_magnitude(const int16_t* p) { return {_mm512_and_si512(_mm512_loadu_si512(p), all(0x7fff).v)}; }
   FN KeyRegister all(int16_t x) { return {_mm512_set1_epi16(x)}; }
   FN KeyRegister max(KeyRegister a, KeyRegister b) { return {_mm512_max_epi16(a.v, b.v)}; }
+  FN KeyRegister min(KeyRegister a, KeyRegister b) { return {_mm512_min_epi16(a.v, b.v)}; }
+  FN KeyRegister sub(KeyRegister a, KeyRegister b) { return {_mm512_sub_epi16(a.v, b.v)}; }
+  FN KeyRegister either(KeyRegister a, KeyRegister b) { return {_mm512_or_si512(a.v, b.v)}; }
   FN void store(int16_t* p, KeyRegister a) { _mm512_storeu_si512(p, a.v); }
   FN uint64_t at_least(KeyRegister a, KeyRegister b) { return _mm512_cmpge_epi16_mask(a.v, b.v); }
+  FN KeyRegister count_above(KeyRegister count, KeyRegister a, KeyRegister b) {
+    return {_mm512_mask_add_epi16(count.v, _mm512_cmpgt_epi16_mask(a.v, b.v), count.v, all(1).v)};
+  }
 };
 
 template <>
@@ -69,8 +81,14 @@ struct KeyRegister<int64_t> {
   }
   FN KeyRegister all(int64_t x) { return {_mm512_set1_epi64(x)}; }
   FN KeyRegister max(KeyRegister a, KeyRegister b) { return {_mm512_max_epi64(a.v, b.v)}; }
+  FN KeyRegister min(KeyRegister a, KeyRegister b) { return {_mm512_min_epi64(a.v, b.v)}; }
+  FN KeyRegister sub(KeyRegister a, KeyRegister b) { return {_mm512_sub_epi64(a.v, b.v)}; }
+  FN KeyRegister either(KeyRegister a, KeyRegister b) { return {_mm512_or_si512(a.v, b.v)}; }
   FN void store(int64_t* p, KeyRegister a) { _mm512_storeu_si512(p, a.v); }
   FN uint64_t at_least(KeyRegister a, KeyRegister b) { return _mm512_cmpge_epi64_mask(a.v, b.v); }
+  FN KeyRegister count_above(KeyRegister count, KeyRegister a, KeyRegister b) {
+    return {_mm512_mask_add_epi64(count.v, _mm512_cmpgt_epi64_mask(a.v, b.v), count.v, all(1).v)};
+  }
 };
 #undef FN
 
@@ -91,7 +109,13 @@ struct KeyRegister<int32_t> {
   FN KeyRegister load_magnitude(const int32_t* p) { return {_mm256_and_si256(load(p).v, all(0x7fffffff).v)}; }
   FN KeyRegister all(int32_t x) { return {_mm256_set1_epi32(x)}; }
   FN KeyRegister max(KeyRegister a, KeyRegister b) { return {_mm256_max_epi32(a.v, b.v)}; }
+  FN KeyRegister min(KeyRegister a, KeyRegister b) { return {_mm256_min_epi32(a.v, b.v)}; }
+  FN KeyRegister sub(KeyRegister a, KeyRegister b) { return {_mm256_sub_epi32(a.v, b.v)}; }
+  FN KeyRegister either(KeyRegister a, KeyRegister b) { return {_mm256_or_si256(a.v, b.v)}; }
   FN void store(int32_t* p, KeyRegister a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
+  FN KeyRegister count_above(KeyRegister count, KeyRegister a, KeyRegister b) {
+    return {_mm256_sub_epi32(count.v, _mm256_cmpgt_epi32(a.v, b.v))};
+  }
   FN uint64_t at_least(KeyRegister a, KeyRegister b) {
     return static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(b.v, a.v)))) ^ 0xffu;
   }
@@ -105,7 +129,13 @@ struct KeyRegister<int16_t> {
   FN KeyRegister load_magnitude(const int16_t* p) { return {_mm256_and_si256(load(p).v, all(0x7fff).v)}; }
   FN KeyRegister all(int16_t x) { return {_mm256_set1_epi16(x)}; }
   FN KeyRegister max(KeyRegister a, KeyRegister b) { return {_mm256_max_epi16(a.v, b.v)}; }
+  FN KeyRegister min(KeyRegister a, KeyRegister b) { return {_mm256_min_epi16(a.v, b.v)}; }
+  FN KeyRegister sub(KeyRegister a, KeyRegister b) { return {_mm256_sub_epi16(a.v, b.v)}; }
+  FN KeyRegister either(KeyRegister a, KeyRegister b) { return {_mm256_or_si256(a.v, b.v)}; }
   FN void store(int16_t* p, KeyRegister a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
+  FN KeyRegister count_above(KeyRegister count, KeyRegister a, KeyRegister b) {
+    return {_mm256_sub_epi16(count.v, _mm256_cmpgt_epi16(a.v, b.v))};
+  }
   FN uint64_t at_least(KeyRegister a, KeyRegister b) {
     const unsigned bytes = static_cast<unsigned>(_mm256_movemask_epi8(_mm256_cmpgt_epi16(b.v, a.v)));
     return _pext_u32(~bytes, 0x55555555u);
@@ -124,7 +154,15 @@ struct KeyRegister<int64_t> {
   FN KeyRegister max(KeyRegister a, KeyRegister b) {
     return {_mm256_blendv_epi8(a.v, b.v, _mm256_cmpgt_epi64(b.v, a.v))};
   }
+  FN KeyRegister min(KeyRegister a, KeyRegister b) {
+    return {_mm256_blendv_epi8(a.v, b.v, _mm256_cmpgt_epi64(a.v, b.v))};
+  }
+  FN KeyRegister sub(KeyRegister a, KeyRegister b) { return {_mm256_sub_epi64(a.v, b.v)}; }
+  FN KeyRegister either(KeyRegister a, KeyRegister b) { return {_mm256_or_si256(a.v, b.v)}; }
   FN void store(int64_t* p, KeyRegister a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
+  FN KeyRegister count_above(KeyRegister count, KeyRegister a, KeyRegister b) {
+    return {_mm256_sub_epi64(count.v, _mm256_cmpgt_epi64(a.v, b.v))};
+  }
   FN uint64_t at_least(KeyRegister a, KeyRegister b) {
     return static_cast<unsigned>(_mm256_movemask_pd(_mm256_castsi256_pd(_mm256_cmpgt_epi64(b.v, a.v)))) ^ 0xfu;
   }

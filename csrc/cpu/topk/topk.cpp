@@ -1,7 +1,8 @@
 // Row-wise top-K of magnitudes: dtype and SIMD dispatch, threads, and rows whose columns are not contiguous.
 #if defined(__GNUC__) && !defined(__clang__)
-// GCC 12's own AVX-512 header trips it (GCC bug 105593).
+// GCC 12's own AVX-512 header trips them (GCC bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
 #include "cpu/topk/topk.h"
