@@ -111,12 +111,17 @@ class RepeatedAdam:
         if not self._watch.holds():
             return False
         if self._sources:
-            self._converted = []
+            self._convert()
+        return True
+
+    @torch.no_grad()
+    def _convert(self) -> None:
+        self._converted = []
+        with torch._C.DisableTorchFunctionSubclass():
             for i, parameter, convert in self._sources:
                 assert parameter.grad is not None
                 self._converted.append(convert(parameter.grad))
                 self._table.items[i].grad = self._converted[-1].data_ptr()
-        return True
 
     def run(
         self,

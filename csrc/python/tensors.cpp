@@ -22,8 +22,6 @@ struct Shims {
   Error (*strides)(Handle, int64_t**) = nullptr;
   Error (*dtype)(Handle, int32_t*) = nullptr;
   Error (*layout)(Handle, int32_t*) = nullptr;
-  Error (*device_type)(Handle, int32_t*) = nullptr;
-  Error (*device_index)(Handle, int32_t*) = nullptr;
 };
 
 Shims shim;
@@ -38,9 +36,7 @@ int32_t strided_layout = 0;
   X(sizes, "aoti_torch_get_sizes")                  \
   X(strides, "aoti_torch_get_strides")              \
   X(dtype, "aoti_torch_get_dtype")                  \
-  X(layout, "aoti_torch_get_layout")                \
-  X(device_type, "aoti_torch_get_device_type")      \
-  X(device_index, "aoti_torch_get_device_index")
+  X(layout, "aoti_torch_get_layout")
 
 constexpr const char* kStridedLayout = "aoti_torch_layout_strided";
 
@@ -48,7 +44,7 @@ constexpr const char* kStridedLayout = "aoti_torch_layout_strided";
 PyTypeObject* tensor_type = nullptr;
 PyGetSetDescrObject *grad_getter = nullptr, *version_getter = nullptr;
 PyObject* incrementer = nullptr;
-PyObject *data_ptr_name, *numel_name, *shape_name, *stride_name, *dtype_name, *device_name, *layout_name;
+PyObject *data_ptr_name, *numel_name, *shape_name, *stride_name, *dtype_name, *layout_name;
 PyObject* strided = nullptr;
 
 Owned required(PyObject* made) {
@@ -120,28 +116,24 @@ bool read_form_by_methods(PyObject* tensor, Form& form) {
   if (attribute(tensor, layout_name).get() != strided) return false;
   form.address = as_integer(called(tensor, data_ptr_name));
   form.dtype = reinterpret_cast<intptr_t>(attribute(tensor, dtype_name).get());  // dtypes live for ever
-  form.device = static_cast<int64_t>(PyObject_Hash(attribute(tensor, device_name).get()));
   form.shape = as_integers(attribute(tensor, shape_name));
   form.strides = as_integers(called(tensor, stride_name));
   return true;
 }
 
 bool read_form_of(Handle tensor, Form& form) {
-  int32_t layout = 0, dtype = 0, device_type = 0, device_index = 0;
+  int32_t layout = 0, dtype = 0;
   expect(shim.layout(tensor, &layout), "a tensor's layout");
   if (layout != strided_layout) return false;
   void* data = nullptr;
   int64_t dim = 0, *sizes = nullptr, *strides = nullptr;
   expect(shim.data_ptr(tensor, &data), "where a tensor lies");
   expect(shim.dtype(tensor, &dtype), "a tensor's dtype");
-  expect(shim.device_type(tensor, &device_type), "a tensor's device");
-  expect(shim.device_index(tensor, &device_index), "a tensor's device");
   expect(shim.dim(tensor, &dim), "a tensor's shape");
   expect(shim.sizes(tensor, &sizes), "a tensor's shape");
   expect(shim.strides(tensor, &strides), "a tensor's strides");
   form.address = static_cast<int64_t>(reinterpret_cast<intptr_t>(data));
   form.dtype = dtype;
-  form.device = device_type * int64_t{65536} + device_index;
   form.shape.assign(sizes, sizes + dim);
   form.strides.assign(strides, strides + dim);
   return true;
@@ -167,7 +159,7 @@ void use_torch(PyObject* type, PyObject* increment_version, const std::unordered
   Py_INCREF(incrementer);
   const std::pair<PyObject**, const char*> names[] = {
       {&data_ptr_name, "data_ptr"}, {&numel_name, "numel"},   {&shape_name, "shape"},  {&stride_name, "stride"},
-      {&dtype_name, "dtype"},       {&device_name, "device"}, {&layout_name, "layout"}};
+      {&dtype_name, "dtype"},       {&layout_name, "layout"}};
   for (const auto& [to, name] : names) *to = PyUnicode_InternFromString(name);
   Owned torch = required(PyImport_ImportModule("torch"));
   strided = PyObject_GetAttrString(torch.get(), "strided");
@@ -190,20 +182,24 @@ bool read_form(PyObject* tensor, Form& form) {
   return shim.from_python ? read_form_of(Opened(tensor).get(), form) : read_form_by_methods(tensor, form);
 }
 
-bool still_has(PyObject* tensor, const Form& form) {
+bool has_form(PyObject* tensor, const Form& form, int64_t& address) {
   if (!shim.from_python) {
     Form now;
-    return read_form_by_methods(tensor, now) && now.address == form.address && now.agrees(form);
+    if (!read_form_by_methods(tensor, now)) return false;
+    address = now.address;
+    return now.dtype == form.dtype && now.shape == form.shape && now.strides == form.strides;
   }
   const Opened opened(tensor);
   const Handle handle = opened.get();
   void* data = nullptr;
-  int32_t dtype = 0;
+  int32_t layout = 0, dtype = 0;
   int64_t dim = 0, *sizes = nullptr, *strides = nullptr;
+  expect(shim.layout(handle, &layout), "a tensor's layout");
+  if (layout != strided_layout) return false;
   expect(shim.data_ptr(handle, &data), "where a tensor lies");
-  if (reinterpret_cast<intptr_t>(data) != form.address) return false;
   expect(shim.dtype(handle, &dtype), "a tensor's dtype");
   expect(shim.dim(handle, &dim), "a tensor's shape");
+  address = static_cast<int64_t>(reinterpret_cast<intptr_t>(data));
   if (dtype != form.dtype || static_cast<size_t>(dim) != form.shape.size()) return false;
   expect(shim.sizes(handle, &sizes), "a tensor's shape");
   expect(shim.strides(handle, &strides), "a tensor's strides");

@@ -40,16 +40,11 @@ class Owned {
   PyObject* object_ = nullptr;
 };
 
-// Where a tensor lies, and how. Tensors of equal forms at one address are the same to a kernel.
+// Where a tensor lies, and how. The device is left out: an address is on one, and a gradient is where its parameter is.
 struct Form {
   int64_t address = 0;
-  int64_t dtype = 0;   // torch's number, or the address of the dtype object
-  int64_t device = 0;  // likewise
+  int64_t dtype = 0;  // torch's number, or the address of the dtype object
   std::vector<int64_t> shape, strides;
-
-  bool agrees(const Form& other) const {
-    return dtype == other.dtype && device == other.device && shape == other.shape && strides == other.strides;
-  }
 };
 
 // Looks torch's functions up. Called once, when the extension is taken into use.
@@ -74,9 +69,8 @@ int64_t version_of(PyObject* tensor);
 // A strided tensor's form; false for other layouts.
 bool read_form(PyObject* tensor, Form& form);
 
-// Whether a tensor still lies at the address of a form that was read from it, in this form. That takes half as long: only
-// strided tensors have an address, and it lies on one device.
-bool still_has(PyObject* tensor, const Form& form);
+// Whether a tensor is strided and has the dtype, shape and strides of a form, and where it lies.
+bool has_form(PyObject* tensor, const Form& form, int64_t& address);
 
 // Address and number of entries of a tensor, read again and again. It holds a reference of C++, so not to parameters:
 // torch.utils.swap_tensors, by which models may be converted, refuses tensors that have any.

@@ -113,10 +113,10 @@ bool Watch::lists_hold() const {
 }
 
 bool Watch::tensors_hold() {
+  int64_t address = 0, numel = 0;
   for (const Parameter& watched : parameters_)
-    if (!still_has(watched.tensor.get(), watched.form)) return false;
+    if (!has_form(watched.tensor.get(), watched.form, address) || address != watched.form.address) return false;
   for (const State& watched : states_) {
-    int64_t address = 0, numel = 0;
     watched.memory.read(address, numel);
     if (address != watched.address || numel != watched.numel) return false;
   }
@@ -131,8 +131,9 @@ bool Watch::grads_hold() {
   for (const Grad& watched : grads_) {
     Owned grad = grad_of(watched.parameter.get());
     if (grad.get() == Py_None || !is_tensor(grad.get())) return false;
-    if (!read_form(grad.get(), scratch_) || !scratch_.agrees(watched.form)) return false;
-    if (watched.word) *pointer<int64_t>(watched.word) = scratch_.address + watched.offset;
+    int64_t address = 0;
+    if (!has_form(grad.get(), watched.form, address)) return false;
+    if (watched.word) *pointer<int64_t>(watched.word) = address + watched.offset;
   }
   return true;
 }

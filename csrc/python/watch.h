@@ -82,7 +82,6 @@ class Watch {
   std::vector<Grad> grads_;
   std::vector<Written> written_;
   Owned written_tuple_;
-  Form scratch_;
 };
 
 }  // namespace gradsel

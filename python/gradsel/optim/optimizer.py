@@ -222,7 +222,6 @@ class MaskedAdam(Stepping):
     @overload
     def step(self, closure: Callable[[], Loss]) -> Loss: ...
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step on every parameter that has a gradient.
 
@@ -236,12 +235,9 @@ class MaskedAdam(Stepping):
             RuntimeError: a gradient is sparse or complex.
             AssertionError: ``capturable`` on a device where torch does not have it.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._update()
-        return loss
+        return self._watched_step(closure) if self._is_watched() else self._plain_step(closure)
+
+    step.hooked = True  # type: ignore[attr-defined]  # torch is not to wrap it as well
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import _profiler_enabled
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 import gradsel_kernels as gk
 from gradsel.masks import Mask, Whole
@@ -44,6 +47,13 @@ def _hyperparameters(group: dict[str, Any]) -> AdamOptions:
     )
 
 
+@contextmanager
+def _as_plain_tensors() -> Iterator[None]:
+    """Weights of attached models are read as they are, and nothing is differentiated."""
+    with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+        yield
+
+
 class Stepping(Optimizer):
     """The base of :class:`gradsel.MaskedAdam`, which gives the attributes their values."""
 
@@ -61,10 +71,34 @@ class Stepping(Optimizer):
     _epoch: str = "0"
     _entries: dict[Tensor, Tensor]  #: for :mod:`gradsel.optim.compiling`
 
+    def _is_watched(self) -> bool:
+        """Whether a step has to announce itself: to hooks, a profiler or the compiler.
+
+        To do so takes torch ten microseconds, also where nobody listens, which is as long as a small step takes.
+        """
+        return bool(
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+            or torch.compiler.is_compiling()
+            or _profiler_enabled()
+        )
+
+    def _plain_step(self, closure: Callable[[], Any] | None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._update()
+        return loss
+
+    _watched_step = Optimizer.profile_hook_step(torch.no_grad()(_plain_step))
+
     def _update(self) -> None:
-        if torch.compiler.is_dynamo_compiling() and (
-            self._selector is None or (self._selection is not None and self._selector.every is None)
-        ):
+        if not torch.compiler.is_dynamo_compiling():
+            self._update_groups()
+        elif self._selector is None or (self._selection is not None and self._selector.every is None):
             self._update_compiled()
         else:
             self._update_eagerly()
@@ -100,7 +134,7 @@ class Stepping(Optimizer):
             On how many devices there is something to do.
         """
         group = self.param_groups[number]
-        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+        with _as_plain_tensors():
             calls = self._calls(number, [parameter.grad for parameter in group["params"]])
             for call in calls:
                 compiling.fill(call, call.lists(group["amsgrad"], anchored), into, self._entries)
@@ -109,13 +143,13 @@ class Stepping(Optimizer):
     @torch._disable_dynamo
     def _update_eagerly(self) -> None:
         """A graph break under torch.compile: plans check themselves."""
-        with torch._C.DisableTorchFunctionSubclass():  # reads the weights of attached models as plain tensors
-            self._update_groups()
+        self._update_groups()
 
     def _update_groups(self) -> None:
         done: frozenset[Tensor] | None = frozenset()
         if self._selector is not None:
-            done = select_in_step(self, self._selector)
+            with _as_plain_tensors():
+                done = select_in_step(self, self._selector)
         if done is None:
             return
         for number, group in enumerate(self.param_groups):
@@ -124,14 +158,20 @@ class Stepping(Optimizer):
             if plan is not None and not done and plan.holds(group, self.state):
                 plan.run(_hyperparameters(group), self._from_scaler, partial(rates_on, group))
             else:
-                grads = [None if parameter in done else parameter.grad for parameter in group["params"]]
-                calls = self._calls(number, grads)
-                for call in calls:
-                    self._run(call, group)
-                if done:  # the next step has more parameters to update
-                    continue
-                plan = Plan(group, grads, calls, self.state, _DECIDING_OPTIONS)
-            self._plans[number] = plan
+                with _as_plain_tensors():
+                    plan = self._update_anew(number, group, done)
+            if plan is not None:
+                self._plans[number] = plan
+
+    def _update_anew(self, number: int, group: dict[str, Any], done: frozenset[Tensor]) -> Plan | None:
+        """Updates a group without those that are done already. The plan is for the next step."""
+        grads = [None if parameter in done else parameter.grad for parameter in group["params"]]
+        calls = self._calls(number, grads)
+        for call in calls:
+            self._run(call, group)
+        if done:  # the next step has more parameters to update
+            return None
+        return Plan(group, grads, calls, self.state, _DECIDING_OPTIONS)
 
     def _forget_calls(self) -> None:
         """To be called when masks or states have been replaced."""
