@@ -93,9 +93,13 @@ def unpack_bits(bits: Tensor, n: int) -> None:
         )
 
 
-def gather_rows(weight: Tensor, cols: Tensor) -> None:
+def neuron_matrix(weight: Tensor) -> None:
     _matrix("weight", weight, "neuron view [rows, cols]")
     floating("weight", weight)
+
+
+def gather_rows(weight: Tensor, cols: Tensor) -> None:
+    neuron_matrix(weight)
     _matrix("cols", cols, "tensor of columns [rows, k]")
     _dtype("cols", cols, torch.int32)
     same_device("cols", cols, "weight", weight)

@@ -152,7 +152,7 @@ def _check(i: int, weight: Tensor, grad: Tensor, k: int) -> None:
     """What has to hold before anything can be allocated; the operator checks the rest."""
     try:
         _checks.topk_rows(grad, k)
-        _checks.gather_rows(weight, weight.new_empty((weight.shape[0] if weight.ndim else 0, 0), dtype=torch.int32))
+        _checks.neuron_matrix(weight)
         if grad.shape != weight.shape:
             raise ValueError(f"grad must have the shape of the weight {list(weight.shape)}, got {list(grad.shape)}")
     except (TypeError, ValueError) as error:

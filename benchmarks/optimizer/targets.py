@@ -188,7 +188,8 @@ def selections(blocks: int) -> Iterator[Case]:
     weights, grads = [p.detach() for p in pairs], [p.grad for p in pairs if p.grad is not None]
     providers: dict[str, Function] = {
         "ranking alone": lambda: [gk.topk_rows(grad, 1) for grad in grads],
-        "topk_masked_adam_": lambda: gk.topk_masked_adam_(weights, grads, 1, lr=1e-6),
+        # as MaskedAdam calls it: without packed masks, which ranking alone does not make either
+        "topk_masked_adam_": lambda: gk.topk_masked_adam_(weights, grads, 1, lr=1e-6, bits=False),
     }
     yield Case("first step, which selects", "ViT-B/16's matrices, K = 1", "cold", providers, {"times": "<= 1.1x"})
     grad = torch.randn(3072, 768)
