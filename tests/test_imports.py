@@ -96,6 +96,18 @@ def test_kernels_know_nothing_of_the_library_above():
         assert not imports(path, known), f"{name} imports gradsel"
 
 
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_need_nothing_that_only_the_repository_has(package):
+    """Also not by name, which imports that the tree shows would miss."""
+    for name, path in modules(package).items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            named = [node.value] if isinstance(node, ast.Constant) and isinstance(node.value, str) else []
+            named += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            named += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for each in named:
+                assert each.partition(".")[0] not in ("benchmarks", "tests"), f"{name}: {each}"
+
+
 def test_no_test_module_imports_another():
     """What several of them need has a place of its own, so that each can be read, moved and run alone."""
     files = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in (ROOT / "tests").rglob("*.py")}

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 import gradsel
 import gradsel_kernels as gk
 from benchmarks.harness.bench import Bench, Provider, Refused
-from benchmarks.harness.clock import Function, first_line, launches
+from benchmarks.harness.clock import launches
 from benchmarks.harness.results import REFUSED, Row, failed
 from benchmarks.harness.tables import errors, number, over_k
 from benchmarks.harness.timing import Call
+from gradsel.experiments.cost.timing import Function, first_line
 from gradsel.masks import Frozen, Mask, PerRow, Whole
 from gradsel.papers.vit import VisionTransformer
 from gradsel.parameters.rules import parameter_rules

@@ -16,10 +16,21 @@ import torch
 from torch import Tensor, nn
 
 import gradsel
-from benchmarks.harness.clock import release
-from benchmarks.training.baselines import FULL, LORA, OURS, generic
-from benchmarks.training.models import Batch, Contender, Entry, Method, Row, Running, Selections, Task, training
-from benchmarks.training.steps import Comparison, alone
+from benchmarks.gpu.alone import alone
+from gradsel.experiments.cost.comparing import Comparison
+from gradsel.experiments.cost.contenders import (
+    Batch,
+    Contender,
+    Entry,
+    Method,
+    Row,
+    Running,
+    Selections,
+    Task,
+    training,
+)
+from gradsel.experiments.cost.methods import FULL, LORA, OURS, generic
+from gradsel.experiments.cost.timing import release
 
 LENGTH, SAMPLES = 1024, (1, 4)
 SECONDS = 20.0  # for the rounds of one comparison

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.bench import Bench, OutOfTime, marker
-from benchmarks.harness.clock import DeviceLost, first_line
 from benchmarks.harness.environment import ROOT
-from benchmarks.harness.results import CASE, ERROR, Results, rounded
+from benchmarks.harness.results import CASE, Results
+from gradsel.experiments.cost.timing import ERROR, DeviceLost, first_line, rounded
 
 #: How a worker ends: everything is measured, an error in the part itself, out of time, or the device is lost. The last
 #: one means that it does not end.

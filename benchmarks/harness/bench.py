@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness.clock import Clock, DeviceLost, first_line
-from benchmarks.harness.results import CASE, ERROR, OFF, REFUSED, Results, Row, failed, rounded
+from benchmarks.harness.clock import Clock
+from benchmarks.harness.results import CASE, OFF, REFUSED, Results, Row, failed
 from benchmarks.harness.timing import Call, Rounds, Timing, compare, copy_rate
+from gradsel.experiments.cost.timing import ERROR, DeviceLost, first_line, rounded
 from gradsel_kernels import backends
 
 #: Makes a call: allocates what it needs and checks what it likes. It may raise an error.

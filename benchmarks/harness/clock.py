@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import time
-from collections.abc import Callable
 from functools import cached_property
-from typing import Any
 
 import torch
 
-Function = Callable[[], object]
+from gradsel.experiments.cost.timing import Function, check_device, on_the_device
+
 #: The inputs of all copies of a call take this many times the second-level cache, so that none is found there.
 CACHES = 4
 MOST_SETS = 256
-
-
-class DeviceLost(RuntimeError):
-    """The device refuses everything in this process from now on, for example after an illegal address."""
 
 
 class Clock:
@@ -126,40 +119,6 @@ class Clock:
         return torch.cuda.max_memory_allocated(self.device) - before
 
 
-def check_device() -> None:
-    """
-    Raises:
-        DeviceLost: the current device can run nothing else in this process.
-    """
-    try:
-        torch.cuda.synchronize()
-        torch.ones(1, device="cuda").item()
-        torch.cuda.empty_cache()  # refused for good after some captures that failed
-    except Exception as error:
-        raise DeviceLost(first_line(error)) from None
-
-
-def release() -> None:
-    """Frees what nothing refers to any more."""
-    gc.collect()
-    with contextlib.suppress(RuntimeError):  # a lost device is reported elsewhere
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-def on_the_device(function: Function) -> list[Any]:
-    """The profiler's events of what a call does on the device."""
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        function()
-        torch.cuda.synchronize()
-    events = list(profile.events())
-    of_host = {event.name for event in events if event.device_type == torch.autograd.DeviceType.CPU}
-    return [  # annotations are named after what the host did, and overlap with the kernels they annotate
-        event for event in events if event.device_type == torch.autograd.DeviceType.CUDA and event.name not in of_host
-    ]
-
-
 def launches(function: Function) -> str:
     """What a call does on the device, by the profiler."""
     function()
@@ -167,10 +126,3 @@ def launches(function: Function) -> str:
     names = [event.name for event in on_the_device(function)]
     copies = sum(name.startswith(("Memcpy", "Memset")) for name in names)
     return f"{len(names) - copies} kernels, {copies} copies or fills"
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, short enough for a table."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-    return text if len(text) <= 160 else text[:157] + "..."

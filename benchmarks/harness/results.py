@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.environment import ENVIRONMENT, MACHINE, now
+from gradsel.experiments.cost.timing import ERROR
 
 # --- Any results file --------------------------------------------------------------------------------------------
 
@@ -55,10 +56,6 @@ def latest(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if all(row[name] == last[name] for name in columns)]
 
 
-def rounded(number: float | None) -> str:
-    return "" if number is None else f"{number:.4g}"
-
-
 # --- Single operations on the CPU --------------------------------------------------------------------------------
 
 #: ``k``: entries a row; 0 for what does not depend on K, such as a baseline: it is measured once for each size and
@@ -86,7 +83,6 @@ CASE = ("part", "operation", "size", "dtype", "k")
 FIELDS = (*CASE, "provider", *MEASURES, *ENVIRONMENT)
 #: Rows with the same key replace each other: those of newer sources supersede those of older ones.
 KEY = (*CASE, "provider", "device", "torch")
-ERROR = "error: "
 #: A backend that cannot run says so; its rows are measured once it can.
 OFF = f"{ERROR}off: "
 REFUSED = "refused: "

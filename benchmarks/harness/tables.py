@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from benchmarks.harness.results import ERROR, Row, failed
+from benchmarks.harness.results import Row, failed
+from gradsel.experiments.cost.timing import ERROR
 
 
 def aligned(cells: Sequence[Sequence[str]]) -> list[str]:

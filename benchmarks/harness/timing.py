@@ -17,59 +17,21 @@ host is ahead of the device, by one of these methods:
 
 from __future__ import annotations
 
-import random
-import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import TypeVar
 
 import torch
 
 import gradsel_kernels as gk
-from benchmarks.harness.clock import Clock, DeviceLost, Function, first_line
-
-T = TypeVar("T")
+from benchmarks.harness.clock import Clock
+from gradsel.experiments.cost.timing import DeviceLost, Function, first_line, percentiles, shuffled
 
 #: Device time of one sample, long against the resolution of events. Calls shorter than this are captured in a graph.
 SAMPLE_SECONDS = 1e-3
 #: A call that takes more seconds than this is made once a sample, and not repeated beforehand.
 SLOW = 0.02
-
-
-def percentiles(samples: Sequence[float]) -> tuple[float, float, float]:
-    """The 20th, the 50th and the 80th."""
-    tenths = statistics.quantiles(samples, n=10, method="inclusive")
-    return tenths[1], tenths[4], tenths[7]
-
-
-def shuffled(names: Iterable[T], seed: int = 0) -> Iterator[list[T]]:
-    """The same names in another order each time, without end."""
-    order, generator = list(names), random.Random(seed)
-    while True:
-        generator.shuffle(order)
-        yield list(order)
-
-
-def time_calls(run: Function, calls: int = 1, cuda: bool = False) -> tuple[float, float]:
-    """Seconds of one of several calls in a row: on the device's clock from the first kernel to the last, and on the
-    wall clock. On the CPU both are the same."""
-    if not cuda:
-        start = time.perf_counter()
-        for _ in range(calls):
-            run()
-        wall = (time.perf_counter() - start) / calls
-        return wall, wall
-    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    first.record()
-    for _ in range(calls):
-        run()
-    last.record()
-    torch.cuda.synchronize()
-    return first.elapsed_time(last) / 1e3 / calls, (time.perf_counter() - start) / calls
 
 
 def interleaved(

@@ -29,8 +29,8 @@ import gradsel
 import gradsel_kernels as gk
 from benchmarks.harness.environment import MACHINE, RESULTS, machine
 from benchmarks.harness.results import merge
-from benchmarks.harness.timing import percentiles, shuffled, time_calls
 from benchmarks.optimizer.bare_loop import BareLoop, on_huge_pages
+from gradsel.experiments.cost.timing import percentiles, shuffled, time_calls
 from gradsel.masks import PerRow
 from gradsel.papers.vit import VisionTransformer, vit_base_patch16_224
 from gradsel.parameters.rules import parameter_rules

@@ -31,7 +31,7 @@ import gradsel
 import gradsel_kernels as gk
 from benchmarks.harness.environment import MACHINE, RESULTS, machine
 from benchmarks.harness.results import merge
-from benchmarks.harness.timing import percentiles, shuffled
+from gradsel.experiments.cost.timing import percentiles, shuffled
 from gradsel.masks import PerRow, Whole
 from gradsel_kernels.adam_call import AdamOptions
 from gradsel_kernels.backends import native

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
 import itertools
 import tempfile
 from collections.abc import Callable, Iterator
@@ -16,16 +15,15 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import AdamW
-from tqdm.auto import tqdm
 
 import gradsel
-from gradsel.demo.digits import digits
+from gradsel.experiments.cost.contenders import Batch
+from gradsel.experiments.cost.pretraining import digit_images, drawn, masked_patches, pretrained
 from gradsel.papers.vit import VisionTransformer
 
 SELECTION_BATCHES = 4
+KEPT = Path(tempfile.gettempdir()) / "gradsel-benchmarks"
 
-Batch = tuple[Tensor, Tensor]  # inputs and targets
 Loss = Callable[[nn.Module, Batch], Tensor]
 
 
@@ -37,20 +35,6 @@ def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
 
 def contrastive(model: nn.Module, batch: Batch) -> Tensor:
     return gradsel.SupConLoss()(model.forward_features(batch[0]), batch[1])
-
-
-def masked_patches(model: nn.Module, batch: Batch) -> Tensor:
-    """SimMIM (Xie et al. 2022): from images with half of their patches blank, the pixels of all patches.
-
-    The patch embedding is its own decoder. A vision transformer learns this in some fifty steps, unlike classification.
-    """
-    images, embed = batch[0], model.patch_embed.proj
-    side = embed.kernel_size[0]
-    kept = torch.rand(len(images), 1, images.shape[2] // side, images.shape[3] // side) < 0.5
-    tokens = model.patch_embed(images * F.interpolate(kept.float(), scale_factor=side))
-    tokens = torch.cat([model.cls_token.expand(len(tokens), -1, -1), tokens], dim=1) + model.pos_embed
-    pixels = model.norm(model.blocks(tokens))[:, 1:] @ embed.weight.flatten(1)
-    return F.mse_loss(pixels, F.unfold(images, side, stride=side).mT)
 
 
 @dataclass(frozen=True)
@@ -85,40 +69,14 @@ class Case:
     pretrain_steps: int = 50
 
     def batches(self, seed: int, count: int, samples: int) -> Iterator[Batch]:
-        generator = torch.Generator().manual_seed(seed)
-        return (self.draw(samples, generator) for _ in range(count))
+        return drawn(self.draw, seed, count, samples)
 
     def pretrained(self, device: str = "cpu") -> nn.Module:
         """The model after some training; its weights are kept in the temporary directory for the next run."""
-        torch.manual_seed(0)
-        model = self.make()
-        described = (
-            f"{model} {self.pretrain_loss.__name__} {self.pretrain_samples} {self.pretrain_steps} {torch.__version__} "
-            f"{device}"
+        batches = self.batches(1, self.pretrain_steps, self.pretrain_samples)
+        return pretrained(
+            self.make, self.pretrain_loss, batches, self.pretrain_steps, self.pretrain_samples, self.size, device, KEPT
         )
-        name = hashlib.sha256(described.encode()).hexdigest()[:16]
-        path = Path(tempfile.gettempdir()) / "gradsel-benchmarks" / f"{name}.pt"
-        if path.exists():
-            model.load_state_dict(torch.load(path, map_location="cpu"))
-            return model.to(device)
-        model.to(device)
-        optimizer = AdamW(model.parameters(), lr=3e-4, fused=True)
-        warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=10)
-        steps = self.batches(1, self.pretrain_steps, self.pretrain_samples)
-        losses = []
-        for batch in tqdm(steps, desc=f"{self.size}: training first", total=self.pretrain_steps, leave=False):
-            optimizer.zero_grad()
-            inputs, targets = batch
-            with torch.device(device):  # the loss draws its blank patches there
-                loss = self.pretrain_loss(model, (inputs.to(device), targets.to(device)))
-            loss.backward()
-            optimizer.step()
-            warm_up.step()
-            losses.append(loss.item())
-        print(f"{self.size}: trained for {len(losses)} steps, loss {losses[0]:.2f} to {sum(losses[-5:]) / 5:.2f}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(model.state_dict(), path)
-        return model
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -147,20 +105,8 @@ def vit(size: str, samples: int, **config: int) -> Case:
     """A vision transformer that has seen handwritten digits, with a fresh head to tell them apart."""
     config = {"num_classes": 10, **config}
     side = config.get("image_size", 224)
-
-    @functools.cache
-    def data() -> Batch:
-        pixels, digit = digits()
-        images, labels = torch.from_numpy(pixels).float().unsqueeze(1), torch.from_numpy(digit)
-        return (images - images.mean()) / images.std(), labels
-
-    def draw(count: int, generator: torch.Generator) -> Batch:
-        images, labels = data()
-        chosen = torch.randint(len(labels), (count,), generator=generator)
-        return F.interpolate(images[chosen], side, mode="bilinear").expand(-1, 3, -1, -1).contiguous(), labels[chosen]
-
     return Case(
-        size, lambda: VisionTransformer(**config), draw, samples, contrastive, selection_samples=16,
+        size, lambda: VisionTransformer(**config), digit_images(side), samples, contrastive, selection_samples=16,
         pretrain_loss=masked_patches, pretrain_samples=8,
         layers=r"blocks\..*\.(qkv|proj|fc1|fc2)", entrances=("patch_embed.proj",), head="head", trains_head=True,
     )  # fmt: skip

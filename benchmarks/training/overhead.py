@@ -38,7 +38,8 @@ from torch.utils.data import DataLoader
 import gradsel
 from benchmarks.harness.environment import MACHINE, RESULTS, ROOT, machine
 from benchmarks.harness.results import merge
-from benchmarks.harness.timing import interleaved, percentiles
+from benchmarks.harness.timing import interleaved
+from gradsel.experiments.cost.timing import percentiles
 from gradsel.methods import Context, Method, method
 from gradsel.training.config import RecipeConfig
 from gradsel.training.models import logits_of

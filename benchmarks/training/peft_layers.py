@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from benchmarks.harness.environment import RESULTS, machine
 from benchmarks.harness.results import merge
-from benchmarks.harness.timing import interleaved, percentiles
+from benchmarks.harness.timing import interleaved
+from gradsel.experiments.cost.timing import percentiles
 from gradsel.peft import accelerate
 
 CONFIGS: dict[str, Callable[[], peft.PeftConfig]] = {

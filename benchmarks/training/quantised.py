@@ -35,8 +35,9 @@ from torch.nn import functional as F
 import gradsel
 from benchmarks.harness.environment import MACHINE, RESULTS, ROOT, machine
 from benchmarks.harness.results import merge
-from benchmarks.harness.timing import interleaved, percentiles
+from benchmarks.harness.timing import interleaved
 from benchmarks.selection.select_memory import peak_of
+from gradsel.experiments.cost.timing import percentiles
 from gradsel.masks import PerRow
 from gradsel.quantised import quantised_weight
 

@@ -38,9 +38,9 @@ from tqdm.auto import tqdm
 import gradsel
 from benchmarks.harness.environment import MACHINE, RESULTS, machine
 from benchmarks.harness.results import load, merge
-from benchmarks.harness.timing import percentiles, shuffled, time_calls
 from benchmarks.training.cases import CASES, SMALL, Batch, Case, cross_entropy
 from benchmarks.training.pictures import summary
+from gradsel.experiments.cost.timing import percentiles, shuffled, time_calls
 
 FIELDS = [
     "benchmark", "size", "method", "k", "trained", "step_p20_ms", "step_p50_ms", "step_p80_ms", "rounds",

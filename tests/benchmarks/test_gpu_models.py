@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import gradsel
-from benchmarks.gpu import cost
-from benchmarks.training import baselines, models
+from gradsel.experiments.cost import contenders, vit
+from gradsel.experiments.cost import methods as every
 from gradsel.papers.vit import VisionTransformer
 
 DIM, DEPTH, HIDDEN, CLASSES, TOKENS = 32, 3, 128, 10, 17
@@ -73,15 +73,15 @@ def batch():
 
 @pytest.fixture(scope="module")
 def task(base, batch):
-    select = models.Selections(base, [batch], gradsel.contrastive("forward_features"))
-    return models.Task(
+    select = contenders.Selections(base, [batch], gradsel.contrastive("forward_features"))
+    return contenders.Task(
         gradsel.cross_entropy, r"blocks\..*\.(qkv|proj|fc1|fc2)", "head", ("patch_embed.proj",), select
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def methods(task):
-    return {(method.name, method.k): method for method in baselines.for_vit(task, torch.float32)}
+    return {(method.name, method.k): method for method in every.for_vit(task, torch.float32)}
 
 
 @pytest.fixture
@@ -139,12 +139,12 @@ def test_ours_trains_as_the_published_way_does(build, batch):
 
 
 def test_cost_refuses_what_trains_otherwise(base, batch, task, monkeypatch):
-    assert cost.check(task, base, batch) == ""
-    monkeypatch.setattr(cost, "CHECKED_RATE", 0.0)
-    assert "nothing has been learned" in cost.check(task, base, batch)
-    monkeypatch.setattr(cost, "CHECKED_RATE", 1e-3)
-    monkeypatch.setattr(baselines, "published", lambda task, policy: baselines.ours(task, gradsel.PerNeuron(10)))
-    assert "differ" in cost.check(task, base, batch)
+    assert vit.check(task, base, batch) == ""
+    monkeypatch.setattr(vit, "CHECKED_RATE", 0.0)
+    assert "nothing has been learned" in vit.check(task, base, batch)
+    monkeypatch.setattr(vit, "CHECKED_RATE", 1e-3)
+    monkeypatch.setattr(every, "published", lambda task, policy: every.ours(task, gradsel.PerNeuron(10)))
+    assert "differ" in vit.check(task, base, batch)
 
 
 @pytest.mark.parametrize("key", [("SSF", 0), ("LoRA", 8), ("GPS, attached", 1)], ids=str)
@@ -167,7 +167,7 @@ def test_adapters_begin_as_the_identity(build, base, batch, name):
 
 
 def test_precision_of_lora_in_bfloat16(base, batch, task):
-    usual, fast = baselines.loras(task, torch.bfloat16)
+    usual, fast = every.loras(task, torch.bfloat16)
     for method, dtype, autocast in ((usual, torch.float32, torch.bfloat16), (fast, torch.bfloat16, None)):
         contender = method.build(copy.deepcopy(base).bfloat16())
         named = list(contender.model.named_parameters())

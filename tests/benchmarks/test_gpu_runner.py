@@ -20,6 +20,7 @@ from benchmarks.gpu import topk
 from benchmarks.gpu import workers as working
 from benchmarks.harness import bench as comparing
 from benchmarks.harness import checks, clock, environment, results, timing
+from gradsel.experiments.cost.timing import DeviceLost
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -242,7 +243,7 @@ def test_a_process_that_hangs_is_ended(tmp_path, monkeypatch):
 
 def test_a_lost_device_is_blamed_on_who_lost_it(tmp_path, monkeypatch):
     def lost(self):
-        raise clock.DeviceLost("illegal address")
+        raise DeviceLost("illegal address")
 
     def broken():
         raise RuntimeError("illegal address")
@@ -250,7 +251,7 @@ def test_a_lost_device_is_blamed_on_who_lost_it(tmp_path, monkeypatch):
     made = bench(tmp_path / "x.csv")
     monkeypatch.setattr(clock.Clock, "check", lost)
     call = timing.Call([lambda: torch.ones(9).sum()])
-    with pytest.raises(clock.DeviceLost):
+    with pytest.raises(DeviceLost):
         made.compare("o", "s", "d", 1, {"torch": lambda: call, "cuda": lambda: timing.Call([broken])})
     assert [row["provider"] for row in lines(tmp_path / "x.csv")] == ["cuda"]
     monkeypatch.setattr(topk, "measure", lambda bench: lost(None))

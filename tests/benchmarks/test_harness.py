@@ -11,7 +11,8 @@ from benchmarks import draw
 from benchmarks.harness import plots, results, tables
 from benchmarks.harness.clock import Clock
 from benchmarks.harness.environment import RESULTS
-from benchmarks.harness.timing import Call, Rounds, compare, shuffled
+from benchmarks.harness.timing import Call, Rounds, compare
+from gradsel.experiments.cost.timing import shuffled
 
 
 def test_no_call_always_follows_the_same_one():

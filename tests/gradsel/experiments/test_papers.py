@@ -13,11 +13,12 @@ import torch
 from gradsel.cli import main as cli
 from gradsel.errors import RunError
 from gradsel.experiments import working
-from gradsel.experiments.papers import EXPERIMENTS, cost, experiment, measures, run
+from gradsel.experiments.cost import vit
+from gradsel.experiments.papers import EXPERIMENTS, experiment, measures, run
 from gradsel.experiments.papers.estimating import described
 from gradsel.experiments.papers.sparse import SparsePull
 from gradsel.papers.presets import GPS
-from gradsel.training.config import Config, read_config
+from gradsel.training.config import read_config
 from tests.support import data_roots, masks, pretrained, tiny
 
 VIT = {
@@ -68,10 +69,9 @@ def patched(monkeypatch, tmp_path_factory):
     monkeypatch.setattr("torchvision.datasets.CIFAR100._check_integrity", lambda self: True)
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
     wanted = ("full fine-tuning", "LoRA", "GPS, attached")
-    benchmark = pytest.importorskip("benchmarks.gpu.cost", reason="the benchmarks are in the repository only")
-    every = benchmark.for_vit
-    monkeypatch.setattr(benchmark, "for_vit", lambda *a: [each for each in every(*a) if each.name in wanted])
-    monkeypatch.setattr(benchmark, "check", lambda *_: "")
+    every = vit.for_vit
+    monkeypatch.setattr(vit, "for_vit", lambda *a: [each for each in every(*a) if each.name in wanted])
+    monkeypatch.setattr(vit, "check", lambda *_: "")
 
 
 def settings_for(name, folder):
@@ -235,15 +235,6 @@ def test_methods_that_do_not_fit_a_model_are_no_runs():
     assert [cell for cell in cells if cell.model == "Swin-B" and cell.method == "VPT-Deep"]
     with pytest.raises(ValueError, match="--only: VPT-Deep does not fit ConvNeXt-B"):
         experiment("gps/table10").cells(["vpt-deep", "convnext-b"])
-
-
-def test_gps_cost_says_that_it_needs_the_repository(monkeypatch):
-    def absent(name):
-        raise ModuleNotFoundError(f"No module named {name!r}", name="benchmarks")
-
-    monkeypatch.setattr(cost.importlib, "import_module", absent)
-    with pytest.raises(RunError, match="only the repository has"):
-        cost.measured(Config(), small=True)
 
 
 def test_the_command(root, tmp_path, capsys):

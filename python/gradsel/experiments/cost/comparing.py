@@ -8,10 +8,8 @@ either: the time of launching kernels counts only where the device waits for it.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,21 +17,36 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness.clock import check_device, first_line, on_the_device, release
-from benchmarks.harness.results import ERROR, rounded
-from benchmarks.harness.timing import percentiles, shuffled, time_calls
-from benchmarks.training.models import Entry, Row, Running
+from gradsel.experiments.cost.contenders import Entry, Row, Running
+from gradsel.experiments.cost.timing import (
+    ERROR,
+    check_device,
+    first_line,
+    on_the_device,
+    percentiles,
+    release,
+    rounded,
+    shuffled,
+    time_calls,
+)
 
 WARM_UP = 2
 FEWEST, MOST = 3, 15  # rounds
+_MEASURED = "the call whose memory counts"
 
 
 # --- Measuring ---------------------------------------------------------------------------------------------------
 
 
-def peak_bytes(start: Callable[[], Running]) -> int:
-    """The most that an entry holds on a CUDA device during a call, weights included, after some calls to warm up."""
+def peak_bytes(start: Callable[[], Running], cuda: bool) -> int | None:
+    """The most that tensors of an entry hold during a call, weights included, after some calls to warm up.
+
+    Returns:
+        None on a CPU whose allocations torch's profiler does not tell.
+    """
     release()
+    if not cuda:
+        return _peak_on_cpu(start)
     before = torch.cuda.memory_allocated()
     running = start()
     for _ in range(WARM_UP):
@@ -43,6 +56,26 @@ def peak_bytes(start: Callable[[], Running]) -> int:
     running.run()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def _peak_on_cpu(start: Callable[[], Running]) -> int | None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        running = start()
+        running.run()  # the optimizer makes its moments
+        with torch.profiler.record_function(_MEASURED):
+            running.run()
+    recorded: Any = getattr(profiler.profiler, "kineto_results", None)
+    if recorded is None:
+        return None
+    held = 0
+    peak: int | None = None  # not before the call that is measured
+    for event in sorted(recorded.events(), key=lambda event: event.start_ns()):
+        if event.name() == _MEASURED:
+            peak = held
+        elif event.name() == "[memory]":
+            held += event.nbytes()
+            peak = None if peak is None else max(peak, held)
+    return peak
 
 
 def kernels(run: Callable[[], object]) -> dict[str, Any]:
@@ -95,7 +128,9 @@ class _Work:
             release()  # only now is the traceback gone that kept the entry's tensors alive
 
     def measure_peak(self, entry: Entry) -> None:
-        self.peaks[entry] = peak_bytes(entry.start)
+        found = peak_bytes(entry.start, self.cuda)
+        if found is not None:
+            self.peaks[entry] = found
 
     def start(self, entry: Entry) -> None:
         if self.left < 0:
@@ -110,12 +145,12 @@ class _Work:
         self.samples[entry].append((1e3 * seconds[0], 1e3 * seconds[1]))
 
     def measure(self) -> None:
-        if self.cuda:  # what libraries allocate once and keep, such as cuBLAS's workspaces, belongs to no method
-            with contextlib.suppress(Exception):
-                self.entries[0].start().run()
-            for entry in self.entries:
-                if self.left > 2 * self.how.seconds:  # times matter more
-                    self.guarded(entry, self.measure_peak)
+        with contextlib.suppress(Exception):
+            # What entries share, and what libraries such as cuBLAS allocate once and keep, belongs to no method.
+            self.entries[0].start().run()
+        for entry in self.entries:
+            if self.left > 2 * self.how.seconds:  # times matter more
+                self.guarded(entry, self.measure_peak)
         release()
         for entry in self.entries:
             self.guarded(entry, self.start)
@@ -145,7 +180,7 @@ class _Work:
             said = self.facts[entry] | {
                 name: f"{p50 / medians[other]:.3f}" for name, other in ratios.items() if other in medians
             }
-            if self.cuda and entry not in self.peaks:
+            if entry not in self.peaks:
                 said["peak"] = "out of time"
             if tokens:
                 said["tokens_per_s"] = f"{1000 * tokens / p50:.0f}"
@@ -228,16 +263,3 @@ class Alone:
         times = f"{row['p50_ms']:>8} ms {row['wall_p50_ms']:>8} ms" if "p50_ms" in row else ""
         name = f"{row['operation']}, {row['size']}, {row['dtype']}: {row['method']} {row['k'] or ''}"
         print(f"{name:<80}{times} {peak} {row['extra']}", flush=True)
-
-
-def alone(run: Callable[[Any], list[Row]], description: str) -> None:
-    """``python -m benchmarks.gpu.<part> [--device cpu] [--small] [--seconds 600]``."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--small", action="store_true", help="toy sizes, to see that it runs")
-    parser.add_argument(
-        "--seconds", type=float, default=600, help="stop after about this many seconds (default: %(default)s)"
-    )
-    args = parser.parse_args()
-    rows = run(Alone(args.device, args.small, time.monotonic() + args.seconds))
-    sys.exit(0 if rows and not any(row["extra"].startswith(ERROR) for row in rows) else 1)

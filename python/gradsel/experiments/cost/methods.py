@@ -14,11 +14,14 @@ import torch
 from torch import nn
 from torch.optim import Adam, AdamW
 
-import gradsel
-from benchmarks.training.models import RATE, Contender, Method, Task
+from gradsel.experiments.cost.contenders import RATE, Contender, Method, Task
 from gradsel.methods import SSF, Adapter, Bias, Context, Linear, VPTDeep
 from gradsel.methods import Method as AnyMethod
+from gradsel.nn import attach, detach, trainable_parameters
+from gradsel.optim import MaskedAdam, anchored_groups
 from gradsel.parameters.names import strings
+from gradsel.ranking import Columns, PerNeuron, Rows
+from gradsel.selection import freeze
 
 Build = Callable[[nn.Module], Contender]
 
@@ -49,7 +52,7 @@ def added(task: Task, how: AnyMethod) -> Build:
 
     def build(model: nn.Module) -> Contender:
         how.prepare(model, None, Context(head=strings(task.head or ())))
-        return Contender(model, task.loss, adamw(gradsel.trainable_parameters(model)), merge=how.merge)
+        return Contender(model, task.loss, adamw(trainable_parameters(model)), merge=how.merge)
 
     return build
 
@@ -67,12 +70,16 @@ def lora(task: Task, rank: int = 8, autocast: torch.dtype | None = None, exact: 
 
         saved = None if task.head is None else [task.head]
         config = peft.LoraConfig(r=rank, lora_dropout=0.0, target_modules=task.layers, modules_to_save=saved)
-        adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=exact)
-        contender = Contender(adapted, task.loss, adamw(gradsel.trainable_parameters(adapted)), autocast=autocast)
-        contender.merge = lambda adapted: adapted.merge_and_unload()
+        adapted: Any = peft.get_peft_model(model, config, autocast_adapter_dtype=exact)
+        contender = Contender(adapted, task.loss, adamw(trainable_parameters(adapted)), autocast=autocast)
+        contender.merge = merged
         return contender
 
     return build
+
+
+def merged(adapted: Any) -> nn.Module:
+    return adapted.merge_and_unload()
 
 
 # --- GPS and GRFT ------------------------------------------------------------------------------------------------
@@ -87,13 +94,14 @@ def published(task: Task, policy: Any) -> Build:
 
     def build(model: nn.Module) -> Contender:
         selection = task.select(device_of(model), policy)
-        gradsel.freeze(model, selection)
+        freeze(model, selection)
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         masked = [(p, selection[name].to_dense().to(p.dtype)) for name, p in named if not selection[name].is_whole]
 
         def mask() -> None:
             for parameter, dense in masked:
-                parameter.grad.mul_(dense)
+                if parameter.grad is not None:
+                    parameter.grad.mul_(dense)
 
         optimizer = Adam([parameter for _, parameter in named], RATE, fused=True)
         return Contender(model, task.loss, optimizer, mask, selection=selection)
@@ -102,7 +110,7 @@ def published(task: Task, policy: Any) -> Build:
 
 
 def detached(model: nn.Module) -> nn.Module:
-    gradsel.detach(model)
+    detach(model)
     return model
 
 
@@ -111,11 +119,11 @@ def ours(task: Task, policy: Any, criterion: str = "gradient", pull: float = 0.0
 
     def build(model: nn.Module) -> Contender:
         selection = task.select(device_of(model), policy, criterion)
-        gradsel.attach(model, selection)
-        trained: Any = gradsel.trainable_parameters(model)
+        attach(model, selection)
+        trained: Any = trainable_parameters(model)
         if pull:
-            trained = gradsel.anchored_groups(model, pull, task.regular_blocks)
-        return Contender(model, task.loss, gradsel.MaskedAdam(trained, RATE), merge=detached, selection=selection)
+            trained = anchored_groups(model, pull, task.regular_blocks)
+        return Contender(model, task.loss, MaskedAdam(trained, RATE), merge=detached, selection=selection)
 
     return build
 
@@ -137,11 +145,11 @@ def generic(task: Task, dtype: torch.dtype, ks: tuple[int, ...]) -> list[Method]
     return [
         Method(FULL, 0, full(task), (FULL, None), dense),
         *loras(task, dtype),
-        *(Method(OURS, k, ours(task, gradsel.PerNeuron(k)), SERVED if k == 1 else (None, None), exact) for k in ks),
-        Method("GRFT rows, attached", 3, ours(task, gradsel.Rows(3), pull=PULL), note=pulled),
-        Method("GRFT columns, attached", 3, ours(task, gradsel.Columns(3), pull=PULL), note=pulled),
-        Method("random, attached", 1, ours(task, gradsel.PerNeuron(1), "random"), note=exact),
-        Method(PUBLISHED, 1, published(task, gradsel.PerNeuron(1)), note=dense),
+        *(Method(OURS, k, ours(task, PerNeuron(k)), SERVED if k == 1 else (None, None), exact) for k in ks),
+        Method("GRFT rows, attached", 3, ours(task, Rows(3), pull=PULL), note=pulled),
+        Method("GRFT columns, attached", 3, ours(task, Columns(3), pull=PULL), note=pulled),
+        Method("random, attached", 1, ours(task, PerNeuron(1), "random"), note=exact),
+        Method(PUBLISHED, 1, published(task, PerNeuron(1)), note=dense),
         Method("floor", 0, floor(task), note="forward and input gradients only"),
     ]
 

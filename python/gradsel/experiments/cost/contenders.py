@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-import gradsel
+from gradsel.nn import trainable_parameters
+from gradsel.ranking import select
+from gradsel.selection import Selection
 
 Batch = tuple[Tensor, Tensor]  # inputs and targets
 Loss = Callable[[Any, Batch], Tensor]
@@ -36,7 +38,7 @@ class Contender:
     after_backward: Callable[[], None] | None = None
     autocast: torch.dtype | None = None
     merge: Callable[[nn.Module], nn.Module] | None = None
-    selection: gradsel.Selection | None = None
+    selection: Selection | None = None
 
     def precision(self) -> contextlib.AbstractContextManager:
         if self.autocast is None:
@@ -66,13 +68,13 @@ class Contender:
             return self.selection.trainable_count()
         if self.optimizer is None:
             return 0
-        return sum(parameter.numel() for parameter in gradsel.trainable_parameters(self.model))
+        return sum(parameter.numel() for parameter in trainable_parameters(self.model))
 
     def facts(self) -> dict[str, Any]:
         """What the results say about it besides times and bytes."""
         found: dict[str, Any] = {"trained": self.trained}
         if self.selection is not None:
-            masks = [mask for mask in self.selection.values() if mask.nnz and not mask.is_whole]
+            masks: list[Any] = [mask for mask in self.selection.values() if mask.nnz and not mask.is_whole]
             shares = [100 * mask.used_columns().numel() / mask.rows_and_columns[1] for mask in masks]
             found["used_columns_percent"] = f"{sum(shares) / len(shares):.1f}"
         return found
@@ -106,21 +108,21 @@ class Selections:
 
     def __init__(self, model: nn.Module, batches: Sequence[Any], loss: Loss, freeze: Sequence[str] = ()) -> None:
         self._model, self._batches, self._loss, self._freeze = model, batches, loss, tuple(freeze)
-        self._made: dict[tuple[str, str], gradsel.Selection] = {}
+        self._made: dict[tuple[str, str], Selection] = {}
 
-    def __call__(self, device: torch.device, policy: Any, criterion: str = "gradient") -> gradsel.Selection:
+    def __call__(self, device: torch.device, policy: Any, criterion: str = "gradient") -> Selection:
         key = str(policy), criterion
         if key not in self._made:
-            found = gradsel.select(
+            found = select(
                 self._model, self._batches, self._loss, policy, criterion, freeze=self._freeze, progress=False
             )
             self._made[key] = on(found, torch.device("cpu"))
         return on(self._made[key], device)
 
 
-def on(selection: gradsel.Selection, device: torch.device) -> gradsel.Selection:
+def on(selection: Selection, device: torch.device) -> Selection:
     """A selection with its masks on a device."""
-    return gradsel.Selection({name: mask.to(device) for name, mask in selection.items()}, selection.notes)
+    return Selection({name: mask.to(device) for name, mask in selection.items()}, selection.notes)
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ class Task:
     layers: str
     head: str | None
     entrances: tuple[str, ...]
-    select: Callable[..., gradsel.Selection]
+    select: Callable[..., Selection]
     regular_blocks: int = 2
 
 
@@ -185,7 +187,7 @@ def inference(method: Method, make: Callable[[], nn.Module], inputs: Tensor) -> 
         def start() -> Running:
             contender = method.build(make())
             contender.optimizer = contender.selection = None
-            if merged:
+            if merged and contender.merge is not None:
                 contender.model, contender.autocast = contender.merge(contender.model), None
             contender.model.eval()
             return Running(lambda: contender.predict(inputs), {"note": "under autocast" if contender.autocast else ""})
