@@ -18,6 +18,7 @@ from gradsel.experiments.papers import EXPERIMENTS, experiment, measures, run
 from gradsel.experiments.papers.estimating import described
 from gradsel.experiments.papers.sparse import SparsePull
 from gradsel.papers.presets import GPS
+from gradsel.papers.printed import printed
 from gradsel.training.config import read_config
 from tests.support import data_roots, masks, pretrained, tiny
 
@@ -261,6 +262,18 @@ def test_every_experiment_is_described_without_data(name):
     for data in found.needed(found.cells()):
         assert f"lacks: {data} from " in shown
     assert ("\nsteps: " in shown) != ("cost: nothing is trained" in shown)
+    assert ("\npaper: numbers of " in shown) == (name in printed())
+
+
+def test_what_the_papers_do_not_print_is_said():
+    for name, said in (
+        ("gps/table2", "numbers of GPS, Tab. 2\n"),
+        ("gps/table4", "numbers of GPS, Tab. 4; not printed: CUB-200-2011, NABirds, Oxford Flowers, "),
+        ("gps/table5", "lacks the rows of Tab. 5; not printed: the numbers of each method\n"),
+        ("gps/table9", "numbers of GPS, Tab. 9\n"),
+        ("gps/fig4", "no numbers are printed"),
+    ):
+        assert said in described(experiment(name), None), name
 
 
 def test_steps_are_those_of_the_recipe(root):

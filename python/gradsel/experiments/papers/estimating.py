@@ -19,6 +19,7 @@ from gradsel.experiments.papers.running import find, said
 from gradsel.experiments.papers.sources import SOURCES
 from gradsel.methods import Context, method
 from gradsel.papers.presets import DATA_SETS
+from gradsel.papers.printed import printed
 from gradsel.training.config import Config
 from gradsel.training.models import load_model, logits_of
 from gradsel.training.recipe import precision_dtype
@@ -81,6 +82,7 @@ def described(
             lines.append(f"{label}: {', '.join(names)}")
     lines += [f"data: {name} in {place}" for name, place in places.items()]
     lines += [f"lacks: {said(name)}" for name in lacking]
+    lines.append(f"paper: {_stated(experiment)}")
     lines += [f"note: {note}" for note in experiment.notes]
     if experiment.measure not in _TRAINS:
         passes = "; a pass over the training set for each run" if experiment.data else ""
@@ -92,6 +94,24 @@ def described(
     lines.append(f"steps: {sum(load.steps for _, _, load in loads):,} in all, and "
                  f"{sum(load.tests for _, _, load in loads):,} samples to test")  # fmt: skip
     return "\n".join([*lines, *_hours(loads, measure)])
+
+
+def _stated(experiment: Experiment) -> str:
+    """Which numbers of the paper ours are compared with, and which ones it does not have."""
+    table = printed().get(experiment.name)
+    if table is None:
+        return "no numbers are printed; it shows this by a figure, or not at all"
+    lacks = []
+    if table.metric == "difference":
+        lacks.append("the numbers of each method")
+    else:
+        rows = {name for row in table.rows for name in (row, row.rpartition(" + ")[2])}
+        lacks += [name for name in experiment.methods if name not in rows]
+    if not set(experiment.metrics) & set(table.columns):
+        columns = {name for column in table.columns for model in experiment.models for name in
+                   (column, column.removeprefix(f"{model} "))}  # fmt: skip
+        lacks += [name for name in experiment.data if name not in columns]
+    return f"numbers of {table.source}" + (f"; not printed: {', '.join(lacks)}" if lacks else "")
 
 
 def loads_of(
