@@ -117,6 +117,30 @@ def _fill(folder: Path, new: Path, index: Sequence[str], mode: int) -> None:
             _flush_folder(parent)
 
 
+@contextmanager
+def locked(folder: PathLike) -> Iterator[bool]:
+    """Locks a folder while the block runs, and yields whether that went; otherwise another process has locked it.
+
+    The lock ends with the process, however that ends, and leaves no file. Where folders cannot be locked, as on Windows
+    and on some file systems over a network, nobody is kept out.
+    """
+    if sys.platform == "win32":
+        yield True
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = True
+        except BlockingIOError:
+            ours = False
+        except OSError:
+            ours = True
+        yield ours
+    finally:
+        os.close(descriptor)
+
+
 def require_folder(path: PathLike) -> None:
     """Checks that a file can be written to ``path``, as far as that is known beforehand.
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
-from gradsel.errors import RunError, expected
+from gradsel.errors import RunError, expected, one_line
 from gradsel.experiments.drawing import draw
-from gradsel.experiments.tidy import Row, finals, row_of, settings_before, table_of, write_rows
+from gradsel.experiments.tidy import Row, finals, folder_of_runs, row_of, table_of, write_rows
 from gradsel.experiments.working import Start, workers
 from gradsel.methods import Method, method
 from gradsel.training.config import Config, PathLike
@@ -98,13 +98,16 @@ def compare(
             its own. The results are the same but for the time of a step.
 
     Raises:
-        RunError: something does not fit, which is found before the first run; or the folder has another comparison.
+        RunError: something does not fit, which is found before the first run; the folder has another comparison, or
+            another process is at work in it; or methods failed, after all others.
     """
     with expected():
         config.require()
         contestants = [Contestant.of(text) for text in methods]
         if len({each.text for each in contestants}) < len(contestants) or not contestants:
             raise RunError(f"methods must be at least one, each once, got {', '.join(methods) or 'none'}")
+        if len({_slug(each.text) for each in contestants}) < len(contestants):
+            raise RunError(f"methods: two of {', '.join(methods)} have the same folder; leave out blanks in options")
         for name, number in (("seeds", seeds), ("jobs", jobs)):
             if type(number) is not int or number < 1:
                 raise RunError(f"{name} must be an integer >= 1, got {number!r}")
@@ -113,17 +116,34 @@ def compare(
         split_seed = config.seed if config.data.split_seed is None else config.data.split_seed
         config = config.replaced({"data.split_seed": split_seed, "output.report": False, "output.keep": 1})
         apart = _require_fit(config, contestants)
-        folder = Path(config.output.folder)
-        _require_same(folder, config, factors)
+    folder = Path(config.output.folder)
+    values = _settings(config, factors)
+    with folder_of_runs(folder / SETTINGS, values, "output.folder") as before:
+        if before and (different := [name for name in values if before.get(name) != values[name]]):
+            raise RunError(f"output.folder: {folder} has a comparison with other settings of {', '.join(different)}")
+        return _compared(config, contestants, seeds, factors, quiet, jobs, apart)
 
+
+def _compared(
+    config: Config, contestants: Sequence[Contestant], seeds: int, factors: Sequence[float], quiet: bool, jobs: int,
+    apart: bool,
+) -> Comparison:  # fmt: skip
+    folder = Path(config.output.folder)
     rows: dict[str, list[Row]] = {each.text: [] for each in contestants}
+    failed: dict[str, str] = {}
 
     def finish(each: Contestant, started: Sequence[_Started]) -> None:
         for run in started:
-            rows[each.text].append(run.row())
-            write_rows(folder / ROWS, [row for own in rows.values() for row in own])
+            try:
+                found = run.row()
+            except ValueError as error:  # the other runs go on
+                failed[each.text] = told = f"{run} failed, {one_line(error)}"
+            else:
+                rows[each.text].append(found)
+                write_rows(folder / ROWS, [row for own in rows.values() for row in own])
+                told = f"{run}: {found.value:.2f} %"
             if not quiet:
-                print(f"{each.text}, {run}: {rows[each.text][-1].value:.2f} %", file=sys.stderr)
+                print(f"{each.text}, {told}", file=sys.stderr)
 
     with workers(jobs) as start:
         rates = {each.text: sorted(each.how.rate * factor for factor in factors) for each in contestants}
@@ -131,21 +151,26 @@ def compare(
         if len(factors) > 1:
             for each in contestants:
                 searches[each.text] = [_try(config, each, rate, folder, start) for rate in rates[each.text]]
-        tests: dict[str, list[_Started]] = {}
+        tests: list[tuple[Contestant, list[_Started]]] = []
         for each in contestants:
             best, note = rates[each.text][0], ""
             if searches[each.text]:
                 finish(each, searches[each.text])
-                best, note = _best(each, rows[each.text])
-            tests[each.text] = [
+                try:
+                    best, note = _best(rows[each.text])
+                except RunError as error:
+                    failed[each.text] = one_line(error)
+                    continue
+            own = [
                 _test(config, each, best, seed, folder, note, apart and bool(searches[each.text]), start)
                 for seed in range(config.seed, config.seed + seeds)
             ]
+            tests.append((each, own))
             if jobs == 1:
-                finish(each, tests[each.text])
+                finish(each, own)
         if jobs > 1:
-            for each in contestants:
-                finish(each, tests[each.text])
+            for each, own in tests:
+                finish(each, own)
     every = [row for own in rows.values() for row in own]
     tried_text = (
         f"Every method: {len(factors)} learning rates on the validation set, one run each; then {seeds} seeds with the "
@@ -153,8 +178,13 @@ def compare(
         if len(factors) > 1
         else f"Every method: its own learning rate, not tuned; {seeds} seeds, {config.recipe.epochs} epochs.\n"
     )
-    write_text(folder / TABLE, f"{table_of(every)}\n\n{tried_text}")
-    draw(folder / PICTURE, finals(every))
+    lacking = "".join(f"\nNo result, or not all of its seeds: {name}: {why}.\n" for name, why in failed.items())
+    write_text(folder / TABLE, f"{table_of(every)}\n\n{tried_text}{lacking}")
+    if finals(every):
+        draw(folder / PICTURE, finals(every))
+    if failed:
+        said = "; ".join(f"{name}: {why}" for name, why in failed.items())
+        raise RunError(f"{len(failed)} of {len(contestants)} methods failed ({said}); {folder / TABLE} has the others")
     return Comparison(folder, every)
 
 
@@ -177,15 +207,12 @@ def _require_fit(config: Config, contestants: Sequence[Contestant]) -> bool:
     return "validation" in data.splits
 
 
-def _require_same(folder: Path, config: Config, factors: Sequence[float]) -> None:
-    """Writes down what is compared under, or checks it against what an earlier call wrote."""
+def _settings(config: Config, factors: Sequence[float]) -> dict[str, Any]:
+    """What is compared under, which has to be the same in every call with a folder."""
     values = config.to_dict()
     del values["method"], values["output"]
     values["recipe"].pop("learning_rate")
-    values = {**values, "factors": [float(factor) for factor in factors]}
-    before = settings_before(folder / SETTINGS, values, "output.folder")
-    if before and (different := [name for name in values if before.get(name) != values[name]]):
-        raise RunError(f"output.folder: {folder} has a comparison with other settings of {', '.join(different)}")
+    return {**values, "factors": [float(factor) for factor in factors]}
 
 
 def _config_of(config: Config, contestant: Contestant, rate: float, seed: int, folder: PathLike) -> Config:
@@ -250,14 +277,18 @@ def _of_rate(rate: float) -> str:
     return f"rate-{rate:.3g}"
 
 
-def _best(contestant: Contestant, tried: Sequence[Row]) -> tuple[float, str]:
-    """The best learning rate, the lowest of equal ones, and a note if it is the first or the last that was tried."""
+def _best(tried: Sequence[Row]) -> tuple[float, str]:
+    """The best learning rate, the lowest of equal ones, and a note if it is the first or the last that was tried, or if
+    some gave no result."""
     finite = [row for row in tried if not math.isnan(row.value)]
     if not finite:
-        raise RunError(f"{contestant.text}: no learning rate gave a result; the last said: {tried[-1].note}")
+        raise RunError(f"no learning rate gave a result; the last said: {tried[-1].note}")
     best = max(finite, key=lambda row: (row.value, -row.learning_rate))
     edge = best.learning_rate in (tried[0].learning_rate, tried[-1].learning_rate)
-    return best.learning_rate, "the best learning rate is at the end of those tried" if edge else ""
+    notes = ["the best learning rate is at the end of those tried"] if edge else []
+    if len(finite) < len(tried):
+        notes.append(f"{len(tried) - len(finite)} of {len(tried)} learning rates gave no result")
+    return best.learning_rate, "; ".join(notes)
 
 
 def _folder_of(folder: Path, method: str, name: str) -> Path:
@@ -265,4 +296,4 @@ def _folder_of(folder: Path, method: str, name: str) -> Path:
 
 
 def _slug(name: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "-_=." else "-" for letter in name)
+    return "".join(letter if letter.isalnum() or letter in "-_=.+" else "-" for letter in name)

@@ -6,14 +6,16 @@ import csv
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from gradsel.errors import RunError
+from gradsel.errors import RunError, expected, one_line
+from gradsel.files import locked
 from gradsel.methods import Method
 from gradsel.training.folder import write_text
 
@@ -79,24 +81,45 @@ def measured(how: Method, results: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def settings_before(path: Path, values: Mapping[str, Any], argument: str) -> dict[str, Any] | None:
-    """What an earlier call wrote down in a folder of runs. Without one, the folder is made and ``values`` go there.
+@contextmanager
+def folder_of_runs(path: Path, values: Mapping[str, Any], argument: str) -> Iterator[dict[str, Any] | None]:
+    """Keeps other processes out of a folder of runs, and yields what an earlier call wrote down in it.
+
+    Without an earlier call the folder is made, ``values`` are written down, and None is yielded.
 
     Args:
         path: of the settings.
-        argument: names the folder in the error.
+        argument: names the folder in errors.
 
     Raises:
-        RunError: the folder has something else in it.
+        RunError: the folder has something else in it, its settings are damaged, or another process is at work in it.
     """
     folder = path.parent
+    with expected():
+        if not folder.is_dir():
+            if folder.exists():
+                raise RunError(f"{argument}: {folder} is a file; name a folder")
+            folder.mkdir(parents=True)
+    with locked(folder) as ours:
+        if not ours:
+            raise RunError(f"{argument}: another process is at work in {folder}; wait for it, or name another folder")
+        yield _settings_before(path, values, argument)
+
+
+def _settings_before(path: Path, values: Mapping[str, Any], argument: str) -> dict[str, Any] | None:
     if path.is_file():
-        before: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+        try:
+            before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise RunError(f"{argument}: {path} cannot be read: {one_line(error)}") from error
+        if not isinstance(before, dict):
+            raise RunError(f"{argument}: {path} is damaged: it has no settings")
         return before
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunError(f"{argument}: {folder} exists and is not empty")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(path, yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True))
+    cut_off = path.with_name(path.name + ".new")  # by a process that was killed while it wrote
+    if any(entry != cut_off for entry in path.parent.iterdir()):
+        raise RunError(f"{argument}: {path.parent} exists and is not empty")
+    with expected():
+        write_text(path, yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True))
     return None
 
 

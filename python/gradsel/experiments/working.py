@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -29,14 +32,23 @@ def run_or_continue(config: Config, callbacks: Sequence[TrainerCallback] = ()) -
         callbacks: of transformers' Trainer.
 
     Raises:
-        ValueError: its folder has a run with another recipe.
+        ValueError: its folder has a run of another method or with another recipe, or memory does not suffice.
     """
+    try:
+        return _run_or_continue(config, callbacks)
+    except torch.OutOfMemoryError as error:
+        raise RunError(f"out of memory: {one_line(error)}") from None
+
+
+def _run_or_continue(config: Config, callbacks: Sequence[TrainerCallback]) -> dict[str, Any]:
     folder = Path(config.output.folder)
     if (folder / CONFIG).is_file():
         with expected():
-            before = read_config(folder / CONFIG).recipe
-        if before != config.recipe:
+            before = read_config(folder / CONFIG)
+        if before.recipe != config.recipe:
             raise RunError(f"the run in {folder} was begun with another recipe; remove it to begin anew")
+        if (before.method, before.seed) != (config.method, config.seed):
+            raise RunError(f"the run in {folder} was begun with another method or seed; remove it to begin anew")
         if (folder / RESULTS).is_file():
             found: dict[str, Any] = read_json(folder / RESULTS)
             return found
@@ -60,7 +72,7 @@ def workers(jobs: int) -> Iterator[Start]:
     if jobs == 1:
         yield lambda config: lambda: run_or_continue(config)
         return
-    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (torch.get_num_threads(),)) as pool:
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _begin, (torch.get_num_threads(),)) as pool:
 
         def start(config: Config) -> Callable[[], dict[str, Any]]:
             running = pool.submit(_worked, config)
@@ -73,6 +85,19 @@ def workers(jobs: int) -> Iterator[Start]:
             raise
 
 
+def _begin(threads: int) -> None:
+    """Prepares a worker, which ends with its parent, however that ends: nobody would read its results."""
+    torch.set_num_threads(threads)
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
+
+
 def _worked(config: Config) -> dict[str, Any] | str:
     """In a worker: the results, or the message of what does not fit, as not every exception can be sent."""
     try:
@@ -82,7 +107,10 @@ def _worked(config: Config) -> dict[str, Any] | str:
 
 
 def _result(running: Future[dict[str, Any] | str]) -> dict[str, Any]:
-    found = running.result()
+    try:
+        found = running.result()
+    except BrokenProcessPool:
+        raise RunError("a process of --jobs was killed, as by a system that lacks memory; pass fewer --jobs") from None
     if isinstance(found, str):
         raise RunError(found)
     return found

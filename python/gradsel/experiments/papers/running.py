@@ -16,7 +16,7 @@ from gradsel.experiments.papers.measures import Job, completed
 from gradsel.experiments.papers.planning import config_of
 from gradsel.experiments.papers.results import Row, rows_of, table_of
 from gradsel.experiments.papers.sources import SOURCES
-from gradsel.experiments.tidy import settings_before, write_rows
+from gradsel.experiments.tidy import folder_of_runs, write_rows
 from gradsel.training.folder import write_text
 
 SETTINGS, ROWS, TABLE, RUNS, DATA = "experiment.yaml", "results.csv", "table.md", "runs", "data"
@@ -80,12 +80,20 @@ def run(
             missing = "; ".join(said(name) for name in lacking)
             raise ValueError(f"{experiment.name}: no data set of it is below {root}; it takes {missing}")
         jobs = {cell: _job(experiment, cell, folder, places, given, small) for cell in cells}
-        _require_same(folder, experiment, given)
+    if lacking and not quiet:
+        print(f"left out, {len(left_out)} runs: {'; '.join(said(name) for name in lacking)}", file=sys.stderr)
+    values = {"experiment": experiment.name, "settings": json.loads(json.dumps(given))}
+    with folder_of_runs(folder / SETTINGS, values, "--output") as before:
+        if before and before != values:
+            settings = before.get("settings") or "of the paper"
+            raise RunError(f"--output: {folder} has {before.get('experiment')} with the settings {settings}")
+        return _run(experiment, folder, jobs, quiet)
+
+
+def _run(experiment: Experiment, folder: Path, jobs: Mapping[Cell, tuple[Job, str]], quiet: bool) -> Ran:
     rows: list[Row] = []
     failed: list[str] = []
     last: ValueError | None = None
-    if lacking and not quiet:
-        print(f"left out, {len(left_out)} runs: {'; '.join(said(name) for name in lacking)}", file=sys.stderr)
     for number, (cell, (job, note)) in enumerate(jobs.items(), 1):
         try:
             found = completed(job, experiment.measure)
@@ -148,15 +156,6 @@ def _slug(cell: Cell) -> str:
     parts = (cell.model, cell.method, cell.data, cell.setting, str(cell.seed))
     text = "_".join(part for part in parts if part)
     return "".join(letter if letter.isalnum() or letter in "-_=.*+" else "-" for letter in text).replace("*", "-star")
-
-
-def _require_same(folder: Path, experiment: Experiment, given: Mapping[str, Any]) -> None:
-    """Writes down what is run, or checks it against what an earlier call wrote."""
-    values = {"experiment": experiment.name, "settings": json.loads(json.dumps(dict(given)))}
-    before = settings_before(folder / SETTINGS, values, "--output")
-    if before and before != values:
-        settings = before["settings"] or "of the paper"
-        raise ValueError(f"--output: {folder} has {before['experiment']} with the settings {settings}")
 
 
 def _across(experiment: Experiment, jobs: Mapping[Cell, tuple[Job, str]]) -> list[Row]:
