@@ -17,6 +17,7 @@ import torch
 from transformers.trainer_callback import TrainerCallback
 
 from gradsel.errors import RunError, expected, one_line
+from gradsel.methods import method
 from gradsel.training.config import CONFIG, Config, read_config
 from gradsel.training.folder import RESULTS, read_json
 from gradsel.training.run import finetune, resume
@@ -47,7 +48,7 @@ def _run_or_continue(config: Config, callbacks: Sequence[TrainerCallback]) -> di
             before = read_config(folder / CONFIG)
         if before.recipe != config.recipe:
             raise RunError(f"the run in {folder} was begun with another recipe; remove it to begin anew")
-        if (before.method, before.seed) != (config.method, config.seed):
+        if before.seed != config.seed or _method_of(before) != _method_of(config):
             raise RunError(f"the run in {folder} was begun with another method or seed; remove it to begin anew")
         if (folder / RESULTS).is_file():
             found: dict[str, Any] = read_json(folder / RESULTS)
@@ -56,6 +57,11 @@ def _run_or_continue(config: Config, callbacks: Sequence[TrainerCallback]) -> di
     if folder.exists():  # stopped before it had begun
         shutil.rmtree(folder)
     return finetune(config, callbacks=callbacks, quiet=True).results
+
+
+def _method_of(config: Config) -> tuple[str, dict[str, Any]]:
+    """Its name and all options, also those that a config from before they existed does not have."""
+    return config.method.name, method(config.method.name, **config.method.options).options()
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from gradsel.errors import RunError
 from gradsel.experiments import working
 from gradsel.experiments.comparing import compare
 from gradsel.files import locked
+from gradsel.methods import method
 from tests.support import runs
 
 ROOT = Path(__file__).parents[3]
@@ -118,6 +119,7 @@ def test_a_run_of_another_method_is_not_taken_for_this_one(images, tmp_path):
     config = settings(images, tmp_path / "run").replaced({"method.name": "linear"})
     working.run_or_continue(config)
     assert working.run_or_continue(config)["metrics"]
+    working.run_or_continue(config.replaced({"method.options": method("linear").options()}))  # its defaults
     for changes in ({"method.name": "bias"}, {"seed": 5}):
         with pytest.raises(RunError, match="begun with another method or seed; remove it"):
             working.run_or_continue(config.replaced(changes))

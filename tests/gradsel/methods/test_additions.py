@@ -1,5 +1,5 @@
-"""Methods that add something to a model: what they train on every layout of a vision model, what they make of it, and
-that their results are the same model elsewhere, merged or not."""
+"""What methods train on every layout of a vision model, what those that add something make of it, and that their
+results are the same model elsewhere, merged or not."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 pytest.importorskip("timm")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
-from gradsel.methods import Context, method
+from gradsel.methods import METHODS, Context, method
 from gradsel.methods.additions import (
     NAME,
     LowRank,
@@ -28,6 +28,7 @@ from gradsel.methods.additions import (
 from tests.gradsel.methods.cases import CONVNEXTS, SWINS, VISION, VITS, logits, own_vit, resnet, timm_swin, train
 from tests.support import tiny
 
+#: Every method of the registry.
 HOWS = {
     "adapter": method("adapter"),
     "adapter behind both": method("adapter", bottleneck=5, places="both"),
@@ -42,11 +43,22 @@ HOWS = {
     "miss": method("miss", rank=3),
     "paca": method("paca", columns=2),
     "gps": method("gps"),
+    "gps by mass": method("gps", k=2, scope="mass"),
+    "grft": method("grft", rows=2, anchor=1e-2),
+    "grft columns": method("grft", columns=1),
+    "grft sparse": method("grft", sparse=1),
+    "full": method("full"),
+    "linear": method("linear"),
+    "bias": method("bias"),
 }
 NO_ATTENTION = ("adapter behind both", "vpt-shallow", "vpt-deep", "lora on attention")
 
 
-ANYWHERE = {"lora", "shira", "miss", "paca", "gps"}  # whatever the layout: three of them will do
+#: Whatever the layout: three of them will do.
+ANYWHERE = {
+    "lora", "shira", "miss", "paca", "gps", "gps by mass", "grft", "grft columns", "grft sparse", "full", "linear",
+    "bias",
+}  # fmt: skip
 
 
 def fits(name, layout):
@@ -57,6 +69,10 @@ def fits(name, layout):
     if layout in SWINS:
         return name != "vpt-shallow"
     return layout in VITS or name not in NO_ATTENTION
+
+
+def test_every_method_is_tried_here():
+    assert {how.name for how in HOWS.values()} == METHODS.keys()
 
 
 PAIRS = [(name, layout) for layout in VISION for name in HOWS]
@@ -81,9 +97,11 @@ def test_trains_what_it_says_and_its_result_is_the_same_model_elsewhere(name, la
         key.removeprefix("base_model.model.").replace(".base_layer.", "."): tensor
         for key, tensor in prepared.model.state_dict().items()
     }
+    chosen = prepared.selection or {}  # full fine-tuning has none
+    assert chosen or prepared.trained == prepared.total
     for key, old in before.items():
-        if key in prepared.selection and key in after:  # PEFT keeps the old head beside the new one
-            mask = prepared.selection[key].to_dense()
+        if key in chosen and key in after:  # PEFT keeps the old head beside the new one
+            mask = chosen[key].to_dense()
             assert torch.equal(after[key][~mask], old[~mask]), f"{key} has moved"
 
     how.save(prepared, tmp_path)
@@ -99,7 +117,7 @@ def test_trains_what_it_says_and_its_result_is_the_same_model_elsewhere(name, la
 MERGED = [
     pair
     for pair in FITTING
-    if pair[0] in ("ssf", "spt-lora", "lora", "shira", "miss", "paca", "gps")
+    if pair[0] in ("ssf", "spt-lora", "lora", "shira", "miss", "paca", "gps", "gps by mass", "grft", "grft columns")
     and pair[1] in ("timm ViT", "HF Swin", "timm ConvNeXt")
 ]
 
