@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,6 +80,13 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
 
 def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def common_folder() -> Path:
+    """A new folder that all ranks know."""
+    made = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(made)
+    return Path(made[0])
 
 
 def check_equal(sharded: dict[str, Tensor], alone: dict[str, Tensor], tolerance: float = 1e-12) -> None:

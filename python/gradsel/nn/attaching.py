@@ -36,13 +36,13 @@ from gradsel.nn.buffers import BUFFERS, keep_buffers, restore_buffers
 from gradsel.nn.direct import direct_route, needed_by
 from gradsel.nn.hooks import hook, hook_root, unhook
 from gradsel.nn.quantised import Attached
-from gradsel.nn.sharding import link_shards, refuse_tensor_parallel, sharded_values
+from gradsel.nn.sharding import detach_shards, link_shards, require_own_shards, restore_whole, sharded_values
 from gradsel.nn.weights import SelectedWeight
 from gradsel.parameters.names import Use, parameter_uses, strip_wrappers
 from gradsel.parameters.trainable import require_trainable
 from gradsel.quantised import Quantised, install, installed, quantised_in, uninstall
 from gradsel.selection.selection import Selection, lookup
-from gradsel.sharding import entries_of, is_sharded, reshard
+from gradsel.sharding import entries_of, is_managed, is_sharded, reshard
 from gradsel.tables import grouped, shape_text, table
 from gradsel.views import NeuronView
 
@@ -200,7 +200,8 @@ def attach(model: nn.Module, selection: Selection) -> AttachReport:
             weight = parameters[name]
             vars(weight)[LINK] = selected
             if is_sharded(weight):
-                link_shards(selected, weight, values[name], record)
+                managed = any(is_managed(module) for _, module, _ in uses[name])
+                link_shards(selected, weight, values[name], record, managed)
             else:
                 weight.__class__ = SelectedWeight
             for _, module, short in uses[name]:
@@ -259,7 +260,6 @@ def _check(
         if mask.is_whole:
             continue
         for _, module, short in uses[name]:
-            refuse_tensor_parallel(name, module, parameter)
             if hasattr(module, short + SUFFIX):
                 raise ValueError(f"{name}: the module has an attribute {short + SUFFIX} already, attach() needs it")
             if getattr(module, "max_norm", None) is not None:
@@ -302,11 +302,8 @@ def detach(model: Model, restore: bool = False) -> Model:
     roots = [module for module in model.modules() if RECORD in vars(module)]
     if not roots:
         raise ValueError("the model is not attached, or attach() was called on a module around it; pass that one")
-    if sharded := [name for root in roots for name in vars(root)[RECORD].sharded]:
-        raise ValueError(
-            f"{sharded[0]} is sharded, and FSDP keeps its values as parameters of the model: detach() is for a model "
-            "that is not. The trained weights are in state_dict(), the trained entries in gradsel.Delta.of(model)"
-        )
+    for root in roots:
+        require_own_shards(root)
     if restore:
         for root in roots:
             require_complete(root, "detach(restore=True)")
@@ -347,11 +344,13 @@ def _detach_module(module: nn.Module, attachments: Attachments, restore: bool) -
     own = module._parameters
     for short, original in attachments.whole.items():
         if restore and (parameter := own.get(short)) is not None:
-            with torch.no_grad():
-                parameter.copy_(original.entries)
+            restore_whole(parameter, original.entries)
     for short, selected in attachments.partial.items():
         weight, values = selected.weight(), own.pop(short + SUFFIX, None)
-        if weight is not None:
+        if weight is not None and selected.shards is not None:
+            detach_shards(selected, weight, restore)
+            weight.requires_grad_(attachments.flags[short])
+        elif weight is not None:
             with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
                 if restore:
                     selected.mask.scatter_(weight, selected.entries)

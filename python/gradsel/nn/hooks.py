@@ -25,6 +25,7 @@ from gradsel.attached import (
 )
 from gradsel.nn import functional
 from gradsel.nn.converting import Conversion, adopt_values, adopt_weight
+from gradsel.nn.lending import lend, take_back
 from gradsel.nn.loading import after_root_load, after_state_dict, before_load, before_root_load
 from gradsel.nn.saving import save_as_before, save_plainly
 from gradsel.nn.sharding import check_gathered, take_place, unwatch_assignments, watch_assignments
@@ -53,13 +54,14 @@ def hook_root(root: nn.Module) -> None:
     save_plainly(root)
 
 
-_HOOKS = (before_root_load, after_root_load, before_load, after_state_dict)
+_HOOKS = (before_root_load, after_root_load, before_load, after_state_dict, take_back)
 
 
 def unhook(module: nn.Module) -> None:
     """Takes all of them off again, also those of a copied module."""
     for hooks in (
         module._forward_pre_hooks,
+        module._forward_hooks,
         module._state_dict_hooks,
         module._load_state_dict_pre_hooks,
         module._load_state_dict_post_hooks,
@@ -67,6 +69,7 @@ def unhook(module: nn.Module) -> None:
         for key, found in list(hooks.items()):
             if getattr(found, "hook", found) in (before_forward, *_HOOKS):
                 del hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
     if isinstance(vars(module).get("_apply"), Conversion):
         del module._apply
     save_as_before(module)
@@ -100,19 +103,13 @@ def before_forward(module: nn.Module, args: Any) -> None:
 
 def _hand_out_plain(module: nn.Module, attachments: Attachments) -> None:
     """For inputs with torch functions of their own (jagged tensors), which do not ask the weight for its own."""
-
-    def taken_back(module: nn.Module, args: Any, output: Any) -> None:
-        handle.remove()
-        for short in attachments.partial:
-            vars(module).pop(short, None)
-
-    handle = module.register_forward_hook(taken_back, always_call=True)
+    plain = {short: each for short, each in attachments.partial.items() if each.shards is None}
     with torch._C.DisableTorchFunctionSubclass():
-        for short, selected in attachments.partial.items():
+        for short, selected in plain.items():
             weight = module._parameters.get(short)
             values = None if weight is None else selected.refresh(weight)
             if weight is not None and values is not None:
-                vars(module)[short] = functional.harvest(weight.detach(), values, selected.mask)
+                lend(module, short, functional.harvest(weight.detach(), values, selected.mask))
 
 
 def _mend(module: nn.Module, short: str, selected: Selected, weight: Tensor | None, values: Tensor | None) -> None:

@@ -1,9 +1,12 @@
-"""Attached models under FSDP2 (``torch.distributed.fsdp.fully_shard``).
+"""Attached models under FSDP2 (``torch.distributed.fsdp.fully_shard``) and tensor parallelism (``parallelize_module``).
 
 FSDP replaces every parameter by a DTensor, its shard, and for a forward and its backward by a gathered one. It assigns
 them past ``nn.Module.__setattr__`` unless a module has one of its own. So modules of an attached model have one until
 they have seen both. Shards know their :class:`~gradsel.attached.Selected`, so that optimizers find the weight; gathered
 parameters are a :class:`~gradsel.nn.weights.SelectedWeight` and values as in a model that is not sharded.
+
+Tensor parallelism replaces parameters once, and its modules compute with DTensors. What FSDP gathers of these are
+DTensors on fewer dimensions of a mesh (:mod:`gradsel.nn.tensor_parallel`).
 """
 
 from __future__ import annotations
@@ -13,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradsel.attached import LINK, SUFFIX, Attachments, Original, Record, Selected, SelectedValues
+from gradsel.attached import LINK, SUFFIX, Attachments, Original, Record, Selected, SelectedValues, selected_in
 from gradsel.masks import Mask
+from gradsel.nn.tensor_parallel import hand_out
 from gradsel.nn.weights import SelectedWeight
-from gradsel.sharding import Shards, by_rows, is_managed, is_sharded, mesh_of, sharded_like
+from gradsel.sharding import Shards, by_rows, is_managed, is_sharded, local_of, mesh_of, part_like, sharded_like
 
 
 class Assigning:
@@ -48,8 +52,8 @@ def take_place(module: nn.Module, attachments: Attachments, short: str, paramete
     if selected is None:
         original = attachments.whole.get(short)
         return original is not None and _is_shard_or_gathered(module, short, original, parameter)
-    if is_sharded(parameter):
-        _take_shard(selected, plain == short, parameter, attachments.record)
+    if is_sharded(parameter) and not _is_split_and_gathered(module, selected, plain == short, parameter):
+        _take_shard(module, selected, plain == short, parameter, attachments.record)
         return True
     if selected.shards is None or tuple(parameter.shape) != _shape(selected, plain == short):
         return False
@@ -79,40 +83,85 @@ def sharded_values(mask: Mask, weight: Tensor, entries: Tensor) -> nn.Parameter:
     return nn.Parameter(alike)
 
 
-def link_shards(selected: Selected, weight: Tensor, values: Tensor, record: Record) -> None:
-    """Makes shards known that are in their modules already, of which FSDP gathers the weight only."""
+def link_shards(selected: Selected, weight: Tensor, values: Tensor, record: Record, managed: bool) -> None:
+    """Makes shards known that are in their modules already.
+
+    Args:
+        managed: FSDP gathers the weight, and does not know the values.
+    """
     vars(values)[LINK] = selected
     selected.shards = Shards(selected.mask)
     selected.shards.put(weight, values)
-    selected.shards.gathered.add("values")
+    if managed:
+        selected.shards.gathered.add("values")
     record.sharded[selected.name] = selected
 
 
-def refuse_tensor_parallel(name: str, module: nn.Module, parameter: Tensor) -> None:
-    """
+def require_own_shards(root: nn.Module) -> None:
+    """Refuses to detach a model that FSDP has sharded.
+
     Raises:
-        ValueError: the parameter is a DTensor that no FSDP module gathers for the forward.
+        ValueError: it names the first weight.
     """
-    if is_sharded(parameter) and not is_managed(module):
-        raise ValueError(
-            f"{name} is sharded by tensor parallelism, which attach() does not support: freeze it, as in "
-            f"select(freeze=[{name!r}]), leave it out of the parallelize plan, or shard the model by fully_shard()"
-        )
+    for module in root.modules():
+        for selected in selected_in(module).values() if is_managed(module) else ():
+            if selected.shards is not None:
+                raise ValueError(
+                    f"{selected.name} is sharded, and FSDP keeps its values as parameters of the model: detach() is "
+                    "for a model that is not. The trained weights are in state_dict(), the trained entries in "
+                    "gradsel.Delta.of(model)"
+                )
 
 
-def _take_shard(selected: Selected, is_weight: bool, parameter: Tensor, record: Record) -> None:
+@torch.no_grad()
+def restore_whole(parameter: Tensor, entries: Tensor) -> None:
+    """Gives a parameter that was trained whole its entries back. It may have been split since they were kept."""
+    if is_sharded(parameter) and not is_sharded(entries):
+        local_of(parameter).copy_(part_like(entries, parameter))
+    else:
+        parameter.copy_(entries)
+
+
+def detach_shards(selected: Selected, weight: Tensor, restore: bool) -> None:
+    """Makes a weight that tensor parallelism has split an ordinary one again.
+
+    Args:
+        restore: give it back its original entries.
+    """
+    assert selected.shards is not None
+    if restore:
+        share = selected.shards.share
+        with torch.no_grad():
+            share.mask.scatter_(local_of(weight), share.of(selected.entries))
+    for tensor in selected.shards.both:
+        vars(tensor).pop(LINK, None)
+
+
+def _is_split_and_gathered(module: nn.Module, selected: Selected, is_weight: bool, parameter: Tensor) -> bool:
+    """Whether it is what FSDP gathers for a forward of a parameter that tensor parallelism has split."""
+    shards = selected.shards
+    if shards is None or not is_managed(module):
+        return False
+    known = shards.weight if is_weight else shards.values
+    return known is not None and is_sharded(known) and mesh_of(parameter).ndim < mesh_of(known).ndim
+
+
+def _take_shard(module: nn.Module, selected: Selected, is_weight: bool, parameter: Tensor, record: Record) -> None:
     shards = selected.shards
     if shards is None:
         shards = selected.shards = Shards(selected.mask)
         shards.put(selected.weight(), selected.values())
         record.sharded[selected.name] = selected
     known = shards.weight if is_weight else shards.values
-    if known is parameter or (known is not None and _is_resharded(known, parameter)):
+    if known is parameter or (is_managed(module) and known is not None and _is_resharded(known, parameter)):
         return
     vars(parameter)[LINK] = selected
+    if is_weight:
+        parameter.requires_grad_(False)
+    agreed = known is not None and (not is_sharded(known) or shards.agreed)
     shards.put(**{"weight" if is_weight else "values": parameter})
-    if known is not None and not is_sharded(known) and shards.weight is not None and is_sharded(shards.weight):
-        shards.mark()  # they agreed when FSDP read them
+    if agreed and shards.weight is not None and is_sharded(shards.weight):
+        shards.mark()  # they agreed when FSDP, or tensor parallelism, read them
 
 
 def _is_resharded(known: Tensor, parameter: Tensor) -> bool:
@@ -122,7 +171,9 @@ def _is_resharded(known: Tensor, parameter: Tensor) -> bool:
 
 def _take_gathered(selected: Selected, is_weight: bool, parameter: nn.Parameter) -> None:
     assert selected.shards is not None
-    if is_weight:
+    if is_sharded(parameter):
+        parameter.requires_grad_(not is_weight)
+    elif is_weight:
         parameter.requires_grad_(False)
         parameter.__class__ = SelectedWeight
         with torch._C.DisableTorchFunctionSubclass():
@@ -137,16 +188,23 @@ def check_gathered(module: nn.Module, short: str, selected: Selected) -> None:
     """Before a forward: refuses a weight that is still sharded, and brings it up to date with what has been written.
 
     Raises:
-        RuntimeError: it is a DTensor in forward.
+        RuntimeError: FSDP has not gathered it.
     """
     shards, weight = selected.shards, module._parameters.get(short)
     assert shards is not None
-    if type(weight) is not SelectedWeight or vars(weight)[LINK] is not selected:
+    if weight is None or vars(weight).get(LINK) is not selected or (weight is shards.weight and is_managed(module)):
         raise RuntimeError(
-            f"{selected.name} is a DTensor in forward, so {type(module).__name__} is sharded by tensor parallelism "
-            "(parallelize_module), or runs outside the forward of its FSDP module. Attached models can be sharded by "
-            "fully_shard() only; freeze this weight, or leave it out of the parallelize plan"
+            f"{selected.name} is a DTensor that FSDP has not gathered, so its {type(module).__name__} runs outside the "
+            "forward of its FSDP module: call that one, or fully_shard() the module that is called"
         )
-    if shards.refresh():
-        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
-            selected.mask.scatter_(weight, shards.everywhere())
+    changed = shards.refresh()
+    with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+        if changed and weight is not shards.weight:
+            share = shards.part_of(weight).share if is_sharded(weight) else None
+            values = shards.everywhere()
+            if share is None:
+                selected.mask.scatter_(weight, values)
+            else:
+                share.mask.scatter_(local_of(weight), share.of(values))
+    if is_sharded(weight):
+        hand_out(module, short, selected, weight)

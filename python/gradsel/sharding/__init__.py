@@ -1,5 +1,6 @@
 """Weights that are DTensors: what a rank holds of them and of their values, and what ranks tell each other."""
 
+from gradsel.sharding.parallel import Part, settled
 from gradsel.sharding.shards import Shards
 from gradsel.sharding.shares import Share, by_rows, entries_of, share_of
 from gradsel.sharding.tensors import (
@@ -10,6 +11,7 @@ from gradsel.sharding.tensors import (
     is_sharded,
     local_of,
     mesh_of,
+    part_like,
     reshard,
     sharded_like,
     sum_over_shards,
@@ -17,6 +19,7 @@ from gradsel.sharding.tensors import (
 )
 
 __all__ = [
+    "Part",
     "Shards",
     "Share",
     "agree_over",
@@ -28,7 +31,9 @@ __all__ = [
     "is_sharded",
     "local_of",
     "mesh_of",
+    "part_like",
     "reshard",
+    "settled",
     "sharded_like",
     "share_of",
     "sum_over_shards",

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from gradsel.sharding.tensors import local_of, mesh_of
+from gradsel.sharding.tensors import local_of, mesh_of, sharded_as
 
 
 def reduced(values: Tensor, weight: Tensor) -> Tensor:
@@ -40,6 +40,7 @@ class _Reduced(Function):
 
         mesh = ctx.mesh
         own = DTensor.from_local(grad / mesh.size(), mesh, [Partial()] * mesh.ndim, run_check=False)
-        if ctx.placements is not None:
+        if ctx.placements is not None and all(to.is_shard() or to.is_replicate() for to in ctx.placements):
             return own.redistribute(mesh, ctx.placements), None
-        return local_of(own.redistribute(mesh, [Replicate()] * mesh.ndim)), None
+        whole = local_of(own.redistribute(mesh, [Replicate()] * mesh.ndim))
+        return (whole if ctx.placements is None else sharded_as(whole, mesh, ctx.placements)), None

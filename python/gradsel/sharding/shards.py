@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gradsel.dtypes import adopted, differs
 from gradsel.masks import Mask
+from gradsel.sharding.parallel import Part
 from gradsel.sharding.reducing import reduced
 from gradsel.sharding.shares import Share, entries_of, is_aligned, share_of
 from gradsel.sharding.tensors import local_of, part_like, sum_over_shards, whole_of
@@ -35,6 +36,7 @@ class Shards:
         self.values: Tensor | None = None
         self.gathered: set[str] = set()
         self.seen: list[int] | None = None
+        self._part: Part | None = None
 
     def put(self, weight: Tensor | None = None, values: Tensor | None = None) -> None:
         """Takes over a parameter that has been put into the place of the weight, or of the values."""
@@ -42,6 +44,16 @@ class Shards:
         self.values = self.values if values is None else values
         for computed in ("share", "aligned"):
             vars(self).pop(computed, None)
+
+    def part_of(self, weight: Tensor) -> Part:
+        """How gradients of a weight that is a DTensor in forward, too, become those of values.
+
+        Args:
+            weight: as the forward sees it.
+        """
+        if self._part is None or not self._part.is_of(weight):
+            self._part = Part(self.mask, weight)
+        return self._part
 
     @property
     def both(self) -> tuple[Tensor, Tensor]:
@@ -92,6 +104,11 @@ class Shards:
             return False
         self.mark()
         return True
+
+    @property
+    def agreed(self) -> bool:
+        """Whether nobody has written weight or values since they last agreed."""
+        return self.weight is not None and self.values is not None and self.seen == self._state()
 
     def mark(self) -> None:
         """Weight and values agree now."""

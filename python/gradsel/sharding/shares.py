@@ -94,7 +94,9 @@ def by_rows(mask: Mask, weight: Tensor) -> bool:
     """Whether values can be sharded like a DTensor: both by rows, and a row of the one for each of the other."""
     if not isinstance(mask, (PerRow, WholeColumns)) or not mask.view.is_first_dim:
         return False
-    return all(placement.is_replicate() or placement.is_shard(0) for placement in getattr(weight, "placements", ()))
+    placements = getattr(weight, "placements", ())
+    # With tensor parallelism, FSDP's own placement has the dimension, and says that it is no Shard.
+    return all(placement.is_replicate() or getattr(placement, "dim", None) == 0 for placement in placements)
 
 
 def is_aligned(mask: Mask, weight: Tensor, values: Tensor) -> bool:

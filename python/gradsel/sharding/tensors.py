@@ -39,11 +39,13 @@ def box_of(tensor: Tensor, shape: tuple[int, ...] | None = None) -> tuple[tuple[
     Args:
         shape: of another tensor that is sharded like this one.
     """
+    return _box(tuple(shape or tensor.shape), mesh_of(tensor), cast(Any, tensor).placements)
+
+
+def _box(shape: tuple[int, ...], mesh: DeviceMesh, placements: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    size, offset = compute_local_shape_and_global_offset(
-        shape or tensor.shape, mesh_of(tensor), cast(Any, tensor).placements
-    )
+    size, offset = compute_local_shape_and_global_offset(shape, mesh, placements)
     return tuple(size), tuple(offset)
 
 
@@ -53,9 +55,11 @@ def part_like(whole: Tensor, tensor: Tensor) -> Tensor:
     Args:
         whole: the same on all ranks.
     """
-    if not is_sharded(tensor):
-        return whole
-    shape, offset = box_of(tensor, tuple(whole.shape))
+    return _part(whole, mesh_of(tensor), cast(Any, tensor).placements) if is_sharded(tensor) else whole
+
+
+def _part(whole: Tensor, mesh: DeviceMesh, placements: Any) -> Tensor:
+    shape, offset = _box(tuple(whole.shape), mesh, placements)
     if 0 in shape:
         return whole.new_empty(shape)
     return whole[tuple(slice(first, first + size) for first, size in zip(offset, shape, strict=True))]
@@ -72,13 +76,16 @@ def sum_over_shards(own: Tensor, tensor: Tensor) -> Tensor:
 
 def sharded_like(whole: Tensor, tensor: Tensor) -> Tensor:
     """A DTensor of which every rank takes its part of ``whole``; see :func:`part_like`."""
+    return sharded_as(whole.to(local_of(tensor).device), mesh_of(tensor), cast(Any, tensor).placements)
+
+
+def sharded_as(whole: Tensor, mesh: DeviceMesh, placements: Any) -> Tensor:
+    """A DTensor with these placements, of which every rank takes its part of ``whole``."""
     from torch.distributed.tensor import DTensor
 
-    part = part_like(whole.to(local_of(tensor).device), tensor).clone(memory_format=torch.contiguous_format)
-    placements = cast(Any, tensor).placements
-    return DTensor.from_local(
-        part, mesh_of(tensor), placements, run_check=False, shape=whole.shape, stride=whole.contiguous().stride()
-    )
+    part = _part(whole, mesh, placements).clone(memory_format=torch.contiguous_format)
+    stride = whole.contiguous().stride()
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=whole.shape, stride=stride)
 
 
 def group_of(mesh: DeviceMesh) -> dist.ProcessGroup:

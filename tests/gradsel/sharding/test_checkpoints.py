@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,7 +16,17 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import gradsel
-from tests.support.sharded import OPTIMIZERS, batches, meshes, models, shard, share, whole, whole_state
+from tests.support.sharded import (
+    OPTIMIZERS,
+    batches,
+    common_folder,
+    meshes,
+    models,
+    shard,
+    share,
+    whole,
+    whole_state,
+)
 from tests.support.toy import cross_entropy
 
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -42,12 +49,6 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, mesh, steps: int) -
         optimizer.zero_grad()
         cross_entropy(model, batch if mesh is None else share(batch, mesh)).backward()
         optimizer.step()
-
-
-def common_folder() -> Path:
-    made = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
-    dist.broadcast_object_list(made)
-    return Path(made[0])
 
 
 def moments(optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:

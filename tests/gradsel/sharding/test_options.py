@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import gradsel
-from gradsel.attached import selected_in
 from tests.support.sharded import (
     OPTIMIZERS,
     batches,
@@ -285,29 +281,3 @@ def converted() -> None:
 
 def test_conversions_and_masks(ranks):
     ranks.run(converted)
-
-
-def tensor_parallel() -> list[str]:
-    mesh = meshes()["hybrid"]
-    model, _, selection = models()
-    plan = {"blocks.0.fc1": ColwiseParallel(), "blocks.0.fc2": RowwiseParallel()}
-    parallel = parallelize_module(copy.deepcopy(model), mesh["shard"], plan)
-    with pytest.raises(ValueError, match="tensor parallelism") as first:
-        gradsel.attach(parallel, selection)
-    assert not any(selected_in(module) for module in parallel.modules())
-    gradsel.attach(model, selection)
-    parallelize_module(model, mesh["shard"], plan)
-    with pytest.raises(RuntimeError, match="tensor parallelism") as second:
-        model(batches()[0][0])
-    shard(parallel, mesh["replicate"])
-    gradsel.attach(parallel, selection)
-    with pytest.raises(RuntimeError, match="tensor parallelism") as third:
-        parallel(batches()[0][0])
-    return [str(error.value) for error in (first, second, third)]
-
-
-@pytest.mark.refuses("TP", "attach")
-@pytest.mark.refuses("FSDP2 + TP", "attach")
-def test_tensor_parallelism(ranks, refusal):
-    for message in ranks.run(tensor_parallel)[0]:
-        refusal.saw(message)

@@ -1,0 +1,297 @@
+"""Attached models under tensor parallelism, alone and with FSDP2: they train what one process trains."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
+
+import gradsel
+from gradsel.attached import selected_in
+from gradsel.masks import Flat
+from gradsel.nn import tensor_parallel
+from tests.support.selections import random_selection
+from tests.support.sharded import (
+    OPTIMIZERS,
+    SIZE,
+    batches,
+    check_alike,
+    check_equal,
+    check_written,
+    common_folder,
+    meshes,
+    models,
+    shard,
+    whole,
+    whole_state,
+)
+from tests.support.toy import Toy, cross_entropy
+
+pytestmark = pytest.mark.xdist_group("ranks")
+
+
+def parallelise(model: Toy) -> None:
+    """Both Linear layers of an MLP without a message between them; others with outputs that all ranks hold."""
+    whole = {"input_layouts": Replicate(), "output_layouts": Replicate()}
+    plan = {"head": ColwiseParallel(output_layouts=Replicate())}
+    for number in range(2):
+        plan[f"blocks.{number}.fc1"], plan[f"blocks.{number}.fc2"] = ColwiseParallel(), RowwiseParallel()
+    plan["blocks.0.qkv"], plan["blocks.1.qkv"] = ColwiseParallel(**whole), RowwiseParallel(**whole)
+    parallelize_module(model, meshes()["two"], plan)
+
+
+def prepared(order: str, kind: str) -> tuple[Toy, Toy]:
+    """The toy on all ranks, and its twin in one process.
+
+    Args:
+        order: in which it is parallelised (p), attached (a) and sharded by FSDP (s).
+    """
+    model, alone, selection = models(kind)
+    steps = {
+        "p": lambda: parallelise(model),
+        "a": lambda: gradsel.attach(model, selection),
+        "s": lambda: shard(model, meshes()["hybrid"]["replicate"]),
+    }
+    for letter in order:
+        steps[letter]()
+    gradsel.attach(alone, selection)
+    return model, alone
+
+
+def share(batch: tuple[Tensor, Tensor], order: str) -> tuple[Tensor, Tensor]:
+    """All of a batch, or the half of this rank's replica."""
+    if "s" not in order:
+        return batch
+    first = meshes()["hybrid"]["replicate"].get_local_rank() * (SIZE // 2)
+    return batch[0][first : first + SIZE // 2], batch[1][first : first + SIZE // 2]
+
+
+def step(models: list[tuple[nn.Module, torch.optim.Optimizer, str]], count: int = 3) -> None:
+    for batch in batches(count=count):
+        for model, optimizer, order in models:
+            optimizer.zero_grad()
+            cross_entropy(model, share(batch, order)).backward()
+            optimizer.step()
+
+
+def train(order: str, kind: str, optimizer_name: str) -> None:
+    model, alone = prepared(order, kind)
+    before = {name: tensor.clone() for name, tensor in alone.state_dict().items()}
+    optimizers = [OPTIMIZERS[optimizer_name](gradsel.trainable_parameters(each)) for each in (model, alone)]
+    step([(model, optimizers[0], order), (alone, optimizers[1], "")])
+    state = whole_state(model)
+    check_equal(state, alone.state_dict())
+    check_alike(state)
+    check_written(model)
+    for module in model.modules():
+        for short, selected in selected_in(module).items():
+            assert short not in vars(module)
+            name, frozen = selected.name, ~selected.mask.to_dense()
+            assert torch.equal(state[name][frozen], before[name][frozen]), name
+            assert name.startswith("tokens") or not torch.equal(state[name], before[name]), name
+
+
+@pytest.mark.supports("TP", "attach", "MaskedAdam", "other optimizers")
+@pytest.mark.parametrize(
+    ("order", "kind", "optimizer"),
+    [
+        ("pa", "per-row", "MaskedAdamW"),
+        ("pa", "rows", "AdamW"),
+        ("pa", "columns", "MaskedAdamW"),
+        ("pa", "irregular", "MaskedAdamW"),
+        ("ap", "per-row", "AdamW"),
+        ("ap", "irregular", "MaskedAdamW"),
+    ],
+)
+def test_tensor_parallelism(ranks, order, kind, optimizer):
+    ranks.run(train, order, kind, optimizer)
+
+
+@pytest.mark.supports("FSDP2 + TP", "attach", "MaskedAdam", "other optimizers")
+@pytest.mark.parametrize(
+    ("order", "kind", "optimizer"),
+    [
+        ("pas", "per-row", "MaskedAdamW"),
+        ("pas", "rows", "SGD"),
+        ("pas", "columns", "AdamW"),
+        ("pas", "irregular", "MaskedAdamW"),
+        ("aps", "per-row", "SGD"),
+        ("aps", "rows", "MaskedAdamW"),
+        ("psa", "per-row", "MaskedAdamW"),
+        ("psa", "irregular", "SGD"),
+    ],
+)
+def test_with_fsdp(ranks, order, kind, optimizer):
+    ranks.run(train, order, kind, optimizer)
+
+
+class Small(nn.Module):
+    """Embeddings whose rows and columns four ranks cannot share equally, and a norm of parts of sequences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.more = nn.Embedding(11, 6), nn.Embedding(11, 6)
+        self.up, self.down, self.norm = nn.Linear(6, 12), nn.Linear(12, 5), nn.LayerNorm(5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.norm(self.down(torch.tanh(self.up(self.tokens(tokens) + self.more(tokens)))))
+
+
+def small() -> None:
+    torch.manual_seed(0)
+    model = Small().double()
+    alone = copy.deepcopy(model)
+    rank = {"tokens.weight", "more.weight", "up.weight", "down.weight", "norm.weight"}
+    selection = random_selection(model, "irregular", freeze=(), kinds={"embedding": "rank"})
+    masks = dict(selection) | {"norm.weight": Flat(torch.tensor([1, 3]), (5,))}
+    selection = gradsel.Selection(masks)
+    assert rank == {name for name, mask in selection.items() if mask.nnz and not mask.is_whole}
+    plan = {
+        "tokens": RowwiseParallel(input_layouts=Replicate()),
+        "more": ColwiseParallel(output_layouts=Replicate()),
+        "up": ColwiseParallel(),
+        "down": RowwiseParallel(output_layouts=Shard(1)),
+        "norm": SequenceParallel(),
+    }
+    parallelize_module(model, meshes()["four"], plan)
+    gradsel.attach(model, selection)
+    gradsel.attach(alone, selection)
+    optimizers = [OPTIMIZERS["MaskedAdamW"](gradsel.trainable_parameters(each)) for each in (model, alone)]
+    tokens = torch.arange(24).view(3, 8) % 11
+    harvested, harvest = [], tensor_parallel._harvest
+    tensor_parallel._harvest = lambda weight, *rest: harvested.append(tuple(weight.shape)) or harvest(weight, *rest)
+    try:
+        for _ in range(2):
+            for each, optimizer in zip((model, alone), optimizers, strict=True):
+                optimizer.zero_grad()
+                output = each(tokens)
+                (output.full_tensor() if each is model else output).square().mul(torch.arange(5)).mean().backward()
+                optimizer.step()
+    finally:
+        tensor_parallel._harvest = harvest
+    assert set(harvested) == {(11, 6), (5,)}, "a Linear layer has formed a dense gradient"
+    check_equal(whole_state(model), alone.state_dict())
+    check_written(model)
+
+
+def test_embeddings_and_norms(ranks):
+    ranks.run(small)
+
+
+def saved(order: str) -> None:
+    """A checkpoint, from which all ranks and one process go on; the delta; and the plain model again."""
+    folder = common_folder()
+    model, _ = prepared(order, "per-row")
+    start = {name: tensor.clone() for name, tensor in models()[0].state_dict().items()}
+    optimizer = OPTIMIZERS["MaskedAdamW"](gradsel.trainable_parameters(model))
+    step([(model, optimizer, order)], 2)
+    parts = get_state_dict(model, optimizer)
+    dcp.save({"model": parts[0], "optimizer": parts[1]}, checkpoint_id=folder)
+    expected = {name: tensor.clone() for name, tensor in whole_state(model).items()}
+    for other, there in zip(prepared(order, "per-row"), (order, ""), strict=True):
+        own = OPTIMIZERS["MaskedAdamW"](gradsel.trainable_parameters(other))
+        parts = get_state_dict(other, own)
+        into = {"model": parts[0], "optimizer": parts[1]}
+        dcp.load(into, checkpoint_id=folder, no_dist=not there)
+        set_state_dict(other, own, model_state_dict=into["model"], optim_state_dict=into["optimizer"])
+        different = [name for name, tensor in whole_state(other).items() if not torch.equal(tensor, expected[name])]
+        assert not different, (there, different)
+        step([(other, own, there)], 1)
+        if there:
+            step([(model, optimizer, order)], 1)
+            expected_then = whole_state(model)
+            assert all(torch.equal(tensor, expected_then[name]) for name, tensor in whole_state(other).items())
+        else:
+            check_equal(expected_then, other.state_dict())
+    base = models()[0]
+    with gradsel.Delta.of(model).applied(base):
+        for name, tensor in base.state_dict().items():
+            assert torch.equal(tensor, expected_then[name]), name
+    assert all(torch.equal(tensor, start[name]) for name, tensor in base.state_dict().items())
+    if "s" in order:
+        return
+    plain = gradsel.detach(model)
+    state = whole_state(plain)
+    assert state.keys() == start.keys()
+    assert all(torch.equal(tensor, expected_then[name]) for name, tensor in state.items())
+    restored, _ = prepared(order, "rows")
+    step([(restored, OPTIMIZERS["SGD"](gradsel.trainable_parameters(restored)), order)], 1)
+    state = whole_state(gradsel.detach(restored, restore=True))
+    assert all(torch.equal(tensor, start[name]) for name, tensor in state.items())
+    cross_entropy(plain, batches()[0]).backward()
+    assert plain.blocks[0].fc1.weight.grad is not None
+
+
+@pytest.mark.supports("TP", "save/load", "delta", "merge")
+@pytest.mark.parametrize("order", ["pa", "ap"])
+def test_what_becomes_of_it(ranks, order):
+    ranks.run(saved, order)
+
+
+@pytest.mark.supports("FSDP2 + TP", "save/load", "delta")
+def test_what_becomes_of_it_with_fsdp(ranks):
+    for order in ("pas", "psa"):
+        ranks.run(saved, order)
+
+
+@pytest.mark.refuses("FSDP2 + TP", "merge")
+def test_merging_with_fsdp(ranks, refusal):
+    refusal.saw(ranks.run(refused)[0])
+
+
+def refused() -> str:
+    model, _ = prepared("pas", "per-row")
+    before = whole_state(model)
+    with pytest.raises(ValueError, match=r"sharded.*detach") as error:
+        gradsel.detach(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in whole_state(model).items())
+    return str(error.value)
+
+
+def outside() -> None:
+    """FSDP gathers for its own module's forward, not for that of a module inside it."""
+    model, _ = prepared("pas", "per-row")
+    with pytest.raises(RuntimeError, match=r"blocks.0.fc1.weight is a DTensor that FSDP has not gathered"):
+        model.blocks[0].fc1(torch.zeros(2, 12, dtype=torch.float64))
+
+
+def test_a_module_outside_of_fsdp_forward(ranks):
+    ranks.run(outside)
+
+
+def select_and_clip(order: str) -> None:
+    """select() on the parallel model, and clipping."""
+    model, alone, _ = models()
+    parallelise(model)
+    if "s" in order:
+        shard(model, meshes()["hybrid"]["replicate"])
+    chosen = {"policy": gradsel.PerNeuron(2), "freeze": ["unused.*", "tokens.*"]}
+    group = [torch.distributed.new_group([rank]) for rank in range(4)][torch.distributed.get_rank()]
+    selection = gradsel.select(model, [share(batch, order) for batch in batches()], cross_entropy, **chosen)
+    expected = gradsel.select(alone, batches(), cross_entropy, process_group=group, **chosen)
+    for name, mask in expected.items():
+        assert torch.equal(selection[name].to_dense(), mask.to_dense()), name
+    assert selection.base == expected.base
+    optimizers = []
+    for each in (model, alone):
+        gradsel.attach(each, selection)
+        optimizers.append(OPTIMIZERS["MaskedAdamW"](gradsel.trainable_parameters(each)))
+        cross_entropy(each, share(batches()[0], order if each is model else "")).backward()
+    norms = [whole(optimizer.clip_grad_norm_(0.05)) for optimizer in optimizers]
+    torch.testing.assert_close(norms[0], norms[1], rtol=1e-12, atol=0)
+
+
+@pytest.mark.supports("TP", "select")
+def test_selecting_and_clipping(ranks):
+    ranks.run(select_and_clip, "p")
+
+
+@pytest.mark.supports("FSDP2 + TP", "select")
+def test_selecting_and_clipping_with_fsdp(ranks):
+    ranks.run(select_and_clip, "ps")
