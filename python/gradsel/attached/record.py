@@ -66,6 +66,10 @@ class Attachments:
             vars(parameter)[LINK] = selected
         watch_optimizers()
 
+    def frozen(self) -> set[str]:
+        """The parameters that are not trained."""
+        return self.flags.keys() - self.partial.keys() - self.whole.keys() - self.differences.keys()
+
     def add(self, short: str, original: Original) -> None:
         """Makes this module one of those that hold a parameter."""
         if isinstance(original, Selected):
@@ -143,13 +147,14 @@ def attached_root(model: nn.Module) -> nn.Module | None:
 
 
 def require_complete(root: nn.Module, what: str) -> None:
-    """Refuses an attached model from which trained parameters have disappeared.
+    """Refuses an attached model from which trained parameters have disappeared, or that trains others.
 
     Raises:
         ValueError: it names them.
     """
     found: set[str] = set()
-    for module in root.modules():
+    unfrozen: set[str] = set()
+    for path, module in root.named_modules():
         attachments = attachments_of(module)
         if attachments is not None:
             found |= {s.name for short, s in attachments.partial.items() if s.weight() is not None}
@@ -158,9 +163,21 @@ def require_complete(root: nn.Module, what: str) -> None:
                 whole = module._parameters.get(short)
                 if whole is not None and whole.shape == original.entries.shape:
                     found.add(original.name)
+            unfrozen |= {
+                f"{path}.{short}".lstrip(".")
+                for short in attachments.frozen()
+                if (parameter := module._parameters.get(short)) is not None and parameter.requires_grad
+            }
     missing = [name for name in vars(root)[RECORD].trained if name not in found]
     if missing:
         raise ValueError(
             f"{what}: {len(missing)} trained parameters are no longer part of the model, or have another shape, first "
             f"{missing[0]}; put their modules back, or call gradsel.detach(model) and attach anew"
+        )
+    if unfrozen:
+        raise ValueError(
+            f"{what}: {len(unfrozen)} parameters that the selection freezes require grad now, first {min(unfrozen)}, "
+            "so they may have been trained, and nobody knows what they were. To train one, name it in "
+            "select(whole=[...]); if it has not been trained, parameter.requires_grad_(False); gradsel.export(model, "
+            "path) writes all of the model as it is"
         )

@@ -92,6 +92,8 @@ class Selected(Masked):
         kind: the class of the parameter.
         direct: what the direct routes need, by route: a Product, a Lookup, or a Product and its Taps.
         seen: the state of values and weight in which they last agreed; see :meth:`refresh`. None: not known.
+        unseen: the values lie in a larger block of memory (DeepSpeed keeps all parameters in one), through which they
+            can be written unnoticed.
         shards: what this rank holds of weight and values if FSDP has sharded them. A module then has these between
             forwards, and gathered ones during a forward and its backward.
     """
@@ -99,6 +101,7 @@ class Selected(Masked):
     kind: type = nn.Parameter
     direct: dict[str, Any] = field(default_factory=dict)
     seen: list[int] | None = None
+    unseen: bool = False
     shards: Shards | None = None
 
     def weight(self) -> Tensor | None:
@@ -137,7 +140,11 @@ class Selected(Masked):
         if not isinstance(values, SelectedValues):
             return values
         now = self.state_of(weight, values)
-        if now == self.seen or values.is_meta or weight.is_meta or _is_faked():
+        if (now == self.seen and not self.unseen) or values.is_meta or weight.is_meta or _is_faked():
+            return values
+        if now == self.seen:
+            with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(weight):
+                self.mask.scatter_(weight, values)
             return values
         values_changed = self.seen is None or now[:3] != self.seen[:3]
         weight_changed = self.seen is None or now[3:] != self.seen[3:]
@@ -192,6 +199,7 @@ class Selected(Masked):
     def mark(self, weight: Tensor, values: Tensor) -> None:
         """Weight and values agree now."""
         self.seen = self.state_of(weight, values)
+        self.unseen = values.untyped_storage().nbytes() > values.nbytes
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Selected:
         made = Selected(self.name, self.entries.clone(), self.replaced, mask=self.mask, kind=self.kind)

@@ -147,6 +147,13 @@ def _report_unreached(optimizer: Optimizer) -> None:
             "are in a group without weight decay, like biases. If the groups were made by p.dim() >= 2, go by names",
             stacklevel=user_stacklevel(),
         )
+    if owned and "muon" in type(optimizer).__name__.lower():
+        warnings.warn(
+            f"{type(optimizer).__name__} makes updates of matrices orthogonal, and values such as "
+            f"{owned[0][2].name}{SUFFIX} are entries of matrices, and none themselves: use gradsel.MaskedAdam, or "
+            "another optimizer that treats every entry on its own",
+            stacklevel=user_stacklevel(),
+        )
     unreached = [selected.name for values, _, selected in owned if values.grad is None]
     if unreached and any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
         warnings.warn(

@@ -83,8 +83,12 @@ def site_of(name: str, part: Part, tensors: Mapping[str, Tensor], force: bool) -
 def tensor_of(name: str, part: Part, tensors: Mapping[str, Tensor], force: bool) -> Tensor:
     """The tensor that a part is for, after the checks of :func:`sites_of`."""
     if name not in tensors:
-        raise ValueError(f"the model has no {name!r}, which the delta sets; it was made for another model")
+        inside = [each.removesuffix(f".{name}") for each in tensors if each.endswith(f".{name}")]
+        where = f"; its part {inside[0]!r} has one: pass that part" if len(inside) == 1 else ""
+        raise ValueError(f"the model has no {name!r}, which the delta sets; it was made for another model{where}")
     tensor = tensors[name]
+    if tensor.is_meta:
+        raise ValueError(f"{name} is on the meta device, where it has no entries; load the base's weights first")
     if part.values.is_floating_point() and (found := why_untrainable(tensor)) is not None:
         raise ValueError(f"{name} is {found} in the model, so no entries of it can be replaced")
     if tuple(tensor.shape) != part.mask.shape:

@@ -95,6 +95,7 @@ class AttachReport(Mapping[str, Route]):
         return "\n".join(lines)
 
 
+@torch.inference_mode(False)  # what is made in it could not be trained
 def attach(model: nn.Module, selection: Selection) -> AttachReport:
     """Makes a model train what a selection says, without dense gradients. In place.
 

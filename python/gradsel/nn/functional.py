@@ -37,7 +37,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, p
     Raises:
         RuntimeError: backward is differentiated a second time.
     """
-    if not (torch.is_grad_enabled() and values.requires_grad):
+    if not (forms_gradients() and values.requires_grad):
         return F.linear(input, weight, bias)
     tokens = autocast_input(input).reshape(-1, input.shape[-1])
     output = _applied(_Linear, tokens, weight, bias, values, product)
@@ -91,7 +91,7 @@ def conv(
         RuntimeError: backward is differentiated a second time.
     """
     settings = (tuple(stride), tuple(padding), tuple(dilation), groups)
-    if not (torch.is_grad_enabled() and values.requires_grad):
+    if not (forms_gradients() and values.requires_grad):
         return _CONV[len(taps.kernel)](input, weight, bias, *settings)
     if input.ndim == len(taps.kernel) + 1:
         return _applied(
@@ -158,7 +158,7 @@ def embedding(input: Tensor, weight: Tensor, values: Tensor, lookup: Lookup, pad
     Raises:
         RuntimeError: backward is differentiated a second time.
     """
-    if not (torch.is_grad_enabled() and values.requires_grad):
+    if not (forms_gradients() and values.requires_grad):
         return F.embedding(input, weight, padding_idx)
     if padding_idx is not None and padding_idx < 0:
         padding_idx += weight.shape[0]
@@ -191,7 +191,7 @@ def harvest(weight: Tensor, values: Tensor, mask: Mask) -> Tensor:
     Raises:
         RuntimeError: backward is differentiated a second time.
     """
-    if not (torch.is_grad_enabled() and values.requires_grad):
+    if not (forms_gradients() and values.requires_grad):
         return weight
     return _applied(_Harvest, weight, values, mask)
 
@@ -210,16 +210,21 @@ class _Harvest(Function):
         return None, ctx.mask.gather(dense).to(ctx.dtype), None
 
 
+def forms_gradients() -> bool:
+    """Whether gradients are formed; torch.jit.trace could neither compare nor save graphs that form those of values."""
+    return torch.is_grad_enabled() and not torch.jit.is_tracing()
+
+
 def _applied(function: type[Function], *args: Any) -> Tensor:
     try:
         return function.apply(*args)
     except RuntimeError as error:
-        if "functorch" not in str(error):
+        if "functorch" not in str(error) and "forward mode" not in str(error):
             raise
         raise RuntimeError(
-            "torch.func transforms (grad, vmap, jvp, ...) of an attached model are not supported: use backward() or "
-            "torch.autograd.grad with respect to the values, torch.no_grad() around vmap, or the model after "
-            "gradsel.detach(model)"
+            "torch.func transforms (grad, vmap, jvp, ...) and forward-mode differentiation of an attached model are "
+            "not supported: use backward() or torch.autograd.grad with respect to the values, torch.no_grad() around "
+            "vmap, or the model after gradsel.detach(model)"
         ) from None
 
 

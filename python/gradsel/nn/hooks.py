@@ -135,9 +135,9 @@ def _mend(module: nn.Module, short: str, selected: Selected, weight: Tensor | No
     if weight is not None and vars(weight).get(LINK) is not selected:
         raise RuntimeError(
             f"{name} has been replaced by another {type(weight).__name__} since attach(), past nn.Module's own ways "
-            f"(FSDP and functional_call do so), and no gradient would reach {name}{SUFFIX}. Pass {name}{SUFFIX} to "
-            "functional_call instead; do not shard an attached model; to change the weight, write to it: "
-            "weight.copy_(new); for anything else, call gradsel.detach(model) first"
+            f"(FullyShardedDataParallel and functional_call do so), and no gradient would reach {name}{SUFFIX}. Pass "
+            f"{name}{SUFFIX} to functional_call instead; shard a model by fully_shard(); to change the weight, write "
+            "to it: weight.copy_(new); for anything else, call gradsel.detach(model) first"
         )
     assert values is not None
     if (

@@ -64,7 +64,7 @@ class SelectedWeight(nn.Parameter):
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            if torch.is_grad_enabled():
+            if functional.forms_gradients():
                 direct = _DIRECT.get(func)
                 if direct is not None and (result := direct(*args, **kwargs)) is not None:
                     return result
@@ -149,7 +149,7 @@ def _get(func: Callable, args: tuple) -> Any:
     if attribute == "data":
         selected_of(weight).refresh(weight)
         return weight.detach()  # unlike Tensor.data, it shares the version counter: writes are noticed
-    if attribute in _VIEWS and torch.is_grad_enabled():
+    if attribute in _VIEWS and functional.forms_gradients():
         return _read(func, args, {})
     return func(*args)
 
@@ -235,7 +235,7 @@ def _require_no_lost_gradient(weight: Tensor) -> None:
 
 def _read(func: Callable, args: tuple, kwargs: dict) -> Any:
     """A function that reads entries; with gradients on, those of the weights go to their values by the harvest."""
-    by = _harvested if torch.is_grad_enabled() else _present
+    by = _harvested if functional.forms_gradients() else _present
     return func(*_replaced(args, by), **{key: _replaced(value, by) for key, value in kwargs.items()})
 
 
@@ -254,6 +254,13 @@ def _harvested(weight: SelectedWeight) -> Tensor:
     selected = selected_of(weight)
     values = _current(weight, selected)
     if values is None:
+        if selected.values() is None:
+            raise RuntimeError(
+                f"{selected.name} is attached and in use, but the module that held {selected.name}{SUFFIX} is not: "
+                "nothing would be trained. Call gradsel.detach(model) before a layer is replaced by another one with "
+                "its weight (prepare_qat does so), and attach anew afterwards; weight.detach() reads it without a "
+                "gradient"
+            )
         return weight
     return functional.harvest(_dense(weight, selected, values), values, selected.mask)
 

@@ -33,6 +33,7 @@ from gradsel.sharding import is_sharded, local_of, reshard, sum_over_shards, who
 from gradsel_kernels._warnings import user_stacklevel
 
 
+@torch.inference_mode(False)  # no gradients are formed in it
 def select(
     model: nn.Module,
     batches: Iterable[Any] | None,

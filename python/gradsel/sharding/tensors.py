@@ -97,8 +97,17 @@ def group_of(mesh: DeviceMesh) -> dist.ProcessGroup:
 
 
 def reshard(model: nn.Module) -> None:
-    """Lets FSDP free what it has gathered, so that modules hold their shards."""
+    """Lets FSDP free what it has gathered, so that modules hold their shards.
+
+    Raises:
+        ValueError: the model is wrapped in the former FSDP, whose parameters are pieces of no matrix.
+    """
     for module in model.modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise ValueError(
+                "the model is wrapped in FullyShardedDataParallel, which puts all its parameters into one vector: "
+                "shard it by torch.distributed.fsdp.fully_shard (fsdp_version: 2 in accelerate) instead"
+            )
         if is_managed(module) and callable(free := getattr(module, "reshard", None)):
             free()
 

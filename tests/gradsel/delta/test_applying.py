@@ -174,3 +174,15 @@ def test_two_attached_parts_have_no_one_delta():
     with pytest.raises(ValueError, match="2 modules"):
         Delta.of(nn.ModuleList([one, other]))
     assert Delta.of(nn.Sequential(one)).keys() == Delta.of(one).keys()
+
+
+def test_models_without_entries_and_models_around_the_base_are_told_apart():
+    base, _, model = trained()
+    delta = Delta.of(model)
+    with pytest.raises(ValueError, match=r"on the meta device.*load the base's weights first"):
+        delta.apply_(copy.deepcopy(base).to("meta"))
+    around = nn.Module()
+    around.backbone = base
+    with pytest.raises(ValueError, match=r"another model; its part 'backbone' has one: pass that part"):
+        delta.apply_(around)
+    delta.apply_(around.backbone)

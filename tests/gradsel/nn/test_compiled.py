@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,17 +61,18 @@ def test_metadata_of_weights_is_read_in_a_compiled_forward() -> None:
     assert model.layer.weight_values.grad is not None
 
 
-def test_exported_and_traced_models_are_those_of_the_values() -> None:
+@pytest.mark.parametrize("grad", [True, False])
+def test_exported_and_traced_models_are_those_of_the_values(grad: bool, tmp_path: Path) -> None:
     model, _, _ = attached()
     train(model)
     model.eval()
     with torch.no_grad():
         expected = model(inputs())
         assert torch.equal(torch.export.export(model, (inputs(),)).module()(inputs()), expected)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.set_grad_enabled(grad):
         warnings.simplefilter("ignore")
-        traced = torch.jit.trace(model, (inputs(),), check_trace=False)
-    torch.testing.assert_close(traced(inputs()), expected)
+        torch.jit.save(torch.jit.trace(model, (inputs(),)), tmp_path / "model.pt")
+        torch.testing.assert_close(torch.jit.load(tmp_path / "model.pt")(inputs()), expected)
 
 
 @pytest.mark.parametrize("make", [gradsel.MaskedAdam, torch.optim.AdamW])

@@ -258,6 +258,28 @@ def test_an_optimizer_of_weights_without_values_warns(kind: str) -> None:
         optimizer.step()
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_an_optimizer_of_whole_matrices_warns() -> None:
+    model, _, _ = attached("per-row")
+    loss(model).backward()
+    optimizer = torch.optim.Muon([model.linear.weight_values])
+    with pytest.warns(UserWarning, match=r"Muon makes .*linear.weight_values .*MaskedAdam"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("forward", [torch.nn.functional.linear, lambda x, w: x @ w.T])
+def test_a_weight_that_was_moved_without_its_values_is_missed(forward) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))
+    gradsel.attach(model, random_selection(model, rank=["*weight"]))
+    weight, x = model[0].weight, torch.randn(4, 8)
+    model[0] = nn.Linear(8, 8)
+    model[0].weight = weight
+    with pytest.raises(RuntimeError, match=r"0.weight is attached and in use.*gradsel.detach\(model\)"):
+        forward(x, weight)
+    with torch.no_grad():
+        forward(x, weight)
+
+
 @pytest.mark.parametrize("make", [gradsel.MaskedAdam, torch.optim.AdamW])
 @pytest.mark.parametrize("kind", PARTIAL)
 def test_an_optimizer_of_values_that_were_replaced_raises(kind: str, make) -> None:
@@ -333,6 +355,12 @@ def test_transforms_of_torch_func_are_refused() -> None:
 
     with pytest.raises(RuntimeError, match=r"torch.func transforms .*gradsel.detach\(model\)"):
         torch.func.grad(scalar)(values)
+    linear = nn.Linear(8, 8)
+    gradsel.attach(linear, random_selection(linear, rank=["weight"]))
+    with torch.autograd.forward_ad.dual_level():
+        x = torch.autograd.forward_ad.make_dual(torch.ones(2, 8), torch.ones(2, 8))
+        with pytest.raises(RuntimeError, match=r"forward-mode .*gradsel.detach\(model\)"):
+            linear(x)
 
 
 def test_dynamically_quantised_copies_hold_the_values() -> None:
@@ -346,6 +374,43 @@ def test_dynamically_quantised_copies_hold_the_values() -> None:
     x = torch.randn(4, 8)
     found, expected = (torch.ao.quantization.quantize_dynamic(each, {nn.Linear}) for each in (model, plain))
     assert torch.equal(found(x), expected(x))
+
+
+def test_selected_and_attached_in_inference_mode() -> None:
+    torch.manual_seed(0)
+    model, batch = nn.Linear(8, 3), (torch.randn(4, 8), torch.tensor([0, 1, 2, 0]))
+    with torch.inference_mode():
+        selection = gradsel.select(model, [batch], gradsel.cross_entropy, rank=["weight"])
+        gradsel.attach(model, selection)
+    gradsel.cross_entropy(model, batch).backward()
+    gradsel.MaskedAdam(gradsel.trainable_parameters(model), lr=0.1).step()
+    check_consistent(model)
+    assert model.weight_values.grad.any()
+
+
+def test_the_former_fsdp_is_refused() -> None:
+    class FullyShardedDataParallel(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self._flat_param = nn.Parameter(torch.zeros(9))
+
+    for call in (
+        lambda model: gradsel.select(model, [], gradsel.cross_entropy),
+        lambda model: gradsel.attach(model, random_selection(nn.Linear(3, 3))),
+    ):
+        with pytest.raises(ValueError, match=r"FullyShardedDataParallel.*fully_shard"):
+            call(nn.Sequential(FullyShardedDataParallel()))
+
+
+def test_deltas_miss_what_was_unfrozen_after_attach() -> None:
+    model, _, selection = attached(dtype=torch.float64)
+    name, frozen = next((n, p) for n, p in model.named_parameters() if n in selection and not selection[n].nnz)
+    frozen.requires_grad_(True)
+    for call in (gradsel.Delta.of, lambda model: gradsel.detach(model, restore=True)):
+        with pytest.raises(ValueError, match=f"selection freezes require grad now, first {name}, .*whole="):
+            call(model)
+    frozen.requires_grad_(False)
+    assert name not in gradsel.Delta.of(model)
 
 
 def test_parameters_that_accelerate_replaces_are_missed() -> None:

@@ -240,6 +240,26 @@ def test_schedule_free_and_averages(dtype: torch.dtype) -> None:
         assert torch.equal(p, average)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_in_one_block_of_memory(kind: str) -> None:
+    """DeepSpeed makes all parameters views of one buffer, and writes to that."""
+    model, plain, _ = attached(kind, torch.float32)
+    trained = gradsel.trainable_parameters(model)
+    block = torch.cat([p.detach().view(-1) for p in trained])
+    for p, part in zip(trained, block.split([p.numel() for p in trained]), strict=True):
+        p.data = part.view(p.shape)
+    for step in range(3):
+        model.zero_grad()
+        loss(model, step).backward()
+        block.add_(torch.cat([p.grad.view(-1) if p.grad is not None else torch.zeros(p.numel()) for p in trained]))
+        check_forward(model, plain)
+    for weight, values in pairs(model):
+        before = values.detach().clone()
+        weight.data.mul_(1.5)  # what others write to the weight is taken over, nevertheless
+        check_forward(model, plain)
+        torch.testing.assert_close(values.detach(), 1.5 * before)
+
+
 def test_saving_and_exporting_agree_with_the_values(tmp_path) -> None:
     from safetensors.torch import load_file
 
