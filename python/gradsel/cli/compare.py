@@ -9,11 +9,6 @@ from gradsel.cli.finetune import add_flags, config_of_flags, shared
 from gradsel.cli.running import run
 from gradsel.errors import expected
 
-_EXAMPLE = """
-example:
-  gradsel compare --data birds/ --model timm/vit_base_patch16_224.augreg_in21k \\
-      --methods gps,gps:criterion=random,lora,ssf --seeds 3 --epochs 20 --output runs/birds-compared
-"""
 #: What is the same for all methods; each has its own options and learning rate.
 _SHARED = shared("recipe.learning_rate", "output.report", "output.keep")
 
@@ -21,8 +16,8 @@ _SHARED = shared("recipe.learning_rate", "output.report", "output.keep")
 def add_to(commands: argparse._SubParsersAction, text: str) -> None:
     """Adds the command to those of ``gradsel``."""
     parser = commands.add_parser(
-        "compare", help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "compare", help=text, description=f"{text[0].upper()}{text[1:]}.",
+        usage="gradsel compare --methods A,B,... --data DATA --model MODEL [option ...]",
     )  # fmt: skip
     parser.add_argument(
         "--methods", required=True, metavar="A,B,...",

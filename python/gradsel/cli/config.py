@@ -9,7 +9,8 @@ import gradsel_kernels
 
 def add_to(commands: argparse._SubParsersAction, text: str) -> None:
     """Adds the command to those of ``gradsel``."""
-    commands.add_parser("config", help=text).set_defaults(command=_config)
+    parser = commands.add_parser("config", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    parser.set_defaults(command=_config)
 
 
 def _config(arguments: argparse.Namespace) -> int:

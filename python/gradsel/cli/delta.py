@@ -16,12 +16,7 @@ from gradsel.cli.running import say
 from gradsel.delta.adapter_files import originals_of
 from gradsel.delta.checkpoints import Checkpoint, require_no_overwrite
 from gradsel.delta.delta import Delta
-from gradsel.delta.fitting import (
-    by_names_in,
-    fitted,
-    in_checkpoint,
-    other_names,
-)
+from gradsel.delta.fitting import by_names_in, fitted, in_checkpoint, other_names
 from gradsel.delta.hub import find
 from gradsel.delta.lora import Above
 from gradsel.delta.parts import Part
@@ -31,12 +26,13 @@ from gradsel.parameters import checkpoint_names
 from gradsel.tables import printable
 
 _CHECKPOINT = "a .safetensors file, an index of shards (*.safetensors.index.json), or a folder with either"
+_FILES = {"DELTA": "the file of a delta", "OUT": "what to write: a file, or a folder if the checkpoint is one"}
 _MODEL = "a folder with the config.json of their model"
 
 
 def add_to(commands: argparse._SubParsersAction, text: str) -> None:
     """Adds the command to those of ``gradsel``."""
-    delta = commands.add_parser("delta", help=text)
+    delta = commands.add_parser("delta", help=text, description=f"{text[0].upper()}{text[1:]}.")
     verbs = delta.add_subparsers(metavar="verb")
 
     info = _verb(verbs, "info", _info, "show what a delta sets, and how it was made")
@@ -47,7 +43,9 @@ def add_to(commands: argparse._SubParsersAction, text: str) -> None:
 
     to_apply = _verb(verbs, "apply", apply, "write the tuned checkpoint from a base and a delta")
     for name in ("DELTA", "BASE", "OUT"):
-        to_apply.add_argument(name.lower(), type=Path, metavar=name, help=_CHECKPOINT if name == "BASE" else None)
+        to_apply.add_argument(
+            name.lower(), type=Path, metavar=name, help=_CHECKPOINT if name == "BASE" else _FILES[name]
+        )
     to_apply.add_argument(
         "--force", action="store_true", help="apply it even if BASE is not what the delta was made on"
     )
@@ -56,7 +54,9 @@ def add_to(commands: argparse._SubParsersAction, text: str) -> None:
         verbs, "revert", revert, "write the base of a tuned checkpoint, from a delta made --with-originals"
     )
     for name in ("DELTA", "TUNED", "OUT"):
-        to_revert.add_argument(name.lower(), type=Path, metavar=name, help=_CHECKPOINT if name == "TUNED" else None)
+        to_revert.add_argument(
+            name.lower(), type=Path, metavar=name, help=_CHECKPOINT if name == "TUNED" else _FILES[name]
+        )
     to_revert.add_argument(
         "--force", action="store_true", help="revert it even if TUNED is not the base with the delta applied"
     )
@@ -68,14 +68,16 @@ def add_to(commands: argparse._SubParsersAction, text: str) -> None:
 
     diff = _verb(verbs, "diff", _diff, "how many entries two deltas share, and how many of these differ")
     for name in ("A", "B"):
-        diff.add_argument(name.lower(), type=Path, metavar=name)
+        diff.add_argument(name.lower(), type=Path, metavar=name, help="the file of a delta")
     diff.add_argument(
         "--model", type=Path, metavar="FOLDER", help=f"{_MODEL}, which tells their names apart; default: beside A or B"
     )
 
     merge = _verb(verbs, "merge", _merge, "write the delta that sets the entries of two deltas of one base")
     for name in ("A", "B", "OUT"):
-        merge.add_argument(name.lower(), type=Path, metavar=name)
+        merge.add_argument(
+            name.lower(), type=Path, metavar=name, help="the file to write" if name == "OUT" else "the file of a delta"
+        )
     merge.add_argument(
         "--wins", choices=("neither", "first", "second"), default="neither",
         help="whose value to take of an entry that both set differently; default: neither, such deltas are refused",
@@ -85,7 +87,9 @@ def add_to(commands: argparse._SubParsersAction, text: str) -> None:
 
     to_make = _verb(verbs, "make", make, "make the delta of two checkpoints: all entries whose bits differ")
     for name in ("BASE", "TUNED", "OUT"):
-        to_make.add_argument(name.lower(), type=Path, metavar=name, help=None if name == "OUT" else _CHECKPOINT)
+        to_make.add_argument(
+            name.lower(), type=Path, metavar=name, help="the file to write" if name == "OUT" else _CHECKPOINT
+        )
     to_make.add_argument(
         "--with-originals",
         action="store_true",
@@ -98,7 +102,9 @@ def add_to(commands: argparse._SubParsersAction, text: str) -> None:
 
     lora = _verb(verbs, "lora", _lora, "write a delta as a LoRA adapter, which PEFT, vLLM and others load")
     for name in ("DELTA", "OUT"):
-        lora.add_argument(name.lower(), type=Path, metavar=name, help="a folder" if name == "OUT" else None)
+        lora.add_argument(
+            name.lower(), type=Path, metavar=name, help="the folder to write" if name == "OUT" else _FILES[name]
+        )
     lora.add_argument("--base", type=Path, metavar="BASE", help=f"{_CHECKPOINT}; needed unless DELTA has originals")
     lora.add_argument("--model", type=Path, metavar="FOLDER", help=f"{_MODEL}; default: beside BASE or DELTA")
     lora.add_argument("--rank", type=int, metavar="R", help="the highest rank allowed; default: what DELTA needs")
@@ -115,7 +121,7 @@ def add_to(commands: argparse._SubParsersAction, text: str) -> None:
 def _verb(
     verbs: argparse._SubParsersAction, name: str, function: Callable[[argparse.Namespace], None], help: str
 ) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = verbs.add_parser(name, help=help, description=help)
+    parser: argparse.ArgumentParser = verbs.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
 
     def command(arguments: argparse.Namespace) -> int:
         try:

@@ -12,15 +12,6 @@ from gradsel.cli.running import is_first, run
 from gradsel.errors import expected
 from gradsel.training.config import Config, read_config
 
-_EXAMPLES = """
-examples:
-  gradsel finetune --preset gps/cub --data CUB_200_2011/
-  gradsel finetune --data birds/ --model timm/vit_base_patch16_224.augreg_in21k --method gps --k 1 --output runs/birds
-  gradsel finetune --data reviews.csv --model distilbert/distilbert-base-uncased --method grft --output runs/reviews
-  gradsel finetune --task segmentation --data Kvasir-SEG/ --model facebook/sam-vit-base --output runs/polyps
-  gradsel finetune --config runs/birds/config.yaml --seed 1 --output runs/birds-1
-"""
-
 
 class Flag(NamedTuple):
     """A flag that sets one field of the configuration.
@@ -149,7 +140,7 @@ FIRST = ("--data", "--model", "--method", "--k", "--epochs", "--learning-rate", 
 def add_to(commands: argparse._SubParsersAction, text: str) -> None:
     """Adds the command to those of ``gradsel``."""
     parser = commands.add_parser(
-        "finetune", help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=_EXAMPLES,
+        "finetune", help=text, description=f"{text[0].upper()}{text[1:]}.",
         usage="gradsel finetune --data DATA --model MODEL --output FOLDER [option ...]\n"
         "       gradsel finetune --preset NAME --data DATA --output FOLDER [option ...]\n"
         "       gradsel finetune --config YAML --output FOLDER [option ...]",

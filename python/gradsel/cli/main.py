@@ -25,7 +25,7 @@ COMMANDS = {
     "presets": "list the papers' settings that finetune --preset takes, and where they are from",
     "demo": "fine-tune a small model on handwritten digits, without a download, in two minutes",
     "count": "count the parameters that the papers' settings, or one policy, train",
-    "delta": "the difference that fine-tuning makes to a checkpoint: make, inspect, apply and revert it",
+    "delta": "what fine-tuning changes in a checkpoint: make, inspect, apply and revert it",
     "config": "which kernels are in use on this machine, and why",
 }
 

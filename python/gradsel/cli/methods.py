@@ -10,7 +10,8 @@ from gradsel.cli.finetune import GROUPS
 
 def add_to(commands: argparse._SubParsersAction, text: str) -> None:
     """Adds the command to those of ``gradsel``."""
-    commands.add_parser("methods", help=text).set_defaults(command=_methods)
+    parser = commands.add_parser("methods", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    parser.set_defaults(command=_methods)
 
 
 def _methods(arguments: argparse.Namespace) -> int:

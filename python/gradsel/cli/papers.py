@@ -11,13 +11,6 @@ from gradsel.cli.running import run
 from gradsel.errors import expected
 from gradsel.tables import table
 
-_EXAMPLES = """
-examples:
-  gradsel papers list
-  gradsel papers show gps/table2 --data DATA/
-  gradsel papers run gps/table2 --data DATA/ --only cub,gps,linear
-  gradsel papers run gps/fig4 --data DATA/ --only flowers,K=1,K=5 --epochs 20 --device cuda
-"""
 #: Settings that are each run's own: its data and method.
 _OWN = ("data.path", "data.task", "data.kind", "data.layout", "data.root", "data.download", "output.report")
 #: What may be set for all runs of an experiment.
@@ -26,15 +19,22 @@ _SHARED = shared(*_OWN, "output.folder", "output.keep")
 
 def add_to(commands: argparse._SubParsersAction, text: str) -> None:
     """Adds the command to those of ``gradsel``."""
-    parser = commands.add_parser(
-        "papers", help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = commands.add_parser("papers", help=text, description=f"{text[0].upper()}{text[1:]}.")
     inner = parser.add_subparsers(metavar="verb")
-    inner.add_parser("list", help="list the experiments").set_defaults(command=_list)
-    show = inner.add_parser("show", help="what an experiment consists of, the data that it lacks, and what it costs")
+    inner.add_parser("list", help="list the experiments", description="List the experiments.").set_defaults(
+        command=_list
+    )
+    show = inner.add_parser(
+        "show", help="what an experiment consists of, the data that it lacks, and what it costs",
+        description="What an experiment consists of, the data that it lacks, and what it costs.",
+        usage="gradsel papers show [--data ROOT] [option ...] NAME",
+    )  # fmt: skip
     show.add_argument("--measure", action="store_true", help="measure a step of each model and method, for the hours")
-    starts = inner.add_parser("run", help="run an experiment on the data that are there, and compare with the paper")
+    starts = inner.add_parser(
+        "run", help="run an experiment on the data that are there, and compare with the paper",
+        description="Run an experiment on the data that are there, and compare with the paper.",
+        usage="gradsel papers run --data ROOT [option ...] NAME",
+    )  # fmt: skip
     starts.add_argument("--output", metavar="FOLDER", help="for rows, table and runs; default: runs/ and the name")
     starts.add_argument("--small", action="store_true", help="gps/cost: toy models, to try it")
     for each in (show, starts):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import re
+import textwrap
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from gradsel.cli.examples import shown
 from gradsel.errors import did_you_mean
 
 #: argparse's message about a word that is none of those expected.
@@ -14,7 +16,16 @@ _CHOICE = re.compile(r"argument (?P<what>.+?): invalid choice: '(?P<wrong>[^']*)
 
 
 class Parser(argparse.ArgumentParser):
-    """An ``ArgumentParser`` with short messages; one with subcommands prints its help if none is given."""
+    """An ``ArgumentParser`` with short messages; one with subcommands prints its help if none is given.
+
+    The help ends with the command's examples.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)  # leaves the lines of examples
+        super().__init__(*args, **kwargs)
+        self.description = self.description and textwrap.fill(self.description, 80)
+        self.epilog = shown(self.prog)
 
     def add_subparsers(self, **kwargs: Any) -> Any:
         self.set_defaults(command=lambda _: self.print_help())
@@ -25,7 +36,8 @@ class Parser(argparse.ArgumentParser):
         if extra:
             options = [option for action in self._actions for option in action.option_strings]
             word = extra[0].partition("=")[0]
-            hint = did_you_mean(word, options) if word.startswith("-") else ""
+            hint = did_you_mean(word.lstrip("-"), [option[2:] for option in options if option.startswith("--")])
+            hint = hint.replace("mean ", "mean --")  # the dashes, which all have, would make any two names alike
             self.error(f"there is no option {word}{hint}" if word.startswith("-") else f"{word!r} is one word too many")
         return found, extra
 

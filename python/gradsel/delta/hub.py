@@ -66,7 +66,8 @@ def _fetched(repo_id: str, revision: str | None, token: str | bool | None) -> Pa
                 f"({type(error).__name__}: {first_line(error)})"
             ) from error
     raise ValueError(
-        f"the repository {repo_id} has no delta, or it cannot be reached: neither {' nor '.join(FILES)} is in it"
+        f"there is no file or folder {repo_id}, and the repository {repo_id} has no delta, or it cannot be reached: "
+        f"neither {' nor '.join(FILES)} is in it"
     )
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import re
+import shlex
+
 import pytest
 
 import gradsel
@@ -32,6 +36,7 @@ def test_without_a_command_the_help_lists_them(line, names, capsys):
         ("zzz", "gradsel: there is no command 'zzz'; expected one of finetune, evaluate, "),
         ("delta inf x", "gradsel delta: there is no verb 'inf'; did you mean info? See gradsel delta --help"),
         ("finetune --dta x", "gradsel finetune: there is no option --dta; did you mean --data? "),
+        ("delta diff a b --output c", "gradsel delta diff: there is no option --output. See gradsel delta diff --help"),
         ("finetune --epoch=x", "gradsel finetune: argument --epochs: invalid int value: 'x'. "),
         ("delta lora a b --above spilt", "gradsel delta lora: --above is 'spilt'; did you mean split? "),
         ("delta info", "gradsel delta info: the following arguments are required: DELTA. "),
@@ -53,3 +58,34 @@ def test_traceback_may_be_the_last_word(capsys, monkeypatch):
     told = capsys.readouterr().err
     assert "Traceback (most recent call last)" in told
     assert told.endswith("gradsel push: there is no file or folder nowhere\n")
+
+
+def verbs_of(parser):
+    return next((each.choices for each in parser._actions if isinstance(each, argparse._SubParsersAction)), {})
+
+
+def helps():
+    """Every command, and every verb of one, with its parser."""
+    yield "", cli.parser([])
+    for name in cli.COMMANDS:
+        command = verbs_of(cli.parser([name]))[name]
+        yield name, command
+        for verb, parser in verbs_of(command).items():
+            yield f"{name} {verb}", parser
+
+
+def test_help_has_examples_that_can_be_typed_and_fits_into_80_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for name, parser in helps():
+        text = parser.format_help()
+        assert max(map(len, text.splitlines())) <= 80, text
+        shown = re.split(r"^examples?:\n", text, flags=re.MULTILINE)
+        assert len(shown) == 2, f"gradsel {name} --help has no example"
+        assert parser.description
+        bare = [each.metavar for each in parser._actions if not each.help and not each.choices]
+        assert not bare, f"gradsel {name} --help says nothing about {bare}"
+        for line in shown[1].replace("\\\n", " ").splitlines():
+            program, *words = shlex.split(line)
+            assert [program, *name.split()] == [program, *words][: 1 + len(name.split())]
+            if "--help" not in words:
+                cli.parser(words).parse_args(words)  # exits with what is wrong
