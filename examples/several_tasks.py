@@ -29,7 +29,7 @@ for table in tables:
         "data": {"path": table},
         "model": {"name": base},
         "method": {"name": "gps", "options": {"k": 2}},
-        "recipe": {"epochs": 8, "learning_rate": 1e-2, "batch_size": 16},
+        "recipe": {"epochs": 20, "learning_rate": 3e-2, "batch_size": 16},
         "output": {"folder": f"runs/tasks/{task}"},
     }
     results[task] = gradsel.finetune(Config.from_dict(settings))
