@@ -36,7 +36,9 @@ def reviews(path):
     lines = ["text,label"]
     for number in range(96):
         label = ("good", "bad")[number % 2]
-        lines.append(f"{' '.join(draw.choices(WORDS[label], k=2) + draw.choices(OTHERS, k=4))},{label}")
+        words = draw.choices(WORDS[label], k=2) + draw.choices(OTHERS, k=4)
+        draw.shuffle(words)
+        lines.append(f"{' '.join(words)},{label}")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text("\n".join(lines) + "\n")
     return path

@@ -23,7 +23,7 @@ result = gradsel.finetune(
             "data": {"path": data},
             "model": {"name": model},
             "method": {"name": "grft", "options": {"rows": 3, "anchor": 1e-4, "anchor_blocks": 2}},
-            "recipe": {"epochs": 10, "learning_rate": 3e-3, "batch_size": 16},
+            "recipe": {"epochs": 20, "learning_rate": 1e-2, "batch_size": 16},
             "output": {"folder": "runs/texts"},
         }
     )
