@@ -376,6 +376,16 @@ def test_dynamically_quantised_copies_hold_the_values() -> None:
     assert torch.equal(found(x), expected(x))
 
 
+def test_a_model_made_in_inference_mode_is_refused_as_a_whole() -> None:
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    selection = random_selection(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)))
+    with pytest.raises(ValueError, match=r"0\.\w+ was made in torch\.inference_mode"):
+        gradsel.attach(model, selection)
+    assert not gradsel.attached.is_attached(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_selected_and_attached_in_inference_mode() -> None:
     torch.manual_seed(0)
     model, batch = nn.Linear(8, 3), (torch.randn(4, 8), torch.tensor([0, 1, 2, 0]))
