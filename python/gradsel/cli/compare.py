@@ -16,7 +16,7 @@ _SHARED = shared("recipe.learning_rate", "output.report", "output.keep")
 def add_to(commands: argparse._SubParsersAction, text: str) -> None:
     """Adds the command to those of ``gradsel``."""
     parser = commands.add_parser(
-        "compare", help=text, description=f"{text[0].upper()}{text[1:]}.",
+        "compare", help=text,
         usage="gradsel compare --methods A,B,... --data DATA --model MODEL [option ...]",
     )  # fmt: skip
     parser.add_argument(

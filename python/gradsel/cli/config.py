@@ -9,7 +9,7 @@ import gradsel_kernels
 
 def add_to(commands: argparse._SubParsersAction, text: str) -> None:
     """Adds the command to those of ``gradsel``."""
-    parser = commands.add_parser("config", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    parser = commands.add_parser("config", help=text)
     parser.set_defaults(command=_config)
 
 

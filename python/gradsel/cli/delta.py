@@ -32,7 +32,7 @@ _MODEL = "a folder with the config.json of their model"
 
 def add_to(commands: argparse._SubParsersAction, text: str) -> None:
     """Adds the command to those of ``gradsel``."""
-    delta = commands.add_parser("delta", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    delta = commands.add_parser("delta", help=text)
     verbs = delta.add_subparsers(metavar="verb")
 
     info = _verb(verbs, "info", _info, "show what a delta sets, and how it was made")
@@ -121,7 +121,7 @@ def add_to(commands: argparse._SubParsersAction, text: str) -> None:
 def _verb(
     verbs: argparse._SubParsersAction, name: str, function: Callable[[argparse.Namespace], None], help: str
 ) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = verbs.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
+    parser: argparse.ArgumentParser = verbs.add_parser(name, help=help)
 
     def command(arguments: argparse.Namespace) -> int:
         try:

@@ -12,7 +12,7 @@ STUDIES = ("methods", "ablation")
 
 def add_to(commands: argparse._SubParsersAction, text: str) -> None:
     """Adds the command to those of ``gradsel``."""
-    demo = commands.add_parser("demo", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    demo = commands.add_parser("demo", help=text)
     demo.add_argument(
         "--output", type=Path, default=Path("demo-output"), metavar="FOLDER",
         help="where data, model and results go; default: demo-output",

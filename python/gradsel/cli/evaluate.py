@@ -12,7 +12,7 @@ from gradsel.training.config import run_in
 
 def add_to(commands: argparse._SubParsersAction, text: str) -> None:
     """Adds the command to those of ``gradsel``."""
-    parser = commands.add_parser("evaluate", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    parser = commands.add_parser("evaluate", help=text)
     parser.add_argument("folder", metavar="FOLDER", help="what gradsel finetune wrote")
     parser.add_argument("--data", metavar="DATA", help="other data with the same classes; default: the run's test set")
     parser.add_argument("--json", action="store_true", help="print all metrics as JSON")

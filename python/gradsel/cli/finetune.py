@@ -140,7 +140,7 @@ FIRST = ("--data", "--model", "--method", "--k", "--epochs", "--learning-rate", 
 def add_to(commands: argparse._SubParsersAction, text: str) -> None:
     """Adds the command to those of ``gradsel``."""
     parser = commands.add_parser(
-        "finetune", help=text, description=f"{text[0].upper()}{text[1:]}.",
+        "finetune", help=text,
         usage="gradsel finetune --data DATA --model MODEL --output FOLDER [option ...]\n"
         "       gradsel finetune --preset NAME --data DATA --output FOLDER [option ...]\n"
         "       gradsel finetune --config YAML --output FOLDER [option ...]",

@@ -10,7 +10,7 @@ from gradsel.cli.finetune import GROUPS
 
 def add_to(commands: argparse._SubParsersAction, text: str) -> None:
     """Adds the command to those of ``gradsel``."""
-    parser = commands.add_parser("methods", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    parser = commands.add_parser("methods", help=text)
     parser.set_defaults(command=_methods)
 
 

@@ -19,20 +19,16 @@ _SHARED = shared(*_OWN, "output.folder", "output.keep")
 
 def add_to(commands: argparse._SubParsersAction, text: str) -> None:
     """Adds the command to those of ``gradsel``."""
-    parser = commands.add_parser("papers", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    parser = commands.add_parser("papers", help=text)
     inner = parser.add_subparsers(metavar="verb")
-    inner.add_parser("list", help="list the experiments", description="List the experiments.").set_defaults(
-        command=_list
-    )
+    inner.add_parser("list", help="list the experiments").set_defaults(command=_list)
     show = inner.add_parser(
         "show", help="what an experiment consists of, the data that it lacks, and what it costs",
-        description="What an experiment consists of, the data that it lacks, and what it costs.",
         usage="gradsel papers show [--data ROOT] [option ...] NAME",
     )  # fmt: skip
     show.add_argument("--measure", action="store_true", help="measure a step of each model and method, for the hours")
     starts = inner.add_parser(
         "run", help="run an experiment on the data that are there, and compare with the paper",
-        description="Run an experiment on the data that are there, and compare with the paper.",
         usage="gradsel papers run --data ROOT [option ...] NAME",
     )  # fmt: skip
     starts.add_argument("--output", metavar="FOLDER", help="for rows, table and runs; default: runs/ and the name")

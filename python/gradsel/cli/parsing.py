@@ -15,6 +15,15 @@ from gradsel.errors import did_you_mean
 _CHOICE = re.compile(r"argument (?P<what>.+?): invalid choice: '(?P<wrong>[^']*)' \(choose from (?P<known>.*)\)")
 
 
+class _Commands(argparse._SubParsersAction):
+    """Commands whose own help begins with what the list of all of them says, as a sentence."""
+
+    def add_parser(self, name: str, **kwargs: Any) -> Any:
+        help = kwargs["help"]
+        kwargs.setdefault("description", f"{help[0].upper()}{help[1:]}.")
+        return super().add_parser(name, **kwargs)
+
+
 class Parser(argparse.ArgumentParser):
     """An ``ArgumentParser`` with short messages; one with subcommands prints its help if none is given.
 
@@ -29,7 +38,7 @@ class Parser(argparse.ArgumentParser):
 
     def add_subparsers(self, **kwargs: Any) -> Any:
         self.set_defaults(command=lambda _: self.print_help())
-        return super().add_subparsers(**kwargs)
+        return super().add_subparsers(action=_Commands, **kwargs)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:  # type: ignore[override]
         found, extra = super().parse_known_args(args, namespace)

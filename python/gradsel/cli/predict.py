@@ -11,7 +11,7 @@ from gradsel.training.config import run_in
 
 def add_to(commands: argparse._SubParsersAction, text: str) -> None:
     """Adds the command to those of ``gradsel``."""
-    parser = commands.add_parser("predict", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    parser = commands.add_parser("predict", help=text)
     parser.add_argument("folder", metavar="FOLDER", help="what gradsel finetune wrote")
     parser.add_argument("inputs", metavar="INPUT", nargs="+", help="an image, or a text; a pair of texts with --pair")
     parser.add_argument("--pair", action="store_true", help="inputs are pairs: first, second, first, second, ...")

@@ -21,7 +21,7 @@ _COLUMNS = {
 
 def add_to(commands: argparse._SubParsersAction, text: str) -> None:
     """Adds the command to those of ``gradsel``."""
-    parser = commands.add_parser("presets", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    parser = commands.add_parser("presets", help=text)
     parser.add_argument("name", nargs="?", metavar="NAME", help="a preset, to see all that it sets: gps/cub")
     parser.set_defaults(command=_presets)
 

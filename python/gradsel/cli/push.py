@@ -11,7 +11,7 @@ from gradsel.errors import RunError, expected
 
 def add_to(commands: argparse._SubParsersAction, text: str) -> None:
     """Adds the command to those of ``gradsel``."""
-    parser = commands.add_parser("push", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    parser = commands.add_parser("push", help=text)
     parser.add_argument(
         "source", type=Path, metavar="SOURCE",
         help="what gradsel finetune wrote; or a delta, as a file or in a folder that save_pretrained wrote",

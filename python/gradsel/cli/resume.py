@@ -11,7 +11,7 @@ from gradsel.training.config import run_in
 
 def add_to(commands: argparse._SubParsersAction, text: str) -> None:
     """Adds the command to those of ``gradsel``."""
-    parser = commands.add_parser("resume", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    parser = commands.add_parser("resume", help=text)
     parser.add_argument("folder", metavar="FOLDER", help="the folder of the run")
     parser.set_defaults(command=_resume)
 
