@@ -32,7 +32,7 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.optim import Adam, AdamW, Optimizer
+from torch.optim import Adam, AdamW
 from tqdm.auto import tqdm
 
 import gradsel
@@ -40,7 +40,9 @@ from benchmarks.harness.environment import MACHINE, RESULTS, machine
 from benchmarks.harness.results import load, merge
 from benchmarks.training.cases import CASES, SMALL, Batch, Case, cross_entropy
 from benchmarks.training.pictures import summary
-from gradsel.experiments.cost.timing import percentiles, shuffled, time_calls
+from gradsel.experiments.cost.contenders import RATE, Loss
+from gradsel.experiments.cost.contenders import Contender as TrainedModel
+from gradsel.experiments.cost.timing import peak_recorded, percentiles, shuffled, time_calls
 
 FIELDS = [
     "benchmark", "size", "method", "k", "trained", "step_p20_ms", "step_p50_ms", "step_p80_ms", "rounds",
@@ -50,51 +52,27 @@ FIELDS = [
 ]  # fmt: skip
 KEY = ("benchmark", "size", "method", "k", "device", "threads")
 WARM_UP = 2
-RATE = 1e-5  # the same for all; so low that a method in its last round does the same work as in its first
 
 
 # --- Methods: each prepares a copy of the model ------------------------------------------------------------------
 
 
-@dataclass
-class Contender:
+@dataclass(kw_only=True)
+class Contender(TrainedModel):
     """A model that is ready to be trained by one method.
 
     Attributes:
-        after_backward: runs before the optimizer.
         masks: everything that holds the method's masks, indices and copies of original values.
         checkpoint_bytes: size of the file that a user keeps for each task.
-        selection: of the methods that have one.
     """
 
-    model: nn.Module
+    loss: Loss = cross_entropy
     checkpoint_bytes: int
-    optimizer: Optimizer | None = None
-    after_backward: Callable[[], None] | None = None
     masks: Any = None
-    selection: gradsel.Selection | None = None
-
-    def step(self, batch: Batch) -> float:
-        """One training step; the loss before it."""
-        if self.optimizer is not None:
-            self.optimizer.zero_grad()
-        loss = cross_entropy(self.model, batch)
-        loss.backward()
-        if self.after_backward is not None:
-            self.after_backward()
-        if self.optimizer is not None:
-            self.optimizer.step()
-        return loss.item()
 
     @property
     def trainable(self) -> list[nn.Parameter]:
         return gradsel.trainable_parameters(self.model)
-
-    @property
-    def trained(self) -> int:
-        if self.selection is not None:
-            return self.selection.trainable_count()
-        return sum(parameter.numel() for parameter in self.trainable)
 
 
 Build = Callable[[Case, nn.Module], Contender]
@@ -105,7 +83,7 @@ def floor(case: Case, model: nn.Module) -> Contender:
     model.requires_grad_(False)
     for name in case.entrances:
         model.get_submodule(name).register_forward_hook(lambda module, args, output: output.requires_grad_())
-    return Contender(model, 0)
+    return Contender(model=model, checkpoint_bytes=0)
 
 
 def file_bytes(write: Callable[[Path], object]) -> int:
@@ -129,13 +107,15 @@ def delta_bytes(model: nn.Module, selection: gradsel.Selection) -> int:
 
 
 def full(case: Case, model: nn.Module) -> Contender:
-    return Contender(model, state_bytes(model), AdamW(model.parameters(), RATE, fused=True))
+    optimizer = AdamW(model.parameters(), RATE, fused=True)
+    return Contender(model=model, checkpoint_bytes=state_bytes(model), optimizer=optimizer)
 
 
 def linear_probe(case: Case, model: nn.Module) -> Contender:
     model.requires_grad_(False)
     head = model.get_submodule(case.head).requires_grad_(True)
-    return Contender(model, state_bytes(head), AdamW(head.parameters(), RATE, fused=True))
+    optimizer = AdamW(head.parameters(), RATE, fused=True)
+    return Contender(model=model, checkpoint_bytes=state_bytes(head), optimizer=optimizer)
 
 
 def adapter(config: Callable[..., peft.PeftConfig], **settings: Any) -> Build:
@@ -146,7 +126,8 @@ def adapter(config: Callable[..., peft.PeftConfig], **settings: Any) -> Build:
         adapted = peft.get_peft_model(model, config(target_modules=case.layers, modules_to_save=saved, **settings))
         size = file_bytes(adapted.save_pretrained)
         indices = [getattr(module, "shira_indices", None) for module in adapted.modules()]
-        return Contender(adapted, size, AdamW(gradsel.trainable_parameters(adapted), RATE, fused=True), masks=indices)
+        optimizer = AdamW(gradsel.trainable_parameters(adapted), RATE, fused=True)
+        return Contender(model=adapted, checkpoint_bytes=size, optimizer=optimizer, masks=indices)
 
     return build
 
@@ -166,7 +147,10 @@ def published(policy: Any) -> Build:
                 parameter.grad.mul_(dense)
 
         optimizer = Adam([parameter for _, parameter in named], RATE, fused=True)
-        return Contender(model, size, optimizer, mask, [dense for _, dense in masked], selection)
+        return Contender(
+            model=model, checkpoint_bytes=size, optimizer=optimizer, after_backward=mask,
+            masks=[dense for _, dense in masked], selection=selection,
+        )  # fmt: skip
 
     return build
 
@@ -180,7 +164,7 @@ def ours(policy: Any, criterion: str = "gradient") -> Build:
         # Of every attached module its masks, indices and originals; of the model, the originals of whole parameters.
         kept = ("_gradsel_selected", "_gradsel_record")
         masks = [[vars(module).get(name) for name in kept] for module in model.modules()]
-        return Contender(model, size, optimizer, masks=masks, selection=selection)
+        return Contender(model=model, checkpoint_bytes=size, optimizer=optimizer, masks=masks, selection=selection)
 
     return build
 
@@ -247,11 +231,8 @@ def peak_bytes(contender: Contender, batch: Batch) -> int:
     contender.model.zero_grad()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         contender.step(batch)
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
+    peak = peak_recorded(profile.profiler.kineto_results)
+    assert peak is not None
     return peak
 
 
@@ -259,7 +240,7 @@ def memory(contender: Contender, batch: Batch) -> dict[str, Any]:
     """The columns about memory. Called after a step, when gradients and states exist."""
     state = () if contender.optimizer is None else contender.optimizer.state.values()
     gradients = [p.grad for p in contender.trainable if p.grad is not None]
-    row = {
+    return {
         "gradient_bytes": pinned(gradients),
         "optimizer_bytes": pinned(tensors(list(state))),
         "mask_bytes": pinned(tensors(contender.masks)),
@@ -268,14 +249,6 @@ def memory(contender: Contender, batch: Batch) -> dict[str, Any]:
         "trained_bytes": pinned(contender.trainable),
         "checkpoint_bytes": contender.checkpoint_bytes,
     }
-    if contender.selection is not None:
-        shares = [
-            100 * mask.used_columns().numel() / mask.rows_and_columns[1]
-            for mask in contender.selection.values()
-            if mask.nnz and not mask.is_whole
-        ]
-        row["used_columns_percent"] = f"{sum(shares) / len(shares):.1f}"
-    return row
 
 
 def check(losses: dict[tuple[str, int], list[float]], where: str) -> None:
@@ -293,7 +266,7 @@ def check_small(case: Case) -> None:
     for method in ((OURS, 1), (PUBLISHED, 1)):
         contender = METHODS[method](case, copy.deepcopy(model))
         contender.optimizer.param_groups[0]["lr"] = 1e-3
-        losses[method] = [contender.step(batch) for batch in batches]
+        losses[method] = [contender.step(batch).item() for batch in batches]
     check(losses, case.size)
     print(f"{case.size}: ours and as published agree, losses {', '.join(f'{x:.6f}' for x in losses[OURS, 1])}")
 
@@ -310,14 +283,14 @@ def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
     for _ in tqdm(range(WARM_UP + rounds), desc=case.size, unit="round", leave=False):
         for method in next(orders):
             step = functools.partial(contenders[method].step, batch)
-            seconds[method].append(time_calls(lambda step=step, own=losses[method]: own.append(step()))[0])
+            seconds[method].append(time_calls(lambda step=step, own=losses[method]: own.append(step().item()))[0])
     check(losses, case.size)
 
     spread = {method: percentiles(times[WARM_UP:]) for method, times in seconds.items()}
     rows = []
     for (name, k), contender in contenders.items():
         p20, p50, p80 = spread[name, k]
-        row = {"benchmark": "train-step", "size": case.size, "method": name, "k": k, "trained": contender.trained}
+        row = {"benchmark": "train-step", "size": case.size, "method": name, "k": k, **contender.facts()}
         row |= {f"step_p{p}_ms": f"{1000 * s:.1f}" for p, s in ((20, p20), (50, p50), (80, p80))}
         for column, other in (("full", ("full fine-tuning", 0)), ("lora", ("LoRA", 8)), ("floor", ("floor", 0))):
             row[f"ratio_to_{column}"] = f"{p50 / spread[other][1]:.3f}"

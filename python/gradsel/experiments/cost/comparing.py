@@ -23,6 +23,7 @@ from gradsel.experiments.cost.timing import (
     check_device,
     first_line,
     on_the_device,
+    peak_recorded,
     percentiles,
     release,
     rounded,
@@ -65,17 +66,7 @@ def _peak_on_cpu(start: Callable[[], Running]) -> int | None:
         with torch.profiler.record_function(_MEASURED):
             running.run()
     recorded: Any = getattr(profiler.profiler, "kineto_results", None)
-    if recorded is None:
-        return None
-    held = 0
-    peak: int | None = None  # not before the call that is measured
-    for event in sorted(recorded.events(), key=lambda event: event.start_ns()):
-        if event.name() == _MEASURED:
-            peak = held
-        elif event.name() == "[memory]":
-            held += event.nbytes()
-            peak = None if peak is None else max(peak, held)
-    return peak
+    return None if recorded is None else peak_recorded(recorded, since=_MEASURED)
 
 
 def kernels(run: Callable[[], object]) -> dict[str, Any]:

@@ -90,6 +90,27 @@ def on_the_device(function: Function) -> list[Any]:
     ]
 
 
+def peak_recorded(recorded: Any, since: str | None = None) -> int | None:
+    """The most bytes that tensors took, of those that were made while torch's profiler watched the CPU's memory.
+
+    Args:
+        recorded: ``profiler.profiler.kineto_results``.
+        since: the name of a range (``record_function``) from whose beginning on the peak counts; None: from the start.
+
+    Returns:
+        None if the range is not there.
+    """
+    held = 0
+    peak = 0 if since is None else None
+    for event in sorted(recorded.events(), key=lambda event: event.start_ns()):
+        if event.name() == since:
+            peak = held
+        elif event.name() == "[memory]":
+            held += event.nbytes()
+            peak = None if peak is None else max(peak, held)
+    return peak
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, short enough for a table."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
