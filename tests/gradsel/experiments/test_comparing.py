@@ -150,6 +150,7 @@ def test_a_rate_that_diverges_scores_nothing(images, tmp_path, monkeypatch):
     assert math.isnan(bad.value)
     assert "not finite" in bad.note
     assert final.learning_rate == good.learning_rate == 0.01
+    assert "1 of 2 learning rates gave no result" in (tmp_path / "compared" / "table.md").read_text()
     with pytest.raises(ValueError, match="linear: no learning rate gave a result; the last said: head"):
         compare(settings(images, tmp_path / "other"), ["linear"], seeds=1, factors=[9, 27], quiet=True)
 

@@ -72,19 +72,6 @@ def test_a_method_that_fails_is_told_after_the_others(images, tmp_path, failing,
     assert "| bias |" in (output / "table.md").read_text()
 
 
-def test_rates_without_a_result_are_told_in_the_table(images, tmp_path, monkeypatch):
-    original = working.finetune
-
-    def diverges(config, **options):
-        if config.recipe.learning_rate > 0.05:
-            raise RunError("head.weight has values that are not finite")
-        return original(config, **options)
-
-    monkeypatch.setattr(working, "finetune", diverges)
-    compare(settings(images, tmp_path / "compared"), ["linear"], seeds=1, factors=[1, 9], quiet=True)
-    assert "1 of 2 learning rates gave no result" in (tmp_path / "compared" / "table.md").read_text()
-
-
 @posix
 def test_a_folder_in_which_another_process_is_at_work_is_refused(images, tmp_path):
     output = tmp_path / "compared"
