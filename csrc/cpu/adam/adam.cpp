@@ -2,8 +2,8 @@
 //
 // A block is a run of selected entries in mask order, short enough for the first-level cache. Its parameters and
 // gradients are gathered into contiguous buffers, adam_math.h runs on those, and the results are scattered back. A step
-// costs its scattered cache lines, two for each entry. The gathers are loops of independent loads, of which the
-// processor keeps as many in flight as it can; prefetching the next block in software made it 10 % slower (Zen 4).
+// costs its scattered cache lines, two for each entry. The gather is a loop of independent loads, of which the processor
+// keeps as many in flight as it can; prefetching the next block in software made it 10 % slower (Zen 4).
 #include "cpu/adam/adam.h"
 
 #include <algorithm>
@@ -14,6 +14,7 @@
 
 #include "cpu/adam/blocks.h"
 #include "cpu/adam/checks.h"
+#include "cpu/adam/entries.h"
 #include "cpu/adam/runs.h"
 #include "cpu/parallel.h"
 
@@ -75,16 +76,20 @@ void update(Block& block, AdamScalars<T> scalars) {
   const Task& task = *block.task;
   const AdamItem& item = task.item;
   T param_buffer[kBlock], grad_buffer[kBlock];
-  char* weight = pointer<char>(item.weight);
-  char* weight_run = weight + block.begin * size_of(item.weight_dtype);  // where the entries are if not indexed
+  // Where the entries are if they are not indexed.
+  char* weight_run = pointer<char>(item.weight) + block.begin * size_of(item.weight_dtype);
   const char* grad_run = pointer<const char>(item.grad) + block.begin * size_of(item.grad_dtype);
+
+  const bool gathers_param = task.indexed && !item.values, gathers_grad = task.indexed && item.grad_is_dense;
+  const bool together = gathers_param && gathers_grad && item.weight_dtype == item.grad_dtype;
+  if (together) gather_both(block, param_buffer, grad_buffer);
 
   T* param = param_buffer;
   bool store = item.weight != 0;
   if (item.values) {
     param = pointer<T>(item.values) + block.begin;
-  } else if (task.indexed) {
-    gather(param, item.weight_dtype, weight, block.weight_offsets, block.count);
+  } else if (gathers_param) {
+    if (!together) gather_weight(block, param);
   } else if (item.weight_dtype == kCode<T>) {
     param = reinterpret_cast<T*>(weight_run);
     store = false;
@@ -94,12 +99,13 @@ void update(Block& block, AdamScalars<T> scalars) {
   add_compensation(block, param);
 
   const T* grad = grad_buffer;
-  if (task.indexed && item.grad_is_dense)
-    gather(grad_buffer, item.grad_dtype, pointer<const char>(item.grad), block.grad_at(), block.count);
-  else if (item.grad_dtype == kCode<T>)
+  if (gathers_grad) {
+    if (!together) gather_grad(block, grad_buffer);
+  } else if (item.grad_dtype == kCode<T>) {
     grad = reinterpret_cast<const T*>(grad_run);
-  else
+  } else {
     load_contiguous(grad_buffer, item.grad_dtype, grad_run, block.count);
+  }
 
   if (scalars.grad_scale != 1) {
     unscale_run(grad, grad_buffer, block.count, scalars.grad_scale);
@@ -116,7 +122,7 @@ void update(Block& block, AdamScalars<T> scalars) {
   if (!store) return;
   round_params(block, param);
   if (task.indexed)
-    scatter(item.weight_dtype, weight, param, block.weight_offsets, block.count);
+    scatter_weight(block, param);
   else
     store_contiguous(item.weight_dtype, weight_run, param, block.count);
 }

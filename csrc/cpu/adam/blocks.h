@@ -19,7 +19,7 @@ struct Task {
   AdamItem item;
   View weight, grad;
   bool indexed;     // the dense weight or gradient is reached through indices
-  bool shared;      // ... at the same offsets in both, or only one of them is
+  bool shared;      // ... at the same offsets in both
   RandomKeys keys;  // of this step, if it rounds stochastically
   AdamScalars<float> scalars32;
   AdamScalars<double> scalars64;
@@ -30,8 +30,7 @@ struct Task {
         grad(from.rows, from.cols, from.grad_row_stride, from.grad_col_stride) {
     const bool all_contiguous = item.layout == kAll && weight.contiguous && (!item.grad_is_dense || grad.contiguous);
     indexed = item.weight != 0 && !all_contiguous;
-    shared = !item.grad_is_dense ||
-             (weight.row_stride == grad.row_stride && weight.col_stride == grad.col_stride);
+    shared = weight.row_stride == grad.row_stride && weight.col_stride == grad.col_stride;
   }
 };
 
@@ -40,15 +39,12 @@ struct Unit {
   int64_t task, begin, end;
 };
 
-// Up to kBlock entries in mask order: where they lie, and room for their moments.
+// Up to kBlock entries in mask order, and room for their moments.
 struct Block {
   const Task* task = nullptr;
   int64_t begin = 0;
   int count = 0;
-  int64_t weight_offsets[kBlock], grad_offsets[kBlock];
   float moments[3][kBlock];  // converted, if the state is in bfloat16
-
-  const int64_t* grad_at() const { return task->shared ? weight_offsets : grad_offsets; }
 };
 
 // Hands out blocks: units from a counter shared by all threads, each cut into blocks.
@@ -62,7 +58,9 @@ class Blocks {
     for (;;) {
       if (task_ && position_ < unit_.end) {
         block.task = task_;
-        take_entries(block);
+        block.begin = position_;
+        block.count = static_cast<int>(std::min<int64_t>(kBlock, unit_.end - position_));
+        position_ += block.count;
         return true;
       }
       const int64_t u = next_.fetch_add(1, std::memory_order_relaxed);
@@ -74,43 +72,6 @@ class Blocks {
   }
 
  private:
-  void take_entries(Block& block) {
-    block.begin = position_;
-    block.count = static_cast<int>(std::min<int64_t>(kBlock, unit_.end - position_));
-    position_ += block.count;
-    if (!task_->indexed) return;
-    offsets(block, task_->weight, block.weight_offsets);
-    if (!task_->shared) offsets(block, task_->grad, block.grad_offsets);
-  }
-
-  void offsets(const Block& block, const View& view, int64_t* out) const {
-    const AdamItem& item = task_->item;
-    const int64_t begin = block.begin;
-    const int count = block.count;
-    if (item.layout == kCols) {
-      const int32_t* cols = pointer<const int32_t>(item.index) + begin;
-      const int64_t k = item.index_width;
-      if (k == 1) {
-        for (int i = 0; i < count; ++i) out[i] = (begin + i) * view.row_stride + cols[i] * view.col_stride;
-        return;
-      }
-      int64_t row = begin / k * view.row_stride, left = k - begin % k;
-      for (int i = 0; i < count; ++i) {
-        out[i] = row + cols[i] * view.col_stride;
-        if (--left == 0) {
-          row += view.row_stride;
-          left = k;
-        }
-      }
-    } else if (item.layout == kFlat && item.index_is_64) {
-      for (int i = 0; i < count; ++i) out[i] = view.offset(pointer<const int64_t>(item.index)[begin + i]);
-    } else if (item.layout == kFlat) {
-      for (int i = 0; i < count; ++i) out[i] = view.offset(pointer<const int32_t>(item.index)[begin + i]);
-    } else {
-      for (int i = 0; i < count; ++i) out[i] = view.offset(begin + i);
-    }
-  }
-
   const std::vector<Task>& tasks_;
   const std::vector<Unit>& units_;
   std::atomic<int64_t>& next_;

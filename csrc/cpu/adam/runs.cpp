@@ -35,36 +35,6 @@ GRADSEL_INLINE void store_run(int64_t dtype, void* to, const T* from, int64_t co
   }
 }
 
-template <class T, class Stored>
-void gather_loop(T* to, const void* from, const int64_t* offsets, int count) {
-  for (int i = 0; i < count; ++i) to[i] = convert<T>(static_cast<const Stored*>(from)[offsets[i]]);
-}
-
-template <class T>
-void gather_any(T* to, int64_t dtype, const void* from, const int64_t* offsets, int count) {
-  switch (dtype) {
-    case kBFloat16: return gather_loop<T, BFloat16>(to, from, offsets, count);
-    case kFloat16: return gather_loop<T, Float16>(to, from, offsets, count);
-    case kFloat64: return gather_loop<T, double>(to, from, offsets, count);
-    default: return gather_loop<T, float>(to, from, offsets, count);
-  }
-}
-
-template <class T, class Stored>
-void scatter_loop(void* to, const T* from, const int64_t* offsets, int count) {
-  for (int i = 0; i < count; ++i) static_cast<Stored*>(to)[offsets[i]] = convert<Stored>(from[i]);
-}
-
-template <class T>
-void scatter_any(int64_t dtype, void* to, const T* from, const int64_t* offsets, int count) {
-  switch (dtype) {
-    case kBFloat16: return scatter_loop<T, BFloat16>(to, from, offsets, count);
-    case kFloat16: return scatter_loop<T, Float16>(to, from, offsets, count);
-    case kFloat64: return scatter_loop<T, double>(to, from, offsets, count);
-    default: return scatter_loop<T, float>(to, from, offsets, count);
-  }
-}
-
 }  // namespace
 
 GRADSEL_CLONES void load_contiguous(float* to, int64_t dtype, const void* from, int64_t count) {
@@ -116,19 +86,6 @@ GRADSEL_CLONES void split_compensated(float* p, int64_t dtype, void* compensatio
     compensated_loop<BFloat16>(p, compensation, count);
   else
     compensated_loop<Float16>(p, compensation, count);
-}
-
-void gather(float* to, int64_t dtype, const void* from, const int64_t* offsets, int count) {
-  gather_any(to, dtype, from, offsets, count);
-}
-void gather(double* to, int64_t dtype, const void* from, const int64_t* offsets, int count) {
-  gather_any(to, dtype, from, offsets, count);
-}
-void scatter(int64_t dtype, void* to, const float* from, const int64_t* offsets, int count) {
-  scatter_any(dtype, to, from, offsets, count);
-}
-void scatter(int64_t dtype, void* to, const double* from, const int64_t* offsets, int count) {
-  scatter_any(dtype, to, from, offsets, count);
 }
 
 }  // namespace gradsel

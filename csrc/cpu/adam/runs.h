@@ -1,5 +1,5 @@
 // What is done to one run of entries: reading and writing it in any dtype, and the arithmetic of common/adam_math.h.
-// Every function is compiled once for each SIMD level, save for gather() and scatter(), which wait for memory.
+// Every function is compiled once for each SIMD level.
 #pragma once
 
 #include <cstdint>
@@ -14,12 +14,6 @@ void load_contiguous(float* to, int64_t dtype, const void* from, int64_t count);
 void load_contiguous(double* to, int64_t dtype, const void* from, int64_t count);
 void store_contiguous(int64_t dtype, void* to, const float* from, int64_t count);
 void store_contiguous(int64_t dtype, void* to, const double* from, int64_t count);
-
-// The entries at offsets, in elements.
-void gather(float* to, int64_t dtype, const void* from, const int64_t* offsets, int count);
-void gather(double* to, int64_t dtype, const void* from, const int64_t* offsets, int count);
-void scatter(int64_t dtype, void* to, const float* from, const int64_t* offsets, int count);
-void scatter(int64_t dtype, void* to, const double* from, const int64_t* offsets, int count);
 
 // These three are adam_math(), anchor_math() and unscale_loop().
 void adam_run(float* p, const float* g, float* m, float* v, float* vmax, int64_t count, const AdamScalars<float>& s);

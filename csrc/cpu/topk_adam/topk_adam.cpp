@@ -7,7 +7,7 @@
 #include <cstring>
 #include <vector>
 
-#include "cpu/adam/blocks.h"
+#include "cpu/adam/entries.h"
 #include "cpu/adam/runs.h"
 #include "cpu/parallel.h"
 #include "cpu/topk/topk.h"
@@ -65,14 +65,6 @@ void select(const Task& task, const Rows& rows, int64_t bits) {
   }
 }
 
-template <class T>
-void copy_entries(const Block& block, int64_t address) {
-  const AdamItem& item = block.task->item;
-  if (address)
-    gather(pointer<T>(address) + block.begin, item.weight_dtype, pointer<const char>(item.weight), block.weight_offsets,
-           block.count);
-}
-
 // The states of a block before its first step.
 void make_states(const Block& block) {
   const AdamItem& item = block.task->item;
@@ -82,10 +74,10 @@ void make_states(const Block& block) {
   if (item.compensation)  // of a weight in 16 bits
     std::memset(pointer<uint16_t>(item.compensation) + block.begin, 0, static_cast<size_t>(block.count) * 2);
   for (const int64_t copy : {item.values, item.original}) {
-    if (item.state_dtype == kFloat64)
-      copy_entries<double>(block, copy);
-    else
-      copy_entries<float>(block, copy);
+    if (copy && item.state_dtype == kFloat64)
+      gather_weight(block, pointer<double>(copy) + block.begin);
+    else if (copy)
+      gather_weight(block, pointer<float>(copy) + block.begin);
   }
 }
 
