@@ -155,13 +155,20 @@ class Stepping(Optimizer):
         for number, group in enumerate(self.param_groups):
             check_anchor(group)
             plan = self._plans.pop(number, None)
-            if plan is not None and not done and plan.holds(group, self.state):
-                plan.run(_hyperparameters(group), self._from_scaler, partial(rates_on, group))
-            else:
+            if plan is None or done or not self._repeat(plan, group):
                 with _as_plain_tensors():
                     plan = self._update_anew(number, group, done)
             if plan is not None:
                 self._plans[number] = plan
+
+    def _repeat(self, plan: Plan, group: dict[str, Any]) -> bool:
+        """Updates a group as in the last step; False if that is no longer possible, and then nothing has changed."""
+        # Without it torch asks the subclass of an attached weight whenever C++ reads its version or gradient.
+        with torch._C.DisableTorchFunctionSubclass():
+            if not plan.holds(group, self.state):
+                return False
+            plan.run(_hyperparameters(group), self._from_scaler, partial(rates_on, group))
+        return True
 
     def _update_anew(self, number: int, group: dict[str, Any], done: frozenset[Tensor]) -> Plan | None:
         """Updates a group without those that are done already. The plan is for the next step."""
