@@ -54,7 +54,7 @@ class Case(NamedTuple):
         providers: name to call; the baseline first.
         goals: of the last provider, by measure: ``us`` (its median), ``times`` (the median of its ratios to the
             baseline), ``faster`` (of the inverse), ``over`` (of the differences, in microseconds), ``over each`` (the
-            same by tensor).
+            same by tensor). Providers in between get these measures as well, without goals.
         tensors: how many there are.
         calls: in a row, of the fastest.
     """
@@ -157,12 +157,17 @@ def bare_loop(folder: Path) -> Callable[..., Function]:
     subprocess.run([*cxx, *flags, str(source), "-o", str(library)], check=True)
     function = ctypes.CDLL(str(library)).bare_loop
 
-    def call(weights: list[Tensor], grads: list[Tensor], indices: list[Tensor], k: int) -> Function:
+    def call(
+        weights: list[Tensor], grads: list[Tensor], indices: list[Tensor], k: int, moments: bool = False
+    ) -> Function:
         count = len(weights)
-        tables = [(ctypes.c_void_p * count)(*map(Tensor.data_ptr, each)) for each in (weights, grads, indices)]
+        states = [[torch.zeros(index.shape if moments else (0,)) for index in indices] for _ in range(2)]
+        tensors = (weights, grads, indices, *states)
+        tables = [(ctypes.c_void_p * count)(*map(Tensor.data_ptr, each)) for each in tensors]
         shapes = [(ctypes.c_int64 * count)(*(w.shape[i] for w in weights)) for i in (0, 1)]
-        fixed = (ctypes.c_int64(count), *tables, *shapes, ctypes.c_int64(k), torch.get_num_threads())
-        return lambda: (function(*fixed), weights, grads, indices)[0]  # which have to live
+        last = ctypes.c_int64(k), ctypes.c_bool(moments), torch.get_num_threads()
+        fixed = (ctypes.c_int64(count), *tables, *shapes, *last)
+        return lambda: (function(*fixed), tensors)[0]  # which have to live
 
     return call
 
@@ -171,13 +176,16 @@ def dense_gradients(blocks: int, folder: Path) -> Iterator[Case]:
     bare = bare_loop(folder)
     for k in (1, 10):
         named = [(name, p) for name, p in vit(blocks) if p.ndim == 2 and p.shape[0] > 10]
-        twins = [(name, p) for name, p in vit(blocks) if p.ndim == 2 and p.shape[0] > 10]
         selection = selection_of(named, k)
         adam = gradsel.MaskedAdam(named, masks=selection)
-        grads = [p.grad for _, p in twins if p.grad is not None]
-        indices = [gk.topk_rows(torch.randn(p.shape), k) for _, p in twins]
-        loop = bare([p.detach() for _, p in twins], grads, indices, k)
-        providers = {"bare gather and scatter": loop, "MaskedAdam.step, dense gradients": adam.step}
+        # The same tensors for all: where matrices lie in memory makes a difference of a third.
+        weights, grads = [p.detach() for _, p in named], [p.grad for _, p in named if p.grad is not None]
+        indices = [mask.cols for mask in selection.values()]
+        providers = {
+            "bare gather and scatter": bare(weights, grads, indices, k),
+            "bare loop with moments": bare(weights, grads, indices, k, moments=True),
+            "MaskedAdam.step, dense gradients": adam.step,
+        }
         size = f"ViT-B/16's matrices, K = {k}"
         for sampled in ("loop", "cold"):
             yield Case("step on dense gradients", size, sampled, providers, {"times": "<= 1.15x"}, calls=5)
@@ -217,6 +225,19 @@ def sample(run: Function, case: Case, flush: Tensor) -> float:
     return 1e6 * (time.perf_counter() - start) / calls
 
 
+def compared(times: list[float], baseline: list[float], tensors: int) -> dict[str, float]:
+    """Every measure of samples and the samples of the baseline in the same rounds."""
+    pairs = list(zip(times, baseline, strict=True))
+    over = percentiles([ours - other for ours, other in pairs])[1]
+    return {
+        "us": percentiles(times)[1],
+        "times": percentiles([ours / other for ours, other in pairs])[1],
+        "faster": percentiles([other / ours for ours, other in pairs])[1],
+        "over": over,
+        "over each": over / tensors,
+    }
+
+
 def measured(case: Case, rounds: int, flush: Tensor) -> list[dict[str, Any]]:
     """The rows of a case: a round is one sample of every provider."""
     times: dict[str, list[float]] = {name: [] for name in case.providers}
@@ -226,26 +247,18 @@ def measured(case: Case, rounds: int, flush: Tensor) -> list[dict[str, Any]]:
     for _, order in zip(range(rounds), shuffled(times), strict=False):
         for name in order:
             times[name].append(sample(case.providers[name], case, flush))
-    (baseline, *_), last = case.providers, list(case.providers)[-1]
-    pairs = list(zip(times[last], times[baseline], strict=True))
-    over = percentiles([ours - other for ours, other in pairs])[1]
-    numbers = {
-        "us": percentiles(times[last])[1],
-        "times": percentiles([ours / other for ours, other in pairs])[1],
-        "faster": percentiles([other / ours for ours, other in pairs])[1],
-        "over": over,
-        "over each": over / case.tensors,
-    }
+    baseline, *_, last = case.providers
     rows = []
     for name, values in times.items():
+        numbers = compared(values, times[baseline], case.tensors)
         p20, p50, p80 = (f"{value:.1f}" for value in percentiles(values))
-        for measure, goal in case.goals.items() if name == last else [("", "")]:
+        for measure, goal in case.goals.items() if name != baseline else [("", "")]:
             number = f"{numbers[measure]:.3g}" if measure else ""
             rows.append(
                 {
                     "benchmark": case.benchmark, "size": case.size, "sampled": case.sampled, "provider": name,
                     "p20_us": p20, "p50_us": p50, "p80_us": p80, "rounds": rounds, "baseline": baseline,
-                    "measure": measure, "measured": number, "goal": goal, **machine(),
+                    "measure": measure, "measured": number, "goal": goal if name == last else "", **machine(),
                 }
             )  # fmt: skip
             print(

@@ -23,20 +23,31 @@ def _time(microseconds: float) -> str:
 
 
 def goals(results: Path) -> str:
-    rows = rows_of(results / "targets-cpu.csv")
+    """One table for each machine, the latest first."""
+    machines: dict[tuple[str, str], list[Row]] = {}
+    for row in rows_of(results / "targets-cpu.csv"):
+        machines.setdefault((row["device"], row["threads"]), []).append(row)
+    latest_first = sorted(machines.values(), key=lambda rows: max(row["date"] for row in rows), reverse=True)
+    return "\n\n".join(map(_of_machine, latest_first))
+
+
+def _of_machine(rows: list[Row]) -> str:
     found = {(row["benchmark"], row["size"], row["sampled"], row["provider"]): row for row in rows}
 
     def line(row: Row) -> list[str]:
         other = found[row["benchmark"], row["size"], row["sampled"], row["baseline"]]
-        number, limit = float(row["measured"]), float(row["goal"].split()[1].rstrip("x"))
-        met = number >= limit if row["goal"].startswith(">=") else number <= limit
+        number, goal = float(row["measured"]), row["goal"]
+        if goal:
+            limit = float(goal.split()[1].rstrip("x"))
+            met = number >= limit if goal.startswith(">=") else number <= limit
+            goal += "" if met else ", **missed**"
         return [
             f"{row['benchmark']}: {row['size']}",
             SAMPLED[row["sampled"]],
-            _time(float(row["p50_us"])),
+            f"{row['provider']} {_time(float(row['p50_us']))}",
             f"{row['baseline']} {_time(float(other['p50_us']))}",
             WRITTEN[row["measure"]].format(number),
-            row["goal"] + ("" if met else ", **missed**"),
+            goal,
         ]
 
     source = paragraph(
@@ -45,4 +56,4 @@ def goals(results: Path) -> str:
         "differences and ratios."
     )
     lines = [line(row) for row in rows if row["measure"]]
-    return f"{source}\n\n{table(['', '', 'ours', 'against', 'measured', 'goal'], lines)}"
+    return f"{source}\n\n{table(['', '', 'measured', 'against', '', 'goal'], lines)}"
