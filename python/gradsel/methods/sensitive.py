@@ -169,19 +169,19 @@ class SPT(Selected):
         return SensitiveWithin(self.budget)
 
     def trained_on(self, model: nn.Module, head: Iterable[str] = HEAD, parts: Parts = NO_PARTS) -> int:
-        return super().trained_on(model, head, parts) - self._tokens(model, head)
+        return super().trained_on(model, head, parts) - self._tokens(model, head, parts)
 
-    def _tokens(self, model: nn.Module, head: Iterable[str]) -> int:
+    def _tokens(self, model: nn.Module, head: Iterable[str], parts: Parts) -> int:
         """Scalars that are trained whole, but are not the head's; they count to the budget."""
         parameters = named_parameters(model)
-        rules = parameter_rules(model, **self.rules(model, head))
+        rules = parameter_rules(model, **self.rules(model, head, parts))
         return sum(parameters[name].numel() for name, rule in rules.items() if rule.reason == "token")
 
     def choose(self, model: nn.Module, batches: Iterable[Any] | None, context: Context) -> Selection:
         require_calls(model, self.name)
         rules = self.rules(model, context.head, context.parts)
         linear = {f"{path}.weight": layer for path, layer in model.named_modules() if is_linear(layer)}
-        left = self.budget - self._tokens(model, context.head)
+        left = self.budget - self._tokens(model, context.head, context.parts)
         if left < 1:
             raise ValueError(f"budget is {self.budget}, which the class token exceeds")
         with torch.device("meta"):

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 pytest.importorskip("timm")
 from gradsel.masks import Frozen
-from gradsel.methods import Context, method
+from gradsel.methods import Context, Parts, method
 from gradsel.methods.sensitive import SensitiveWithin
 from gradsel.ranking.scores import Scores
 from gradsel.views import NeuronView
@@ -117,3 +117,10 @@ def test_a_small_budget_has_no_additions_and_a_large_one_has():
 def test_a_budget_below_the_class_token_is_refused():
     with pytest.raises(ValueError, match="budget is 20, which the class token exceeds"):
         method("spt-lora", budget=20).prepare(tiny.vit(), tiny.images())
+
+
+def test_a_token_of_the_head_does_not_count_to_the_budget():
+    parts = Parts(head=("cls_token", "head.weight", "head.bias"))
+    assert LORA.trained_on(tiny.vit(), parts=parts) == 24 + 3 * 25 + 700
+    found = LORA.prepare(tiny.vit(), tiny.images(), Context(parts=parts))
+    assert found.selection.notes["policy"] == str(SensitiveWithin(700))
