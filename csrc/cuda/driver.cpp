@@ -4,10 +4,10 @@
 
 #include <array>
 #include <cstring>
+#include <map>
 #include <mutex>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "cuda/kernel_names.h"
 #include "cuda/launch.h"
@@ -116,7 +116,7 @@ struct Loaded {
 std::mutex mutex;
 std::string image;  // the fatbin
 Handle library = nullptr;
-std::vector<Loaded> devices;
+std::map<int, Loaded> devices;  // by number; what is in a map stays where it is
 
 // Makes a context current during its lifetime, unless it already is.
 class CurrentContext {
@@ -152,16 +152,10 @@ class Relaxed {
   int mode_ = kRelaxed;
 };
 
-Loaded& device_number(int device) {
-  if (device < 0) throw std::runtime_error("there is no CUDA device " + std::to_string(device));
-  if (devices.size() <= static_cast<size_t>(device)) devices.resize(64 > device ? 64 : device + 1);
-  return devices[static_cast<size_t>(device)];
-}
-
 // All kernels are loaded when the first one is asked for.
 const Loaded& loaded(int device) {
   const std::lock_guard<std::mutex> lock(mutex);
-  Loaded& found = device_number(device);
+  Loaded& found = devices[device];
   if (found.ready) return found;
   if (const std::string reason = driver().missing; !reason.empty()) throw std::runtime_error(reason);
   if (image.empty()) throw std::runtime_error("the CUDA kernels have not been given");
