@@ -16,7 +16,6 @@ Range range_of(const int64_t* index, int64_t count);
 bool all_below(const int32_t* index, int64_t count, int64_t end);
 bool all_below(const int64_t* index, int64_t count, int64_t end);
 
-
 // Whether all columns lie in 0 .. end - 1, with threads; `found` holds their extremes when they do not.
 bool columns_below(const int32_t* columns, int64_t count, int64_t end, int threads, Range* found);
 

@@ -108,11 +108,10 @@ void topk_masked_adam(const AdamItem* items, int64_t count, const int64_t* bits,
       const Rows& rows = units[static_cast<size_t>(number)];
       const Task& task = tasks[static_cast<size_t>(rows.task)];
       select(task, rows, bits ? bits[rows.task] : 0);
-      const int64_t k = task.item.index_width;
-      const std::vector<Unit> entries{{rows.task, rows.begin * k, rows.end * k}};
-      std::atomic<int64_t> first{0};
-      Blocks blocks(tasks, entries, first);
-      while (blocks.take(block)) {
+      block.task = &task;
+      const int64_t k = task.item.index_width, end = rows.end * k;
+      for (block.begin = rows.begin * k; block.begin < end; block.begin += block.count) {
+        block.count = static_cast<int>(std::min<int64_t>(kBlock, end - block.begin));
         make_states(block);
         if (!skip) update(block);
       }
