@@ -133,7 +133,8 @@ class Subject:
         return functools.partial(_replay, graph, optimizer)
 
     def operator(self) -> Function:
-        """The calls of the operator that a step makes, with the same tensors."""
+        """The calls of the operator that a first step makes; later ones repeat them without the operator."""
+        optimizer = gradsel.MaskedAdam(gradsel.trainable_parameters(self.attached_model), lr=1e-5)
         recorded: list[dict[str, Any]] = []
         original = gk.masked_adam_
 
@@ -143,7 +144,7 @@ class Subject:
 
         gk.masked_adam_ = record
         try:
-            self.attached.step()
+            optimizer.step()
         finally:
             gk.masked_adam_ = original
 

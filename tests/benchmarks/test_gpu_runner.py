@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import gradsel
 from benchmarks.gpu import __main__ as program
-from benchmarks.gpu import topk
+from benchmarks.gpu import adam, topk
 from benchmarks.gpu import workers as working
 from benchmarks.harness import bench as comparing
 from benchmarks.harness import checks, clock, environment, results, timing
@@ -85,6 +86,17 @@ def test_pictures_and_tables_lie_next_to_the_results(measured):
     assert "target 1.1 of top-K alone" in text
     assert "DENSE_RATE" in text or "the rule" in text
     assert max(map(len, text.splitlines())) < 200
+
+
+def test_the_operator_alone_does_the_work_of_a_step(tmp_path):
+    subject = adam.Subject(bench(tmp_path / "x.csv"), "ViT-B/16", torch.float32, 1)
+    for _ in range(3):  # the last ones without the operator
+        subject.attached.step()
+    call = subject.operator()
+    parameters = gradsel.trainable_parameters(subject.attached_model)
+    before = [parameter.detach().clone() for parameter in parameters]
+    call()
+    assert not any(map(torch.equal, parameters, before))
 
 
 def test_a_second_run_skips_what_is_there(measured, capsys):
