@@ -17,9 +17,13 @@ def grouped(entries: Iterable[tuple[str, Key]]) -> list[tuple[str, Key, int]]:
     """
     counts: dict[tuple[str, Key], int] = {}
     for name, key in entries:
-        starred = (re.sub(r"(?<![^.])\d+(?![^.])", "*", name), key)
-        counts[starred] = counts.get(starred, 0) + 1
+        counts[starred(name), key] = counts.get((starred(name), key), 0) + 1
     return [(name + (f"  x{count}" if count > 1 else ""), key, count) for (name, key), count in counts.items()]
+
+
+def starred(name: str) -> str:
+    """A name with its block numbers written as ``*``."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
 def printable(text: str) -> str:

@@ -15,20 +15,19 @@ from gradsel.delta import file as delta_file
 from gradsel.delta import hub
 from gradsel.delta.adapters import AsAdapter
 from gradsel.delta.applying import Applied, load_attached
-from gradsel.delta.coding import packed
 from gradsel.delta.combining import Difference, difference, merged, paired
 from gradsel.delta.fitting import by_names_in, fitted, in_model
 from gradsel.delta.making import Base, parts_of
 from gradsel.delta.parts import Part, same_bits
 from gradsel.delta.quantised import require_quantised_base, split
 from gradsel.delta.sites import known_fingerprint, require_base, require_finite, require_plain, sites_of
+from gradsel.delta.summary import packed_bytes, summary, totals
 from gradsel.interrupts import uninterrupted
 from gradsel.masks import Frozen, Mask, same
 from gradsel.parameters.fingerprints import fingerprint
 from gradsel.parameters.names import named_parameters, shaped_parameters
 from gradsel.selection.overlap import Overlap, overlap
 from gradsel.selection.selection import Selection
-from gradsel.tables import grouped, printable, shape_text, table
 
 PathLike = str | os.PathLike[str]
 
@@ -142,7 +141,7 @@ class Delta(AsAdapter):
     @property
     def nbytes(self) -> int:
         """Bytes of values and packed indices: the size of the file without its metadata."""
-        return sum(_bytes(part) for part in self.values())
+        return sum(map(packed_bytes, self.values()))
 
     @property
     def masks(self) -> dict[str, Mask]:
@@ -169,25 +168,10 @@ class Delta(AsAdapter):
 
     def __str__(self) -> str:
         """A table with one line per group of similar tensors; block numbers are written as ``*``."""
-        keys = {
-            name: (part.mask.shape, part.mask.label, "+".join(packed(part.mask)), _dtypes(part), part.mask.nnz)
-            for name, part in self.items()
-        }
-        sizes = {keys[name]: _bytes(part) for name, part in self.items()}
-        rows = [
-            (
-                name, shape_text(key[0]), key[1], key[2] or "-", key[3], f"{key[4] * count:,}",
-                f"{sizes[key] * count:,}",
-            )
-            for name, key, count in grouped(keys.items())
-        ]  # fmt: skip
-        lines = table(("tensor", "shape", "entries", "as", "values", "set", "bytes"), rows)
-        lines.append(f"{self.trainable_count():,} entries of {len(self)} tensors, {self.nbytes:,} bytes")
-        lines += [printable(f"{key}: {value}") for key, value in self.notes.items()]
-        return "\n".join(lines)
+        return summary(self, self.notes)
 
     def __repr__(self) -> str:
-        return f"Delta({self.trainable_count():,} entries of {len(self)} tensors, {self.nbytes:,} bytes)"
+        return f"Delta({totals(self)})"
 
     # --- Two deltas
 
@@ -392,15 +376,3 @@ def load_delta(model: nn.Module, delta: Delta | PathLike, *, force: bool = False
         return delta.apply_(model, force=force)
     load_attached(delta, root, force)
     return None
-
-
-def _dtypes(part: Part) -> str:
-    """The dtype of the values and, if it is another one, that of the tensor."""
-    values, tensor = (str(dtype).removeprefix("torch.") for dtype in (part.values.dtype, part.dtype))
-    if part.differences:
-        return f"{values} differences from {part.differences}"
-    return values if values == tensor else f"{values} for {tensor}"
-
-
-def _bytes(part: Part) -> int:
-    return part.values.nbytes + sum(tensor.nbytes for tensor in packed(part.mask).values())

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 import gradsel_kernels as gk
 from gradsel import sealed, tensor_files
 from gradsel.delta.delta import Delta, save_delta
-from gradsel.delta.parts import same_bits
+from gradsel.delta.parts import Part, same_bits
+from gradsel.masks import Flat
 from tests.gradsel.delta.cases import every_kind
 from tests.support.deltas import delta_of, trained
 
@@ -31,6 +32,17 @@ def test_every_kind_comes_back(path):
         assert other.originals is None
         assert other.values.data_ptr() % other.values.element_size() == 0
     assert str(loaded) == str(delta)
+
+
+def test_the_table_adds_up_what_tensors_that_are_alike_take():
+    """As many entries of two blocks, but gaps between some of them take two digits."""
+    places = {"block.0.w": [0, 1, 2, 3], "block.1.w": [0, 300, 600, 900]}
+    delta = Delta(
+        {name: Part(Flat(torch.tensor(each), (1000,)), torch.zeros(4), torch.float32) for name, each in places.items()}
+    )
+    line = next(line for line in str(delta).splitlines() if line.startswith("block.*.w  x2"))
+    assert line.split()[-2:] == ["8", f"{delta.nbytes}"]
+    assert delta.nbytes == 2 * 16 + 4 + 7
 
 
 def test_the_file_is_as_documented(path):
