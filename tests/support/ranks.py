@@ -16,7 +16,8 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).parents[2]
+from tests.support.group import importable
+
 SECONDS = 120
 
 
@@ -43,13 +44,11 @@ def run(argv: Sequence[str], folder: Path, count: int = 2, **trouble: Any) -> li
     """
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["tests.support.ranks_preloaded"])
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "python")])  # read when the server starts
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    try:
-        processes, files = [], []
+    processes, files = [], []
+    with importable():
         for rank in range(count):
             files.append(folder / f"printed-{rank}-{port}.txt")
             environment = {"WORLD_SIZE": count, "RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1",
@@ -57,11 +56,6 @@ def run(argv: Sequence[str], folder: Path, count: int = 2, **trouble: Any) -> li
             given = (list(argv), str(files[-1]), environment if count > 1 else {}, trouble)
             processes.append(server.Process(target=_main, args=given, daemon=True))
             processes[-1].start()
-    finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
     for process in processes:
         process.join(SECONDS)
         if process.exitcode is None:
