@@ -13,7 +13,7 @@ import torch
 from gradsel.cli import main as cli
 from gradsel.errors import RunError
 from gradsel.experiments import working
-from gradsel.experiments.cost import vit
+from gradsel.experiments.cost import comparing, vit
 from gradsel.experiments.papers import EXPERIMENTS, experiment, measures, run
 from gradsel.experiments.papers.estimating import described
 from gradsel.experiments.papers.sparse import SparsePull
@@ -73,6 +73,10 @@ def patched(monkeypatch, tmp_path_factory):
     every = vit.for_vit
     monkeypatch.setattr(vit, "for_vit", lambda *a: [each for each in every(*a) if each.name in wanted])
     monkeypatch.setattr(vit, "check", lambda *_: "")
+    monkeypatch.setattr(vit, "PRETRAINING", 2)
+    monkeypatch.setattr(comparing, "WARM_UP", 1)
+    monkeypatch.setattr(comparing, "FEWEST", 2)
+    monkeypatch.setattr(comparing, "peak_bytes", lambda start, cuda: 2**20)  # a profiler's run of each takes seconds
 
 
 def settings_for(name, folder):
