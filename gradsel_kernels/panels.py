@@ -129,9 +129,7 @@ def _cut(first: Tensor, begin: int, end: int, columns: Tensor | None, width: int
 
 def _plan(cols: Tensor, row_offsets: Tensor | None) -> _PanelPlan:
     if cols.is_inference() or (row_offsets is not None and row_offsets.is_inference()):
-        return _new_plan(
-            cols, row_offsets, (0, None, 0)
-        )  # not kept: such tensors have no version that tells of changes
+        return _new_plan(cols, row_offsets, (0, None, 0))  # not kept: no version of theirs tells of changes
     made_for = (cols._version, row_offsets, 0 if row_offsets is None else row_offsets._version)
     plan = _plans.get(cols)
     if plan is None or plan.made_for[::2] != made_for[::2] or plan.made_for[1] is not row_offsets:

@@ -21,7 +21,7 @@ void set_version(PyObject* noted, Py_ssize_t at, PyObject* tensor, int64_t versi
   Owned number(PyLong_FromLongLong(version));
   if (!number) throw PythonError{};
   if (PyList_Check(noted)) {
-    if (at >= PyList_GET_SIZE(noted)) return;  // not ours any more: a link of the caller's tells
+    if (at >= PyList_GET_SIZE(noted)) return;  // it has been emptied, which the caller notices by a link
     Py_INCREF(number.get());
     if (PyList_SetItem(noted, at, number.get()) < 0) throw PythonError{};
     return;
