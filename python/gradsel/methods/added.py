@@ -9,9 +9,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from gradsel.errors import did_you_mean
 from gradsel.methods.additions import Addition, Bottleneck, ScaleShift, sizes
-from gradsel.methods.base import NO_PARTS, Context, Parts, option
+from gradsel.methods.base import NO_PARTS, Context, Parts, option, require_count, require_one_of
 from gradsel.methods.selected import HEAD_ONLY, Selected, by_rules
 from gradsel.methods.targets import attention_outputs, is_linear, mlp_outputs, require_calls
 from gradsel.parameters.rules import HEAD, RuleOptions
@@ -45,11 +44,9 @@ class Adapter(Added):
     places: str = option("mlp", "behind what: mlp, or both attention and mlp", choices=PLACES)
 
     def __post_init__(self) -> None:
-        if self.bottleneck is not None and (type(self.bottleneck) is not int or self.bottleneck < 1):
-            raise ValueError(f"bottleneck must be an integer >= 1, got {self.bottleneck!r}")
-        if self.places not in PLACES:
-            hint = did_you_mean(str(self.places), PLACES)
-            raise ValueError(f"places is {self.places!r}, expected one of {', '.join(PLACES)}{hint}")
+        if self.bottleneck is not None:
+            require_count("bottleneck", self.bottleneck)
+        require_one_of("places", self.places, PLACES)
 
     def additions(
         self, model: nn.Module, whole: Collection[str], notes: Mapping[str, Any]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Adam, AdamW, Optimizer
 from torch.utils.data import Dataset
 
+from gradsel.errors import did_you_mean
 from gradsel.parameters.rules import HEAD, RuleOptions
 from gradsel.selection.selection import Selection
 
@@ -203,6 +204,24 @@ class Method(ABC):
 def option(default: Any, help: str, **metadata: Any) -> Any:
     """A field of a method: its default, and what ``--help`` says about it."""
     return field(default=default, metadata={"help": help, **metadata})
+
+
+def require_one_of(name: str, value: Any, known: Collection[str]) -> None:
+    """
+    Raises:
+        ValueError: an option has a value that is none of these.
+    """
+    if value not in known:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}{did_you_mean(str(value), known)}")
+
+
+def require_count(name: str, value: Any) -> None:
+    """
+    Raises:
+        ValueError: an option is no integer from 1 on.
+    """
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
 
 
 def count(model: nn.Module) -> int:

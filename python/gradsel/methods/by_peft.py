@@ -12,7 +12,6 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from gradsel.errors import did_you_mean
 from gradsel.files import filling, replacing
 from gradsel.methods.additions import sizes
 from gradsel.methods.base import (
@@ -26,6 +25,8 @@ from gradsel.methods.base import (
     Prepared,
     count,
     option,
+    require_count,
+    require_one_of,
 )
 from gradsel.methods.selected import HEAD_ONLY, head_only
 from gradsel.methods.targets import matrices, queries_and_values, whole_modules
@@ -46,8 +47,7 @@ class OfPeft(Method):
     linear_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if type(self.rank) is not int or self.rank < 1:
-            raise ValueError(f"rank must be an integer >= 1, got {self.rank!r}")
+        require_count("rank", self.rank)
 
     @abstractmethod
     def config(self, targets: list[str], heads: list[str], seed: int) -> Any:
@@ -151,9 +151,7 @@ class Lora(OfPeft):
         super().__post_init__()
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout!r}")
-        if self.layers not in LAYERS:
-            hint = did_you_mean(str(self.layers), LAYERS)
-            raise ValueError(f"layers is {self.layers!r}, expected one of {', '.join(LAYERS)}{hint}")
+        require_one_of("layers", self.layers, LAYERS)
 
     def targets(self, model: nn.Module, head: Iterable[str], parts: Parts = NO_PARTS) -> list[str]:
         found = super().targets(model, head, parts)

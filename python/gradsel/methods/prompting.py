@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from gradsel.methods.added import Added
 from gradsel.methods.additions import NAME, Addition
-from gradsel.methods.base import option
+from gradsel.methods.base import option, require_count
 from gradsel.methods.targets import attention_in
 from gradsel.parameters.blocks import block_names
 
@@ -134,8 +134,7 @@ class _VPT(Added):
     prompts: int = option(50, "tokens")
 
     def __post_init__(self) -> None:
-        if type(self.prompts) is not int or self.prompts < 1:
-            raise ValueError(f"prompts must be an integer >= 1, got {self.prompts!r}")
+        require_count("prompts", self.prompts)
 
     def _blocks(self, model: nn.Module) -> list[str]:
         """The blocks of a vision transformer.

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gradsel.attached import is_values
-from gradsel.errors import did_you_mean
-from gradsel.methods.base import NO_PARTS, Context, Parts, option
+from gradsel.methods.base import NO_PARTS, Context, Parts, option, require_count, require_one_of
 from gradsel.methods.reselecting import trained
 from gradsel.methods.selected import Selected
 from gradsel.optim.anchoring import anchored_groups, regular_blocks
@@ -46,8 +45,8 @@ class Ranked(Selected):
     )
 
     def __post_init__(self) -> None:
-        _one_of("criterion", self.criterion, CRITERIA)
-        _one_of("loss", self.loss, LOSSES)
+        require_one_of("criterion", self.criterion, CRITERIA)
+        require_one_of("loss", self.loss, LOSSES)
 
     @abstractmethod
     def policy(self, sizes: Collection[tuple[int, int]] = ()) -> Policy:
@@ -109,7 +108,7 @@ class GPS(Ranked):
             raise ValueError(f"reselect must be a number of epochs, got {self.reselect!r}")
         if self.ratio is not None and (type(self.ratio) not in (int, float) or not 0 < self.ratio < math.inf):
             raise ValueError(f"ratio must be a positive number, got {self.ratio!r}")
-        _one_of("scope", self.scope, tuple(SCOPES))
+        require_one_of("scope", self.scope, SCOPES)
         PerNeuron(self.k, self.columns)
         if self.columns is not None and self.scope != "neuron":
             raise ValueError(f"columns is for scope='neuron', got scope={self.scope!r}")
@@ -175,8 +174,7 @@ class GRFT(Ranked):
         given = [name for name in ("rows", "columns", "sparse") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"grft trains rows, columns or sparse, got {' and '.join(given)}")
-        if not isinstance(self.subsets, int) or self.subsets < 1:
-            raise ValueError(f"subsets must be an integer >= 1, got {self.subsets!r}")
+        require_count("subsets", self.subsets)
         if not self.anchor >= 0:
             raise ValueError(f"anchor must not be negative, got {self.anchor!r}")
         if self.anchor_norm not in (1, 2):
@@ -235,11 +233,6 @@ def loss_for(model: nn.Module, kind: str, views: bool) -> Any:
         return _supervised(model, {**flat, "labels": batch["labels"].repeat_interleave(shape[1])})
 
     return loss
-
-
-def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}{did_you_mean(str(value), known)}")
 
 
 def _supervised(model: Any, batch: Any) -> Tensor:

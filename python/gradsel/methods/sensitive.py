@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gradsel.masks import Frozen, Mask, Whole
 from gradsel.methods.additions import Addition, Bottleneck, LowRank, sizes
-from gradsel.methods.base import NO_PARTS, Context, Parts, count, option
+from gradsel.methods.base import NO_PARTS, Context, Parts, count, option, require_count
 from gradsel.methods.ranked import loss_for
 from gradsel.methods.selected import Selected
 from gradsel.methods.targets import is_linear, is_patch_embedding, require_calls
@@ -143,9 +143,7 @@ class SPT(Selected):
 
     def __post_init__(self) -> None:
         for name in ("budget", "rank", "batches"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+            require_count(name, getattr(self, name))
         if not self.alpha > 0:
             raise ValueError(f"alpha must be positive, got {self.alpha!r}")
 
