@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import math
 import os
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from gradsel.errors import did_you_mean
 
 PathLike = str | os.PathLike[str]
 #: The settings in the folder of a run.
@@ -244,12 +245,6 @@ def run_in(folder: PathLike) -> tuple[Path, Config]:
     return folder, read_config(folder / CONFIG)
 
 
-def suggestion(wrong: str, known: Iterable[str]) -> str:
-    """``"; did you mean epochs?"``, or nothing."""
-    close = difflib.get_close_matches(wrong, list(known), n=1, cutoff=0.4)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
 def _made(kind: Any, values: Any, prefix: str) -> Any:
     if not isinstance(values, Mapping):
         raise ValueError(f"{prefix.removesuffix('.')} must hold settings by name, got {values!r}")
@@ -257,7 +252,7 @@ def _made(kind: Any, values: Any, prefix: str) -> Any:
     given = {}
     for name, value in values.items():
         if name not in known:
-            raise ValueError(f"there is no setting {prefix}{name}{suggestion(str(name), known)}")
+            raise ValueError(f"there is no setting {prefix}{name}{did_you_mean(str(name), known)}")
         inner = hints[name]
         given[name] = (
             _made(inner, value, f"{prefix}{name}.")
@@ -277,9 +272,8 @@ def _converted(kind: Any, value: Any, name: str) -> Any:
         return _converted(kind, value, name)
     if origin is Literal:
         if value not in options:
-            raise ValueError(
-                f"{name} is {value!r}, expected one of {', '.join(map(str, options))}{suggestion(str(value), options)}"
-            )
+            known = ", ".join(map(str, options))
+            raise ValueError(f"{name} is {value!r}, expected one of {known}{did_you_mean(str(value), options)}")
         return value
     if origin is list:
         if isinstance(value, str) or not isinstance(value, (list, tuple)):
