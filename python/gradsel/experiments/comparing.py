@@ -16,14 +16,17 @@ from gradsel.experiments.drawing import draw
 from gradsel.experiments.tidy import Row, finals, folder_of_runs, row_of, table_of, write_rows
 from gradsel.experiments.working import Start, workers
 from gradsel.methods import Method, method
+from gradsel.training.changed import difference, fingerprint
 from gradsel.training.config import Config, PathLike
-from gradsel.training.data import read_data
+from gradsel.training.data import Data, read_data
 from gradsel.training.folder import write_text
 from gradsel.training.models import load_model
 
 #: Learning rates that are tried, as multiples of the one that a method proposes.
 FACTORS = (1 / 9, 1 / 3, 1.0, 3.0, 9.0)
 SETTINGS, ROWS, TABLE, PICTURE, RUNS = "compare.yaml", "results.csv", "table.md", "picture.png", "runs"
+#: In the settings: the fingerprint of the data.
+SAMPLES = "samples"
 
 
 @dataclass(frozen=True)
@@ -115,13 +118,18 @@ def compare(
             raise RunError(f"factors must be positive numbers, got {list(factors)}")
         split_seed = config.seed if config.data.split_seed is None else config.data.split_seed
         config = config.replaced({"data.split_seed": split_seed, "output.report": False, "output.keep": 1})
-        apart = _require_fit(config, contestants)
+        data = _require_fit(config, contestants)
+        values, found = _settings(config, factors), fingerprint(data, config.data.path)
     folder = Path(config.output.folder)
-    values = _settings(config, factors)
-    with folder_of_runs(folder / SETTINGS, values, "output.folder") as before:
+    with folder_of_runs(folder / SETTINGS, {**values, SAMPLES: found}, "output.folder") as before:
         if before and (different := [name for name in values if before.get(name) != values[name]]):
             raise RunError(f"output.folder: {folder} has a comparison with other settings of {', '.join(different)}")
-        return _compared(config, contestants, seeds, factors, quiet, jobs, apart)
+        if before and (told := difference(before.get(SAMPLES, found), found)):
+            raise RunError(
+                f"data.path: {config.data.path} has changed since the comparison in {folder} began: {told}; put the "
+                "data back, or begin anew with another --output"
+            )
+        return _compared(config, contestants, seeds, factors, quiet, jobs, "validation" in data.splits)
 
 
 def _compared(
@@ -188,12 +196,8 @@ def _compared(
     return Comparison(folder, every)
 
 
-def _require_fit(config: Config, contestants: Sequence[Contestant]) -> bool:
-    """Refuses what some method would refuse hours later.
-
-    Returns:
-        Whether there is a validation set that no run trains on.
-    """
+def _require_fit(config: Config, contestants: Sequence[Contestant]) -> Data:
+    """Reads the data, and refuses what some method would refuse hours later."""
     data = read_data(config.data, config.seed)
     loaded = load_model(config.model, data.classes, data.kind, config.seed, config.data.image_size)
     wrong = []
@@ -204,7 +208,7 @@ def _require_fit(config: Config, contestants: Sequence[Contestant]) -> bool:
             wrong.append(f"{contestant.text}: {error}")
     if wrong:
         raise RunError("; ".join(wrong))
-    return "validation" in data.splits
+    return data
 
 
 def _settings(config: Config, factors: Sequence[float]) -> dict[str, Any]:

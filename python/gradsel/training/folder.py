@@ -16,7 +16,7 @@ from gradsel.training.costs import size
 from gradsel.training.models import Loaded
 
 LABELS, RESULTS, LOG = "labels.json", "results.json", "log.txt"
-CHECKPOINTS, SECONDS = "checkpoints", "seconds.json"
+CHECKPOINTS, SECONDS, DATA = "checkpoints", "seconds.json", "data.json"
 #: Bytes of a trained scalar in a checkpoint: its value and two moments; then room for an index.
 _BYTES = 16
 

@@ -10,11 +10,11 @@ from typing import Any
 
 from gradsel.errors import RunError, expected, first_line
 from gradsel.training.config import CONFIG, PathLike, read_config
-from gradsel.training.folder import CHECKPOINTS, LABELS, LOG, RESULTS, SECONDS, read_results
+from gradsel.training.folder import CHECKPOINTS, DATA, LABELS, LOG, RESULTS, SECONDS, read_results
 from gradsel_kernels._warnings import user_stacklevel
 
 #: What stays here: what is needed to resume, and what tells about this machine.
-_NOT_PUSHED = (LOG, SECONDS)
+_NOT_PUSHED = (LOG, SECONDS, DATA)
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,12 @@ from transformers.trainer_callback import TrainerCallback
 
 from gradsel.errors import RunError, expected
 from gradsel.methods.base import SELECTION
+from gradsel.training.changed import changes, fingerprint
 from gradsel.training.checkpoints import require_whole
 from gradsel.training.config import CONFIG, Config, PathLike, run_in
 from gradsel.training.folder import (
     CHECKPOINTS,
+    DATA,
     LABELS,
     RESULTS,
     read_labels,
@@ -63,6 +65,7 @@ def finetune(config: Config, *, callbacks: Sequence[TrainerCallback] = (), quiet
         if processes.first:
             folder.mkdir(parents=True, exist_ok=True)
             write_text(folder / LABELS, json.dumps(parts.data.classes, ensure_ascii=False, indent=1) + "\n")
+            write_text(folder / DATA, json.dumps(fingerprint(parts.data, config.data.path), indent=1) + "\n")
             write_text(folder / CONFIG, portable(config).to_yaml())  # the last, as resume() asks for it
     try:
         return train(config, folder, parts, callbacks, quiet)
@@ -109,6 +112,11 @@ def resume(folder: PathLike, *, callbacks: Sequence[TrainerCallback] = (), quiet
         parts = load_parts(config, processes)
         if parts.data.classes != read_labels(folder):
             raise RunError(f"data.path: {config.data.path} has other classes than when the run in {folder} began")
+        if told := changes(folder, parts.data, config.data.path):
+            raise RunError(
+                f"data.path: {config.data.path} has changed since the run in {folder} began: {told}; put the data "
+                "back, or begin anew with another --output"
+            )
         if (checkpoint := last_checkpoint(folder / CHECKPOINTS)) is not None:
             require_whole(checkpoint)
             require_count(checkpoint, processes.count)

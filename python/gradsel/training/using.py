@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gradsel.errors import RunError, expected
+from gradsel.training.changed import changes
 from gradsel.training.config import Config, PathLike, run_in
 from gradsel.training.data import Split
 from gradsel.training.evaluation import predictions
@@ -20,6 +22,7 @@ from gradsel.training.parts import device_of
 from gradsel.training.processes import ALONE, Processes, join
 from gradsel.training.recipe import precision_dtype
 from gradsel.training.tasks import task_of
+from gradsel_kernels._warnings import user_stacklevel
 
 
 def evaluate(folder: PathLike, data: PathLike | None = None) -> dict[str, Any]:
@@ -45,6 +48,12 @@ def evaluate(folder: PathLike, data: PathLike | None = None) -> dict[str, Any]:
         if data is None:
             found = task.read(config)
             split = found.splits["test"]
+            if processes.first and (told := changes(folder, found, config.data.path, ("test",))):
+                warnings.warn(
+                    f"{config.data.path} has changed since the run in {folder} began, so these are not the numbers of "
+                    f"its {RESULTS}: {told}",
+                    stacklevel=user_stacklevel(),
+                )
         else:
             found = task.read(config.replaced({"data.path": os.fspath(data), "data.layout": "auto"}), only_test=True)
             split = found.splits["test"]
