@@ -13,7 +13,7 @@ import yaml
 
 from gradsel.errors import RunError, expected, one_line
 from gradsel.experiments.drawing import draw
-from gradsel.experiments.tidy import Row, finals, folder_of_runs, row_of, table_of, write_rows
+from gradsel.experiments.tidy import Row, finals, folder_of_runs, read_rows, row_of, table_of, write_rows
 from gradsel.experiments.working import Start, workers
 from gradsel.methods import Method, method
 from gradsel.training.changed import difference, fingerprint
@@ -63,14 +63,24 @@ class Comparison:
 
     Attributes:
         folder: where everything lies.
-        rows: one for each run; see :class:`gradsel.experiments.tidy.Row`.
+        rows: one for each run in the folder, those of earlier calls included; see
+            :class:`gradsel.experiments.tidy.Row`.
+        earlier: the methods of earlier calls that this one did not name.
     """
 
     folder: Path
     rows: list[Row]
+    earlier: Sequence[str] = ()
 
     def __str__(self) -> str:
-        return table_of(self.rows)
+        tested = finals(self.rows)
+        lines = [table_of(self.rows)]
+        for text, names in (
+            ("From earlier calls", [name for name in self.earlier if name in tested]),
+            ("From earlier calls, without a result", [name for name in self.earlier if name not in tested]),
+        ):
+            lines += [f"{text}: {', '.join(names)}."] if names else []
+        return "\n\n".join(lines)
 
 
 def compare(
@@ -89,7 +99,8 @@ def compare(
     seeds ``config.seed``, ``config.seed + 1``, ... What is held out is the same in all runs. Where the data have one,
     the best of the runs that were tried is the first that counts, as it would be repeated to the bit.
 
-    Called again with the same folder, it goes on where it stopped; methods and seeds may have been added.
+    Called again with the same folder, it goes on where it stopped; methods and seeds may be others. Rows and table are
+    those of all calls. Remove a method's folder in ``runs/`` to be rid of its rows.
 
     Args:
         config: as for :func:`gradsel.training.finetune`; its method and learning rate do not count.
@@ -137,21 +148,28 @@ def _compared(
     apart: bool,
 ) -> Comparison:  # fmt: skip
     folder = Path(config.output.folder)
-    rows: dict[str, list[Row]] = {each.text: [] for each in contestants}
+    rows = [row for row in read_rows(folder / ROWS, "output.folder") if _folder_of(folder, row.method).is_dir()]
+    order = list(dict.fromkeys([*(row.method for row in rows), *(each.text for each in contestants)]))
     failed: dict[str, str] = {}
 
-    def finish(each: Contestant, started: Sequence[_Started]) -> None:
+    def finish(each: Contestant, started: Sequence[_Started]) -> list[Row]:
+        done = []
         for run in started:
             try:
                 found = run.row()
             except ValueError as error:  # the other runs go on
                 failed[each.text] = told = f"{run} failed, {one_line(error)}"
             else:
-                rows[each.text].append(found)
-                write_rows(folder / ROWS, [row for own in rows.values() for row in own])
+                done.append(found)
+                rows[:] = sorted(
+                    [*(row for row in rows if row.run != found.run), found],
+                    key=lambda row: (order.index(row.method), row.split == "test", row.seed, row.learning_rate),
+                )
+                write_rows(folder / ROWS, rows)
                 told = f"{run}: {found.value:.2f} %"
             if not quiet:
                 print(f"{each.text}, {told}", file=sys.stderr)
+        return done
 
     with workers(jobs) as start:
         rates = {each.text: sorted(each.how.rate * factor for factor in factors) for each in contestants}
@@ -163,9 +181,8 @@ def _compared(
         for each in contestants:
             best, note = rates[each.text][0], ""
             if searches[each.text]:
-                finish(each, searches[each.text])
                 try:
-                    best, note = _best(rows[each.text])
+                    best, note = _best(finish(each, searches[each.text]))
                 except RunError as error:
                     failed[each.text] = one_line(error)
                     continue
@@ -179,21 +196,21 @@ def _compared(
         if jobs > 1:
             for each, own in tests:
                 finish(each, own)
-    every = [row for own in rows.values() for row in own]
+    found = Comparison(folder, rows, [name for name in order if name not in {each.text for each in contestants}])
     tried_text = (
-        f"Every method: {len(factors)} learning rates on the validation set, one run each; then {seeds} seeds with the "
+        f"Every method: {len(factors)} learning rates on the validation set, one run each; then the seeds, with the "
         f"best one. {config.recipe.epochs} epochs in each run.\n"
         if len(factors) > 1
-        else f"Every method: its own learning rate, not tuned; {seeds} seeds, {config.recipe.epochs} epochs.\n"
+        else f"Every method: its own learning rate, not tuned; {config.recipe.epochs} epochs in each run.\n"
     )
     lacking = "".join(f"\nNo result, or not all of its seeds: {name}: {why}.\n" for name, why in failed.items())
-    write_text(folder / TABLE, f"{table_of(every)}\n\n{tried_text}{lacking}")
-    if finals(every):
-        draw(folder / PICTURE, finals(every))
+    write_text(folder / TABLE, f"{found}\n\n{tried_text}{lacking}")
+    if finals(rows):
+        draw(folder / PICTURE, finals(rows))
     if failed:
         said = "; ".join(f"{name}: {why}" for name, why in failed.items())
         raise RunError(f"{len(failed)} of {len(contestants)} methods failed ({said}); {folder / TABLE} has the others")
-    return Comparison(folder, every)
+    return found
 
 
 def _require_fit(config: Config, contestants: Sequence[Contestant]) -> Data:
@@ -295,8 +312,9 @@ def _best(tried: Sequence[Row]) -> tuple[float, str]:
     return best.learning_rate, "; ".join(notes)
 
 
-def _folder_of(folder: Path, method: str, name: str) -> Path:
-    return folder / RUNS / _slug(method) / _slug(name)
+def _folder_of(folder: Path, method: str, *name: str) -> Path:
+    """The folder of a method's runs, or of one of them."""
+    return folder.joinpath(RUNS, _slug(method), *map(_slug, name))
 
 
 def _slug(name: str) -> str:

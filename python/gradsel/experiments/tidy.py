@@ -50,6 +50,11 @@ class Row:
     config: str
     note: str
 
+    @property
+    def run(self) -> tuple[Any, ...]:
+        """What no other run of a comparison has."""
+        return (self.split, self.method, self.seed, self.learning_rate if self.split == "validation" else None)
+
 
 def row_of(
     split: str, name: str, how: Method, results: Mapping[str, Any], rate: float, seed: int, note: str,
@@ -134,6 +139,36 @@ def write_rows(path: Path, rows: Sequence[Any], kind: Any = Row) -> None:
     writer.writeheader()
     writer.writerows({name: "" if value is None else value for name, value in asdict(row).items()} for row in rows)
     write_text(path, text.getvalue())
+
+
+def read_rows(path: Path, argument: str) -> list[Row]:
+    """The rows that an earlier call has written; none if there was none.
+
+    Args:
+        argument: names the folder in errors.
+
+    Raises:
+        RunError: they are damaged.
+    """
+    if not path.is_file():
+        return []
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            lines = list(csv.DictReader(file))
+        return [Row(**{each.name: _read(each.type, line[each.name]) for each in fields(Row)}) for line in lines]
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise RunError(
+            f"{argument}: {path} is not as it was written ({type(error).__name__}: {one_line(error)}); remove it, and "
+            "name all methods again: their runs are read, not repeated"
+        ) from error
+
+
+def _read(kind: Any, text: str) -> Any:
+    """A value of a field from a csv file, in which None is empty."""
+    name = str(kind).partition(" ")[0]
+    if name == "str":
+        return text
+    return None if text == "" and "None" in str(kind) else {"int": int, "float": float}[name](text)
 
 
 def finals(rows: Sequence[Row]) -> dict[str, list[Row]]:

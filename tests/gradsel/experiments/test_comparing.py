@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 
 import pytest
 import torch
 
 from gradsel.cli import main as cli
+from gradsel.errors import RunError
 from gradsel.experiments import working
 from gradsel.experiments.comparing import Contestant, compare
 from gradsel.experiments.tidy import mean_and_deviation
@@ -120,6 +122,64 @@ def test_it_goes_on_where_it_stopped_also_with_more_seeds_and_methods(images, tm
     other = settings(images, output).replaced({"recipe.epochs": 2})
     with pytest.raises(ValueError, match="has a comparison with other settings of recipe"):
         compare(other, ["linear"], seeds=1, factors=[1, 3], quiet=True)
+
+
+def test_rows_and_table_have_the_methods_of_all_calls(images, tmp_path, counted):
+    output = tmp_path / "compared"
+    config = settings(images, output)
+    compare(config, ["linear"], seeds=2, factors=[1, 3], quiet=True)
+    first = rows(output)
+    found = compare(config, ["gps:k=2"], seeds=1, factors=[1, 3], quiet=True)
+    assert rows(output)[:4] == first
+    assert [row["method"] for row in rows(output)[4:]] == 3 * ["gps:k=2"]
+    assert len(found.rows) == 7
+    assert str(found).endswith("\n\nFrom earlier calls: linear.")
+    assert [line.split(" | ")[:3:2] for line in str(found).splitlines()[2:4]] == [["| linear", "2"], ["| gps:k=2", "1"]]
+    assert str(found) in (output / "table.md").read_text()
+    # Fewer seeds of a method do not remove the others, nor are runs repeated.
+    before, begun = (output / "results.csv").read_bytes(), len(counted)
+    found = compare(config, ["gps:k=2", "linear"], seeds=1, factors=[1, 3], quiet=True)
+    assert (output / "results.csv").read_bytes() == before
+    assert "From earlier calls" not in str(found)
+    assert len(counted) == begun
+    # What has been removed is gone.
+    shutil.rmtree(output / "runs" / "gps-k=2")
+    found = compare(config, ["linear"], seeds=2, factors=[1, 3], quiet=True)
+    assert rows(output) == first
+    assert found.earlier == []
+
+
+def test_methods_of_earlier_calls_that_have_no_result_are_named(images, tmp_path, monkeypatch):
+    output = tmp_path / "compared"
+    original = working.finetune
+
+    def fails(config, **options):
+        if config.method.name == "bias":
+            raise ValueError("bias is not finite")
+        return original(config, **options)
+
+    monkeypatch.setattr(working, "finetune", fails)
+    with pytest.raises(RunError, match="no learning rate gave a result"):
+        compare(settings(images, output), ["bias"], seeds=1, factors=[1, 3], quiet=True)
+    (output / "runs" / "bias").mkdir(parents=True)
+    found = compare(settings(images, output), ["linear"], seeds=1, factors=[1, 3], quiet=True)
+    assert [row["method"] for row in rows(output)] == 2 * ["bias"] + 3 * ["linear"]
+    assert math.isnan(found.rows[0].value)
+    assert str(found).endswith("\n\nFrom earlier calls, without a result: bias.")
+
+
+def test_rows_that_something_else_has_changed_are_refused(images, tmp_path):
+    output = tmp_path / "compared"
+    compare(settings(images, output), ["linear"], seeds=1, factors=[1], quiet=True)
+    text = (output / "results.csv").read_text()
+    for other in (text.replace(",", ";"), text.replace("top1,", "top1,high"), text.replace("seed", "number")):
+        (output / "results.csv").write_text(other)
+        with pytest.raises(RunError, match=r"output.folder: .*results\.csv is not as it was written .*; remove it"):
+            compare(settings(images, output), ["bias"], seeds=1, factors=[1], quiet=True)
+        assert (output / "results.csv").read_text() == other
+    (output / "results.csv").unlink()
+    compare(settings(images, output), ["linear"], seeds=1, factors=[1], quiet=True)
+    assert (output / "results.csv").read_text() == text
 
 
 def test_several_at_a_time_give_the_rows_of_one_after_another(images, tmp_path):
