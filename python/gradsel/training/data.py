@@ -60,6 +60,9 @@ def read_data(config: DataConfig, seed: int = 0, *, only_test: bool = False) -> 
     for name, split in data.splits.items():
         if not split.labels:
             raise ValueError(f"data: the {name} set is empty")
+    tested = set(data.splits["test"].labels)
+    if untested := [name for number, name in enumerate(data.classes) if number not in tested]:
+        data.notes.append(f"warning: the test set has no sample of {len(untested)} classes: {some(untested)}")
     return data
 
 
@@ -86,6 +89,7 @@ def _read(config: DataConfig) -> Data:
     if config.layout not in ("auto", "folder"):
         if not path.is_dir():
             raise ValueError(f"data.layout: {path} is a file; the layout {config.layout} is that of a folder")
+        _require_no_columns(config, path)
         root, found = find_layout(path)
         return read_layout(config, root if config.layout in found else path, config.layout, found)
     if path.is_dir() and is_saved(path):
@@ -93,6 +97,7 @@ def _read(config: DataConfig) -> Data:
     if path.is_dir() and config.layout == "auto" and config.kind != "texts":
         root, found = find_layout(path)
         if found:
+            _require_no_columns(config, path)
             return read_layout(config, root, found[0], found)
     return _images(config, path) if _is_image_folder(config, path) else read_tables(config, path)
 
@@ -120,7 +125,19 @@ def _visible(path: Path) -> bool:
 # --- Folders of images -------------------------------------------------------------------------------------------
 
 
+def _require_no_columns(config: DataConfig, path: Path) -> None:
+    """Refuses settings that would be ignored."""
+    for name in ("image_column", "text_columns", "label_column"):
+        if getattr(config, name) is not None:
+            raise ValueError(f"data.{name} is for tables, but {path} is a folder of images; leave it out")
+
+
 def _images(config: DataConfig, path: Path) -> Data:
+    _require_no_columns(config, path)
+    if config.classes is not None:
+        raise ValueError(
+            f"data.classes is for classes that are numbers in a list or table; {path} has a folder for each"
+        )
     folders = _split_folders(path)
     found = {name: _classes_of(folder) for name, folder in folders.items()}
     classes = sorted(found["train"])

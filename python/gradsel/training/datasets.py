@@ -181,6 +181,11 @@ class SelectionBatches:
                 self.left_out += 1
                 continue
             yield {name: tensor.to(self._device) for name, tensor in batch.items()}
+        if 0 < self.left_out == len(self) and self._processes.count == 1:
+            raise RunError(
+                f"recipe.batch_size: no batch to select on, of {self.left_out}, has two samples of a class, which the "
+                "contrastive loss compares; pass a larger --batch-size, or --selection-loss cross-entropy"
+            )
 
     def __len__(self) -> int:
         return len(self._processes.share(batches_of(range(len(self.dataset)), self._size)))  # type: ignore[arg-type]

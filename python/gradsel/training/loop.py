@@ -28,6 +28,7 @@ from gradsel.training.parts import Parts
 from gradsel.training.result import Result
 from gradsel.training.saving import last_checkpoint, trained_state
 from gradsel.training.seconds import Seconds
+from gradsel.training.splits import some
 from gradsel.training.trainer import Epochs, StopCleanly, Trainer
 from gradsel.training.using import predictions_of
 
@@ -81,8 +82,9 @@ def _prepared(
 ) -> tuple[Prepared, dict[str, Any]]:
     """The model as the method trains it, and the data sets by split."""
     data, loaded, processes = parts.data, parts.loaded, parts.processes
-    log(f"{config.model.name} on {config.data.path or config.data.task}: {len(data.classes)} classes, "
-        + ", ".join(f"{len(split.labels):,} {name}" for name, split in data.splits.items()))  # fmt: skip
+    classes = [f"{len(data.classes)} classes ({some(data.classes, 4)})"] if data.classes else []
+    sizes = [f"{len(split.labels):,} {name}" for name, split in data.splits.items()]
+    log(f"{config.model.name} on {config.data.path or config.data.task}: {', '.join([*classes, *sizes])}")
     for note in data.notes:
         log(note)
     if processes.count > 1:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,9 +56,15 @@ def read_columns(config: DataConfig, tables: Mapping[str, Any], folder: Path | N
             raise ValueError(
                 f"data: the {name} set has no column {missing[0]!r}; it has {', '.join(table.column_names)}"
             )
-    given = {name: list(table[label]) for name, table in tables.items()}
+    if label in inputs:
+        raise ValueError(f"data: column {label!r} has the class, so it cannot be an input, too; name another one")
+    given = {name: [_whole(value) for value in table[label]] for name, table in tables.items()}
     known = getattr(tables["train"].features[label], "names", None)
-    if known is None and config.classes is not None and not any(isinstance(v, str) for v in given["train"]):
+    if known is None and config.classes is not None:
+        if any(isinstance(value, str) for value in given["train"]):
+            raise ValueError(
+                f"data.classes is for classes that are numbers, but column {label!r} has words; leave it out"
+            )
         known = [str(number) for number in range(config.classes)]
     classes = _class_names(given, label, known)
     numbers = {value: number for number, (value, _) in enumerate(classes)}
@@ -67,14 +72,14 @@ def read_columns(config: DataConfig, tables: Mapping[str, Any], folder: Path | N
     names = [name for _, name in classes]
     if image is not None:
         splits = {name: Split(_images(name, table, image, folder), labels[name]) for name, table in tables.items()}
-        notes = [f"images from {image}, classes from {label}"]
+        notes = [f"images from {image}, classes from {label}", *_notes_on(names)]
         return checked_images(config, splits, names, notes, published=known is not None)
     splits = {}
     for name, table in tables.items():
         rows = list(zip(*(table[column] for column in inputs), strict=True))
         _require_text(name, rows, inputs)
         splits[name] = Split(rows, labels[name])
-    notes = [f"texts from {' and '.join(inputs)}, classes from {label}"]
+    notes = [f"texts from {' and '.join(inputs)}, classes from {label}", *_notes_on(names)]
     return Data("texts", names, splits, notes, published=known is not None)
 
 
@@ -109,6 +114,11 @@ def _require_header(path: Path, separator: str) -> None:
             names, first = next(lines, []), next(lines, None)
     except (OSError, UnicodeDecodeError, csv.Error):
         return  # what reads the whole table tells it
+    if len(names) == 1 and (other := next((mark for mark in ";\t|," if mark in names[0]), None)):
+        raise ValueError(
+            f"data.path: the columns of {path} are separated by {other!r}; in a {path.suffix} file "
+            f"they must be by {separator!r}"
+        )
     if twice := [name for number, name in enumerate(names) if name in names[:number]]:
         raise ValueError(f"data.path: {path} has more than one column called {twice[0]!r}")
     if names and first is None:
@@ -128,7 +138,9 @@ def loaded(load: Callable[[Any], Any], failed: str) -> Any:
             return load(datasets)
         except Exception as error:  # of whichever parser
             cause = error.__cause__ or error
-            raise ValueError(f"{failed} ({type(cause).__name__}: {' '.join(str(cause).split())[:200]})") from error
+            hint = "; save it in UTF-8" if isinstance(cause, UnicodeDecodeError) else ""
+            told = f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
+            raise ValueError(f"{failed} ({told}){hint}") from error
 
 
 @contextmanager
@@ -205,8 +217,8 @@ def _text_columns(config: DataConfig, table: Any, label: str) -> list[str]:
     if config.text_columns is not None:
         for column in config.text_columns:
             _chosen("data.text_columns", column, columns)
-        if not 1 <= len(config.text_columns) <= 2:
-            raise ValueError(f"data.text_columns must be one or two columns, got {len(config.text_columns)}")
+        if not 1 <= len(set(config.text_columns)) == len(config.text_columns) <= 2:
+            raise ValueError(f"data.text_columns must be one or two columns, got {', '.join(config.text_columns)}")
         return list(config.text_columns)
     lower = {column.lower(): column for column in columns if column != label}
     for names in TEXTS:
@@ -226,9 +238,10 @@ def _class_names(given: Mapping[str, Sequence[Any]], column: str, names: Sequenc
         bad = [number for number, value in enumerate(values) if _out_of_range(value, names)]
         if bad:
             seen = ", ".join(sorted({repr(values[number]) for number in bad})[:5])
+            last = "" if names is None else f" to {len(names) - 1}"
             raise ValueError(
                 f"data: {len(bad)} labels of the {name} set are out of range or missing in column {column!r} "
-                f"(values {seen}; first in row {bad[0] + 1})"
+                f"(values {seen}; first in row {bad[0] + 1}); a class is a word, or a whole number from 0{last}"
             )
     if names is not None:
         return list(enumerate(names))
@@ -239,13 +252,33 @@ def _class_names(given: Mapping[str, Sequence[Any]], column: str, names: Sequenc
             raise ValueError(f"data: {len(strange)} classes are in the {name} set only ({rows} rows): {some(strange)}")
     if len(known) > 1000 or (len(known) > 20 and len(known) == len(given["train"])):
         raise ValueError(f"data: column {column!r} has {len(known):,} different values, so it is not a class")
+    plain = {" ".join(str(value).split()): value for value in known}
+    if blank := [value for value in known if value not in plain.values()]:
+        other = plain[" ".join(str(blank[0]).split())]
+        raise ValueError(
+            f"data: column {column!r} has both {blank[0]!r} and {other!r}; make them one class, or name them apart"
+        )
     return [(value, str(value)) for value in known]
 
 
+def _whole(value: Any) -> Any:
+    """A whole number as an integer: a column of integers becomes one of floats where a row is empty."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _notes_on(names: Sequence[str]) -> list[str]:
+    """What may be a mistake in the names of classes."""
+    by_case: dict[str, list[str]] = {}
+    for name in names:
+        by_case.setdefault(name.lower(), []).append(name)
+    twins = [" and ".join(group) for group in by_case.values() if len(group) > 1]
+    return [f"warning: classes that differ in upper and lower case only: {some(twins)}"] if twins else []
+
+
 def _out_of_range(value: Any, names: Sequence[str] | None) -> bool:
-    if value is None or (isinstance(value, float) and (math.isnan(value) or value != int(value))):
+    if isinstance(value, float) or not isinstance(value, (str, int)):
         return True
-    if isinstance(value, (int, float)):
+    if isinstance(value, int):
         return value < 0 or (names is not None and value >= len(names))
     return not str(value).strip()
 
@@ -253,6 +286,8 @@ def _out_of_range(value: Any, names: Sequence[str] | None) -> bool:
 def _require_text(name: str, rows: Sequence[tuple], columns: Sequence[str]) -> None:
     bad = [number for number, row in enumerate(rows) if not all(isinstance(text, str) and text.strip() for text in row)]
     if bad:
+        found = next(text for text in rows[bad[0]] if not isinstance(text, str) or not text.strip())
         raise ValueError(
-            f"data: {len(bad)} rows of the {name} set have no text in {' or '.join(columns)}, first row {bad[0] + 1}"
+            f"data: {len(bad)} rows of the {name} set have no text in {' or '.join(columns)}, first row {bad[0] + 1}, "
+            f"which has {found!r}"
         )

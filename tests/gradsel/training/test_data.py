@@ -153,6 +153,10 @@ def test_batches_to_select_on_are_the_same_in_every_pass_and_have_pairs():
     assert passes[0] == passes[1]
     assert batches.left_out == 3 - len(passes[0])
     assert all(len({x // 2 for x in batch}) < len(batch) for batch in passes[0])
+    with pytest.raises(
+        ValueError, match=r"no batch to select on, of 8, has two samples of a class.*larger --batch-size"
+    ):
+        list(SelectionBatches(data, 1, stack, torch.device("cpu"), seed=0))
     everything = SelectionBatches(data, 3, stack, torch.device("cpu"), seed=0, pairs=False)
     assert sorted(x for batch in everything for x in batch["x"].tolist()) == list(range(8))
 
@@ -210,6 +214,13 @@ def test_columns_can_be_named(tmp_path):
         ([("a", 0), ("b", ""), ("c", 1)], None, "1 labels of the train set are out of range or missing"),
         ([("a", 0), ("b", 1)], [("c", 2), ("d", 2)], r"1 classes are in the test set only \(2 rows\): 2"),
         ([("a", 0), ("", 1)], [("c", 1)], "1 rows of the train set have no text in text, first row 2"),
+        ([(5, 0), (7, 1)], None, "2 rows of the train set have no text in text, first row 1, which has 5"),
+        (
+            [("a", 0), ("b", 0.5)],
+            None,
+            r"1 labels .* out of range .*\(values 0.5; first in row 2\); a class is a word, or",
+        ),
+        ([("a", "x"), ("b", "y"), ("c", "x ")], None, "column 'label' has both 'x' and 'x '; make them one class"),
         ([("a", 0), ("b", 0)], None, "one class only, '0'"),
         ([("a", n) for n in range(30)], None, "30 different values, so it is not a class"),
     ],
@@ -220,6 +231,71 @@ def test_bad_rows_are_counted(tmp_path, train, test, message):
             write(tmp_path / f"{name}.csv", [{"text": text, "label": label} for text, label in rows])
     with pytest.raises(ValueError, match=message):
         read(tmp_path)
+
+
+def test_labels_that_are_lists_are_counted(tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"text": "a", "label": ["x"]}\n{"text": "b", "label": ["y"]}\n')
+    with pytest.raises(
+        ValueError, match=r"2 labels of the train set are out of range .*\['x'\], \['y'\]; first in row 1"
+    ):
+        read(tmp_path / "t.jsonl")
+
+
+def test_whole_numbers_written_as_floats_are_numbers(tmp_path):
+    """As in a table of pandas whose column of integers had an empty row."""
+    rows = [{"text": f"t{n}", "label": float(n % 2)} for n in range(8)]
+    assert read(write(tmp_path / "t.csv", rows)).classes == ["0", "1"]
+
+
+def test_what_may_be_a_mistake_in_the_classes_is_told(tmp_path):
+    rows = [{"text": f"t{n}", "label": ("good", "Good", "bad")[n % 3]} for n in range(9)] + [
+        {"text": "t", "label": "odd"}
+    ]
+    notes = read(write(tmp_path / "t.csv", rows)).notes
+    assert "warning: classes that differ in upper and lower case only: Good and good" in notes
+    assert "warning: the test set has no sample of 1 classes: odd" in notes
+    assert not [note for note in read(write(tmp_path / "u.csv", rows[2:-1:3] + rows[:-1:3])).notes if "warning" in note]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"text_columns": ["label"]}, "column 'label' has the class, so it cannot be an input, too"),
+        ({"text_columns": ["text", "text"]}, "must be one or two columns, got text, text"),
+        ({"classes": 2}, "data.classes is for classes that are numbers, but column 'label' has words"),
+    ],
+)
+def test_settings_that_do_not_fit_a_table(options, message, table):
+    with pytest.raises(ValueError, match=message):
+        read(table, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"label_column": "label"}, "data.label_column is for tables, but .* is a folder of images"),
+        ({"text_columns": ["text"]}, "data.text_columns is for tables"),
+        ({"classes": 3}, "data.classes is for classes that are numbers"),
+    ],
+)
+def test_settings_of_tables_are_not_ignored_for_folders_of_images(options, message, images):
+    with pytest.raises(ValueError, match=message):
+        read(images, **options)
+
+
+def test_tables_from_other_programs(table, tmp_path):
+    """Lines that end as on Windows and a byte order mark are read; other separators and encodings are told."""
+    plain = table.read_text()
+    (tmp_path / "windows.csv").write_bytes(b"\xef\xbb\xbf" + plain.replace("\n", "\r\n").encode())
+    assert read(tmp_path / "windows.csv").splits == read(table).splits
+    (tmp_path / "t.csv").write_text(plain.replace(",", ";"))
+    with pytest.raises(
+        ValueError, match=r"columns of .*t\.csv are separated by ';'; in a \.csv file they must be by ','"
+    ):
+        read(tmp_path / "t.csv")
+    (tmp_path / "t.csv").write_bytes(plain.replace("fine", "f\u00fcr").encode("latin-1"))
+    with pytest.raises(ValueError, match=r"t\.csv cannot be read as csv \(UnicodeDecodeError.*; save it in UTF-8"):
+        read(tmp_path / "t.csv")
 
 
 def test_a_file_that_is_no_table(tmp_path):
