@@ -209,7 +209,7 @@ def _block_labels(blocks: Sequence[str]) -> list[str]:
     """The names of blocks without the modules that all of them are in, but for the last: ``blocks.0``, ``layer.0``."""
     parts = [name.split(".") for name in blocks if name]
     common = 0
-    while all(len(part) > common + 2 and part[common] == parts[0][common] for part in parts):
+    while parts and all(len(part) > common + 2 and part[common] == parts[0][common] for part in parts):
         common += 1
     return [".".join(name.split(".")[common:]) if name else "outside" for name in blocks]
 

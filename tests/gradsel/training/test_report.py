@@ -200,6 +200,16 @@ def test_strips_show_where_the_selected_entries_lie():
     assert strip.tolist() == [0] * 16 + [1] * 16 + [0] * 32
 
 
+def test_a_model_without_blocks_has_pictures():
+    from gradsel.masks import PerRow
+
+    mask = PerRow(torch.tensor([[1], [3]], dtype=torch.int32), (2, 4))
+    selection = gradsel.Selection({"embedding.weight": mask}, {})
+    assert pictures._block_labels([""]) == ["outside"]  # whose shortening never ended
+    for picture in (pictures.distribution(selection), pictures.places(selection)[0]):
+        assert "outside" in picture
+
+
 def test_costs_are_those_of_what_is_trained():
     from gradsel.masks import PerRow, Whole
     from gradsel.selection.selection import Selection
