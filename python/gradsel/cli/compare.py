@@ -45,7 +45,8 @@ def _compare(arguments: argparse.Namespace) -> int:
         from gradsel.experiments import compare
         from gradsel.experiments.comparing import FACTORS
 
-        names = re.split(r",(?![^\[]*\])", arguments.methods)  # but not in gps:skip_blocks=[0,1]
+        given = re.split(r",(?![^\[]*\])", arguments.methods)  # but not in gps:skip_blocks=[0,1]
+        names = [name.strip() for name in given if name.strip()]
         print(compare(config, names, arguments.seeds, arguments.factors or FACTORS, jobs=arguments.jobs))
 
     return run("compare", command)

@@ -6,7 +6,8 @@ import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 
 from gradsel.errors import OtherRankFailed, RunError, one_line
 from gradsel.tables import printable
@@ -27,7 +28,8 @@ def run(name: str, command: Callable[[], None]) -> int:
         0; 1 if something given does not fit; 2 if a package is missing; 130 after Ctrl-C.
     """
     try:
-        command()
+        with _short_warnings(name):
+            command()
     except (OtherRankFailed, RunError) as error:
         told = "" if isinstance(error, OtherRankFailed) else one_line(error)
         code = _end(name, 1, told, error, isinstance(error, RunError) and error.told)
@@ -55,6 +57,19 @@ def run(name: str, command: Callable[[], None]) -> int:
         told = f"{one_line(error)}; pass a smaller --batch-size, and --accumulation to make up for it"
         return _end(name, 1, told, error)
     return 0
+
+
+@contextlib.contextmanager
+def _short_warnings(name: str) -> Iterator[None]:
+    """Shows warnings as one line without the place in the code, which says nothing to whom runs a command."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *place, **more: (
+        f"gradsel {name}: warning: {' '.join(str(message).split())}\n"
+    )
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def say(text: object) -> None:

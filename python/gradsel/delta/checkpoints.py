@@ -150,6 +150,8 @@ class Checkpoint(Mapping[str, Tensor]):
             with open(file, "rb") as stream:
                 self._identities[file] = _identity(stream)
                 return _named(file, lambda: read_header(stream))
+        except FileNotFoundError:
+            raise ValueError(f"there is no file or folder {file}") from None
         except OSError as error:
             raise ValueError(f"{file} is not a readable safetensors file: {error}") from None
 

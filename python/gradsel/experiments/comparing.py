@@ -18,13 +18,15 @@ from gradsel.experiments.working import Start, workers
 from gradsel.methods import Method, method
 from gradsel.training.changed import difference, fingerprint
 from gradsel.training.config import Config, PathLike
-from gradsel.training.data import Data, read_data
+from gradsel.training.data import Data, hold_out, read_data
 from gradsel.training.folder import write_text
 from gradsel.training.models import load_model
 
 #: Learning rates that are tried, as multiples of the one that a method proposes.
 FACTORS = (1 / 9, 1 / 3, 1.0, 3.0, 9.0)
 SETTINGS, ROWS, TABLE, PICTURE, RUNS = "compare.yaml", "results.csv", "table.md", "picture.png", "runs"
+#: The share of the training set by which learning rates are chosen, where the data have no validation set.
+HOLDOUT = 0.2
 #: In the settings: the fingerprint of the data.
 SAMPLES = "samples"
 
@@ -129,7 +131,7 @@ def compare(
             raise RunError(f"factors must be positive numbers, got {list(factors)}")
         split_seed = config.seed if config.data.split_seed is None else config.data.split_seed
         config = config.replaced({"data.split_seed": split_seed, "output.report": False, "output.keep": 1})
-        data = _require_fit(config, contestants)
+        data = _require_fit(config, contestants, len(factors) > 1)
         values, found = _settings(config, factors), fingerprint(data, config.data.path)
     folder = Path(config.output.folder)
     with folder_of_runs(folder / SETTINGS, {**values, SAMPLES: found}, "output.folder") as before:
@@ -166,7 +168,7 @@ def _compared(
                     key=lambda row: (order.index(row.method), row.split == "test", row.seed, row.learning_rate),
                 )
                 write_rows(folder / ROWS, rows)
-                told = f"{run}: {found.value:.2f} %"
+                told = f"{run}: {found.note}" if math.isnan(found.value) else f"{run}: {found.value:.2f} %"
             if not quiet:
                 print(f"{each.text}, {told}", file=sys.stderr)
         return done
@@ -209,13 +211,25 @@ def _compared(
         draw(folder / PICTURE, finals(rows))
     if failed:
         said = "; ".join(f"{name}: {why}" for name, why in failed.items())
-        raise RunError(f"{len(failed)} of {len(contestants)} methods failed ({said}); {folder / TABLE} has the others")
+        others = f"; {folder / TABLE} has the others" if len(failed) < len(contestants) else ""
+        raise RunError(f"{len(failed)} of {len(contestants)} methods failed ({said}){others}")
     return found
 
 
-def _require_fit(config: Config, contestants: Sequence[Contestant]) -> Data:
-    """Reads the data, and refuses what some method would refuse hours later."""
+def _require_fit(config: Config, contestants: Sequence[Contestant], tuned: bool) -> Data:
+    """Reads the data, and refuses what some method would refuse hours later.
+
+    Args:
+        tuned: learning rates are tried, for which there has to be a validation set.
+    """
     data = read_data(config.data, config.seed)
+    if tuned and "validation" not in data.splits:
+        fraction = config.data.validation_holdout or HOLDOUT
+        if not hold_out(data.splits["train"], fraction, 0)[1].labels:
+            raise RunError(
+                "data: no class has a second training sample that could be kept for validation, by which learning "
+                "rates are chosen; pass --factors 1, which chooses none"
+            )
     loaded = load_model(config.model, data.classes, data.kind, config.seed, config.data.image_size)
     wrong = []
     for contestant in contestants:
@@ -263,7 +277,7 @@ class _Started:
 def _try(config: Config, contestant: Contestant, rate: float, folder: Path, start: Start) -> _Started:
     """One learning rate on the validation set. A run that diverges counts as one, and scores nothing."""
     if config.data.validation_holdout is None:
-        config = config.replaced({"data.validation_holdout": 0.2})
+        config = config.replaced({"data.validation_holdout": HOLDOUT})
     own = _folder_of(folder, contestant.text, _of_rate(rate))
     how = contestant.how
     results = start(_config_of(config, contestant, rate, config.seed, own))

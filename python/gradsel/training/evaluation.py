@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -75,8 +76,10 @@ def metrics(logits: Tensor, labels: Tensor, classes: Sequence[str], task: str = 
         "loss": float(nn.functional.cross_entropy(logits.double(), labels)),
         "top1": 100 * float(accuracy_score(truth, guess)),
         "f1": 100 * float(f1_score(truth, guess, labels=numbers, average="macro", zero_division=0)),
-        "matthews": float(matthews_corrcoef(truth, guess)),
     }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "A single label was found", UserWarning)  # the correlation is then 0
+        found["matthews"] = float(matthews_corrcoef(truth, guess))
     if len(classes) > 5:
         found["top5"] = 100 * float(top_k_accuracy_score(truth, logits.numpy(), k=5, labels=numbers))
     if task in TASKS:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gradsel.errors import did_you_mean
+from gradsel.errors import did_you_mean, first_line
 from gradsel.methods import Parts
 from gradsel.parameters.rules import HEAD, RuleOptions
 from gradsel.training.config import ModelConfig
@@ -182,9 +182,8 @@ def _try(make: Any, config: ModelConfig, sized: dict[str, Any]) -> Any:
 
 def unavailable(config: ModelConfig, error: Exception) -> ValueError:
     """The error of a model whose weights cannot be had, in one line."""
-    first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     hint = "; pass --weights none for random weights" if config.weights == "pretrained" else ""
-    return ValueError(f"model.name: {config.name} cannot be loaded ({type(error).__name__}: {first.strip()}){hint}")
+    return ValueError(f"model.name: {config.name} cannot be loaded ({type(error).__name__}: {first_line(error)}){hint}")
 
 
 def settings_of(config: ModelConfig, **more: Any) -> Any:
@@ -209,7 +208,7 @@ def settings_of(config: ModelConfig, **more: Any) -> Any:
         hint = did_you_mean(config.name, timm.list_models()) if "/" not in config.name else ""
         raise ValueError(
             f"model.name: {config.name!r} is neither a model of timm nor a local folder, and cannot be fetched as a "
-            f"model of transformers ({type(error).__name__}){hint}"
+            f"model of transformers ({type(error).__name__}: {first_line(error)}){hint}"
         ) from error
     if config.drop_path and not hasattr(type(settings)(), "drop_path_rate"):
         raise ValueError(f"model.drop_path: {config.name} ({settings.model_type}) has no drop path")

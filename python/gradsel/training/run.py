@@ -50,6 +50,10 @@ def finetune(config: Config, *, callbacks: Sequence[TrainerCallback] = (), quiet
             is written.
         OtherRankFailed: another process has raised such an error.
     """
+    if not isinstance(config, Config):
+        raise RunError(
+            f"config must be a Config, got {type(config).__name__}; Config.from_dict(...) makes one of a dict"
+        )
     with expected():
         config.require()
     processes = join(config.device)

@@ -86,6 +86,7 @@ def predict(folder: PathLike, inputs: Sequence[Any], top: int = 3) -> list[list[
             not one.
     """
     with expected():
+        require_list(inputs)
         folder, config = finished(folder)
         task = task_of(config)
         if task.name != "classification":
@@ -104,6 +105,28 @@ def predict(folder: PathLike, inputs: Sequence[Any], top: int = 3) -> list[list[
         [(classes[number], float(value)) for value, number in zip(*row, strict=True)]
         for row in zip(best.values.tolist(), best.indices.tolist(), strict=True)
     ]
+
+
+def require_list(inputs: Any) -> None:
+    """Refuses a single text or path, whose letters would be taken for the inputs."""
+    if isinstance(inputs, (str, os.PathLike)):
+        raise ValueError(f"inputs must be a list, got a single one; pass [{os.fspath(inputs)!r}]")
+
+
+def image_paths(given: Sequence[Any]) -> list[str]:
+    """Paths of images that exist.
+
+    Raises:
+        ValueError: one is no path, a folder, or does not exist.
+    """
+    for path in given:
+        if not isinstance(path, (str, os.PathLike)):
+            raise ValueError(f"the model takes images by their paths, got {path!r}")
+        if Path(path).is_dir():
+            raise ValueError(f"{path} is a folder; name the images in it, as in {Path(path) / '*.jpg'}")
+        if not Path(path).is_file():
+            raise ValueError(f"there is no image {path}")
+    return [os.fspath(path) for path in given]
 
 
 def finished(folder: PathLike) -> tuple[Path, Config]:
@@ -144,12 +167,7 @@ def predictions_of(
 
 def _checked_inputs(inputs: Sequence[Any], results: dict[str, Any]) -> list[Any]:
     if results["kind"] == "images":
-        for path in inputs:
-            if not isinstance(path, (str, os.PathLike)):
-                raise ValueError(f"the model takes images by their paths, got {path!r}")
-            if not Path(path).is_file():
-                raise ValueError(f"there is no image {path}")
-        return [os.fspath(path) for path in inputs]
+        return image_paths(inputs)
     columns = results["texts"]
     rows = [(each,) if isinstance(each, str) else tuple(each) for each in inputs]
     for row in rows:

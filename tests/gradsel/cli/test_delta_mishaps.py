@@ -190,6 +190,14 @@ def test_a_missing_folder_is_said_before_any_work(verb, tmp_path, capsys):
     assert "the folder to write to does not exist, create it first" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("tuned", [False, True])
+def test_a_missing_checkpoint_is_called_missing(tuned, tmp_path, capsys):
+    save_file({"weight": torch.zeros(2)}, tmp_path / "there.safetensors")
+    given = [str(tmp_path / "there.safetensors"), str(tmp_path / "lost")]
+    assert cli.main(["delta", "make", *(given if tuned else given[::-1]), str(tmp_path / "out.safetensors")]) == 1
+    assert capsys.readouterr().err == f"gradsel delta make: there is no file or folder {tmp_path / 'lost'}\n"
+
+
 def test_a_full_disk_is_said_in_one_line(tmp_path, monkeypatch, capsys):
     save_file({"x": torch.zeros(2, 4)}, tmp_path / "base")
     save_file({"x": torch.zeros(2, 4).index_fill(1, torch.tensor([2]), 1)}, tmp_path / "tuned")

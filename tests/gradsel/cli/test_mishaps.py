@@ -6,14 +6,17 @@ import errno
 import json
 import os
 import shutil
+import warnings
 
 import pytest
+import torch
 
+import gradsel
 from gradsel.cli import main as cli
 from gradsel.cli import running
 from gradsel.methods import ranked
 from gradsel.tensor_files import save_file
-from gradsel.training import saving
+from gradsel.training import evaluation, saving
 from tests.support import runs, tiny
 
 
@@ -131,6 +134,40 @@ def test_pairs_and_texts_for_a_model_of_images(results, tmp_path, capsys):
     assert "the model takes images by their paths" in one_line(capsys, "predict")
     assert cli.main(["evaluate", str(results / "gps"), "--data", str(runs.reviews(tmp_path / "reviews.csv"))]) == 1
     assert "the model is for images, but these are texts" in one_line(capsys, "evaluate")
+
+
+def test_a_folder_is_not_an_image(results, images, capsys):
+    assert cli.main(["predict", str(results / "gps"), str(images / "test")]) == 1
+    assert f"{images / 'test'} is a folder; name the images in it" in one_line(capsys, "predict")
+
+
+def test_one_input_and_settings_in_a_dictionary_are_told_what_is_expected(results, images):
+    image = images / "test/red/0.png"
+    for given in (image, str(image)):
+        with pytest.raises(
+            gradsel.training.RunError, match=r"inputs must be a list, got a single one; pass \['.*0.png'\]"
+        ):
+            gradsel.predict(results / "gps", given)
+    with pytest.raises(gradsel.training.RunError, match=r"config must be a Config, got dict; Config\.from_dict"):
+        gradsel.finetune({"data": {"path": str(images)}})
+
+
+def test_warnings_are_one_line_without_a_place_in_the_code(capsys):
+    def command():
+        print(warnings.formatwarning(UserWarning("first\nsecond"), UserWarning, "file.py", 1), end="")
+
+    formatted = warnings.formatwarning
+    assert running.run("evaluate", command) == 0
+    assert capsys.readouterr().out == "gradsel evaluate: warning: first second\n"
+    assert warnings.formatwarning is formatted
+
+
+def test_a_test_set_of_one_class_that_is_recognised_warns_of_nothing():
+    labels = torch.zeros(3, dtype=torch.long)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = evaluation.metrics(torch.eye(2)[labels], labels, ["a", "b"])
+    assert (found["top1"], found["matthews"]) == (100, 0)
 
 
 def test_all_files_of_a_result_may_be_read_by_whom_the_umask_lets(results):

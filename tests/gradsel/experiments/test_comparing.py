@@ -215,6 +215,28 @@ def test_a_rate_that_diverges_scores_nothing(images, tmp_path, monkeypatch):
         compare(settings(images, tmp_path / "other"), ["linear"], seeds=1, factors=[9, 27], quiet=True)
 
 
+def test_rates_are_not_tried_without_a_sample_for_validation(tmp_path, counted, capsys):
+    data = runs.image_folder(tmp_path / "images", train=1, test=1)
+    config = settings(data, tmp_path / "compared")
+    with pytest.raises(RunError, match=r"no class has a second training sample .*; pass --factors 1"):
+        compare(config, ["linear"], seeds=1, factors=[1, 3])
+    assert not counted
+    assert not (tmp_path / "compared").exists()
+    compare(config, ["linear"], seeds=1, factors=[1])
+    assert "linear, seed 0: " in capsys.readouterr().err
+
+
+def test_a_rate_without_a_result_says_why_as_it_goes(images, tmp_path, monkeypatch, capsys):
+    def fails(config, **options):
+        raise ValueError("training has diverged")
+
+    monkeypatch.setattr(working, "finetune", fails)
+    with pytest.raises(RunError) as raised:
+        compare(settings(images, tmp_path / "compared"), ["linear"], seeds=1, factors=[1, 3])
+    assert "learning rate 0.01 on the validation set: training has diverged\n" in capsys.readouterr().err
+    assert "has the others" not in str(raised.value)
+
+
 def test_what_does_not_fit_is_said_before_the_first_run(images, tmp_path, counted):
     output = tmp_path / "compared"
     config = settings(images, output)
@@ -247,7 +269,7 @@ def test_the_command(images, tmp_path, capsys):
     options = [f"--model-option={name}={value}" for name, value in tiny.VIT.items()]
     arguments = [
         "compare", "--data", str(images), "--model", "vit_tiny_patch16_224", "--weights", "none", *options,
-        "--methods", "linear,gps:skip_blocks=[0,1]", "--seeds", "1", "--factors", "1", "--epochs", "1",
+        "--methods", "linear, gps:skip_blocks=[0,1],", "--seeds", "1", "--factors", "1", "--epochs", "1",
         "--batch-size", "6", "--device", "cpu", "--jobs", "1", "--output", str(tmp_path / "run"),
     ]  # fmt: skip
     assert cli.main(arguments) == 0

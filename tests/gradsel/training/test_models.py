@@ -113,6 +113,15 @@ def test_what_does_not_fit_is_one_line(call, message, bert, tmp_path):
     assert "\n" not in str(raised.value)
 
 
+def test_a_name_that_cannot_be_fetched_says_why(monkeypatch):
+    def fails(*args, **kwargs):
+        raise OSError("We couldn't connect to the hub\nCheck your connection.")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", fails)
+    with pytest.raises(ValueError, match=r"cannot be fetched .*\(OSError: We couldn't connect to the hub\)$"):
+        load("user/model", "texts")
+
+
 def test_weights_that_cannot_be_fetched_are_named(monkeypatch):
     def fails(*args, **kwargs):
         raise OSError("no connection\nat all")

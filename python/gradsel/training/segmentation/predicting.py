@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from gradsel.training.folder import read_labels
 from gradsel.training.recipe import precision_dtype
 from gradsel.training.segmentation.datasets import transforms
 from gradsel.training.segmentation.model import masks_of, resized
-from gradsel.training.using import finished, loaded_result
+from gradsel.training.using import finished, image_paths, loaded_result, require_list
 
 
 def predict_masks(folder: PathLike, images: Sequence[PathLike]) -> list[Tensor]:
@@ -37,9 +36,8 @@ def predict_masks(folder: PathLike, images: Sequence[PathLike]) -> list[Tensor]:
         folder, config = finished(folder)
         if config.data.task != "segmentation":
             raise RunError(f"the run in {folder} is one of {config.data.task}, so it makes no masks")
-        paths = [os.fspath(each) for each in images]
-        if missing := [path for path in paths if not Path(path).is_file()]:
-            raise RunError(f"there is no image {missing[0]}")
+        require_list(images)
+        paths = image_paths(images)
         if not paths:
             return []
         sizes = [open_image(path).size for path in paths]
