@@ -119,6 +119,8 @@ def compare(
     """
     with expected():
         config.require()
+        if config.data.task == "segmentation":
+            raise RunError("data.task is segmentation, but only classifiers are compared; pass each method to finetune")
         contestants = [Contestant.of(text) for text in methods]
         if len({each.text for each in contestants}) < len(contestants) or not contestants:
             raise RunError(f"methods must be at least one, each once, got {', '.join(methods) or 'none'}")

@@ -228,7 +228,8 @@ def _transformers(config: ModelConfig, classes: Sequence[str], kind: str, image_
         else transformers.AutoModelForSequenceClassification
     )
     if type(settings) not in auto._model_mapping:
-        raise ValueError(f"model.name: {config.name} ({settings.model_type}) is not a model for {kind}")
+        hint = "; for images with masks, pass --task segmentation" if settings.model_type == "sam" else ""
+        raise ValueError(f"model.name: {config.name} ({settings.model_type}) is not a model for {kind}{hint}")
     tokenizer = _tokenizer(config.name, settings) if kind == "texts" else None
     try:
         if config.weights == "none":

@@ -257,6 +257,8 @@ def test_what_does_not_fit_is_said_before_the_first_run(images, tmp_path, counte
     ):
         with pytest.raises(ValueError, match=message):
             compare(config, methods, **options)
+    with pytest.raises(RunError, match=r"data\.task is segmentation, but only classifiers are compared"):
+        compare(config.replaced({"data.task": "segmentation"}), ["linear"])
     assert not counted
     assert not output.exists()
     output.mkdir()

@@ -20,6 +20,7 @@ import gradsel
 from gradsel.cli import main as cli
 from gradsel.parameters.rules import parameter_rules, sizes_of
 from gradsel.training import ModelConfig, predict_masks
+from gradsel.training.models import load_model
 from gradsel.training.run import Stopped
 from gradsel.training.segmentation.data import read_mask
 from gradsel.training.segmentation.model import batch_loss, load_sam, mask_loss, masks_of, sam_parts
@@ -52,6 +53,11 @@ def sam(tmp_path_factory):
 
 
 # --- What is trained ---------------------------------------------------------------------------------------------
+
+
+def test_a_sam_without_the_task_is_told_the_task(sam):
+    with pytest.raises(ValueError, match=r"is not a model for images; for images with masks, pass --task segmentation"):
+        load_model(ModelConfig(name=str(sam)), ["a", "b"], "images")
 
 
 def test_counts_of_sam_vit_b_are_those_of_the_published_code():
