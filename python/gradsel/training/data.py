@@ -60,6 +60,8 @@ def read_data(config: DataConfig, seed: int = 0, *, only_test: bool = False) -> 
     for name, split in data.splits.items():
         if not split.labels:
             raise ValueError(f"data: the {name} set is empty")
+    if config.classes not in (None, len(data.classes)):
+        data.notes.append(f"warning: data.classes is {config.classes}, but the data name {len(data.classes)} classes")
     tested = set(data.splits["test"].labels)
     if untested := [name for number, name in enumerate(data.classes) if number not in tested]:
         data.notes.append(f"warning: the test set has no sample of {len(untested)} classes: {some(untested)}")
@@ -105,14 +107,14 @@ def _read(config: DataConfig) -> Data:
 def _is_image_folder(config: DataConfig, path: Path) -> bool:
     """Whether a folder has folders of images; else it has tables, perhaps beside the images that they list."""
     if path.is_file():
-        if path.suffix not in TABLES:
+        if path.suffix.lower() not in TABLES:
             raise ValueError(f"data.path: {path} is not a table; known are {', '.join(TABLES)}, or a folder")
         return False
     if config.kind == "texts":
         return False
     inside = [each for each in path.iterdir() if _visible(each)]
     folders = [each.name for each in inside if each.is_dir()]
-    tables = [each.stem for each in inside if each.is_file() and each.suffix in TABLES]
+    tables = [each.stem for each in inside if each.is_file() and each.suffix.lower() in TABLES]
     if "train" in named_splits(tables) and "train" not in named_splits(folders):
         return False
     return bool(folders) or not tables
@@ -134,10 +136,6 @@ def _require_no_columns(config: DataConfig, path: Path) -> None:
 
 def _images(config: DataConfig, path: Path) -> Data:
     _require_no_columns(config, path)
-    if config.classes is not None:
-        raise ValueError(
-            f"data.classes is for classes that are numbers in a list or table; {path} has a folder for each"
-        )
     folders = _split_folders(path)
     found = {name: _classes_of(folder) for name, folder in folders.items()}
     classes = sorted(found["train"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -107,8 +108,11 @@ def preset_settings(name: str) -> PresetSettings:
         raise ValueError(f"preset {name!r} is not gps/DATA-SET or grft/DATA-SET{did_you_mean(paper, _PAPERS)}")
     try:
         preset: Preset = _PAPERS[paper](data_set)
-    except KeyError as error:
-        raise ValueError(f"preset: {error}") from None
+    except KeyError:
+        beginnings = {known[: len(name)]: known for known in preset_names() if known.startswith(f"{paper}/")}
+        close = difflib.get_close_matches(name.lower(), beginnings, n=1, cutoff=0.75)
+        hint = f"; did you mean {beginnings[close[0]]}?" if close else ""
+        raise ValueError(f"preset: there is none called {name!r}{hint}; gradsel presets lists them") from None
     values: dict[str, Any] = {"method.name": paper, "model.name": MODELS[preset.model]}
     if preset.optimizer is not None:
         values["recipe.optimizer"] = preset.optimizer.lower()

@@ -60,11 +60,7 @@ def read_columns(config: DataConfig, tables: Mapping[str, Any], folder: Path | N
         raise ValueError(f"data: column {label!r} has the class, so it cannot be an input, too; name another one")
     given = {name: [_whole(value) for value in table[label]] for name, table in tables.items()}
     known = getattr(tables["train"].features[label], "names", None)
-    if known is None and config.classes is not None:
-        if any(isinstance(value, str) for value in given["train"]):
-            raise ValueError(
-                f"data.classes is for classes that are numbers, but column {label!r} has words; leave it out"
-            )
+    if known is None and config.classes is not None and not any(isinstance(v, str) for v in given["train"]):
         known = [str(number) for number in range(config.classes)]
     classes = _class_names(given, label, known)
     numbers = {value: number for number, (value, _) in enumerate(classes)}
@@ -86,7 +82,7 @@ def read_columns(config: DataConfig, tables: Mapping[str, Any], folder: Path | N
 def _split_files(path: Path) -> dict[str, Path]:
     if path.is_file():
         return {"train": path}
-    inside = {each.stem: each for each in sorted(path.iterdir()) if each.suffix in TABLES}
+    inside = {each.stem: each for each in sorted(path.iterdir()) if each.suffix.lower() in TABLES}
     found = {split: inside[name] for split, name in named_splits(inside).items()}
     if "train" not in found:
         has = f"it has {some(file.name for file in inside.values())}" if inside else "it has no table"
@@ -95,8 +91,8 @@ def _split_files(path: Path) -> dict[str, Path]:
 
 
 def _table(path: Path) -> Any:
-    options = {"sep": "\t"} if path.suffix == ".tsv" else {}
-    kind = TABLES[path.suffix]
+    options = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
+    kind = TABLES[path.suffix.lower()]
     if kind == "csv":
         _require_header(path, options.get("sep", ","))
 

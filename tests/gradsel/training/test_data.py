@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -262,7 +263,6 @@ def test_what_may_be_a_mistake_in_the_classes_is_told(tmp_path):
     [
         ({"text_columns": ["label"]}, "column 'label' has the class, so it cannot be an input, too"),
         ({"text_columns": ["text", "text"]}, "must be one or two columns, got text, text"),
-        ({"classes": 2}, "data.classes is for classes that are numbers, but column 'label' has words"),
     ],
 )
 def test_settings_that_do_not_fit_a_table(options, message, table):
@@ -275,7 +275,6 @@ def test_settings_that_do_not_fit_a_table(options, message, table):
     [
         ({"label_column": "label"}, "data.label_column is for tables, but .* is a folder of images"),
         ({"text_columns": ["text"]}, "data.text_columns is for tables"),
-        ({"classes": 3}, "data.classes is for classes that are numbers"),
     ],
 )
 def test_settings_of_tables_are_not_ignored_for_folders_of_images(options, message, images):
@@ -283,11 +282,21 @@ def test_settings_of_tables_are_not_ignored_for_folders_of_images(options, messa
         read(images, **options)
 
 
+def test_a_number_of_classes_that_the_data_do_not_have_is_told(table, images):
+    for path, found in ((table, 2), (images, 3)):
+        told = f"warning: data.classes is 5, but the data name {found} classes"
+        assert told in read(path, classes=5).notes
+        assert told not in read(path, classes=found).notes
+
+
 def test_tables_from_other_programs(table, tmp_path):
     """Lines that end as on Windows and a byte order mark are read; other separators and encodings are told."""
     plain = table.read_text()
     (tmp_path / "windows.csv").write_bytes(b"\xef\xbb\xbf" + plain.replace("\n", "\r\n").encode())
     assert read(tmp_path / "windows.csv").splits == read(table).splits
+    (tmp_path / "folder").mkdir()
+    shutil.copy(table, tmp_path / "folder" / "Train.CSV")
+    assert read(tmp_path / "folder").splits == read(table).splits == read(tmp_path / "folder" / "Train.CSV").splits
     (tmp_path / "t.csv").write_text(plain.replace(",", ";"))
     with pytest.raises(
         ValueError, match=r"columns of .*t\.csv are separated by ';'; in a \.csv file they must be by ','"

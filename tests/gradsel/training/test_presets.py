@@ -156,7 +156,8 @@ def test_the_models_exist():
     [
         ("gsp/cub", "gps/DATA-SET or grft/DATA-SET; did you mean gps"),
         ("gps", "gps/DATA-SET"),
-        ("gps/cup", "GPS has no preset 'cup'"),
+        ("gps/cup", r"preset: there is none called 'gps/cup'; did you mean gps/cub-200-2011\?; gradsel presets"),
+        ("grft/qqq", "preset: there is none called 'grft/qqq'; gradsel presets lists them"),
     ],
 )
 def test_an_unknown_preset_is_named(name, message):
