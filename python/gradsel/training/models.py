@@ -267,6 +267,11 @@ def _tokenizer(name: str, settings: Any) -> Any:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except Exception as error:
         raise ValueError(f"model.name: {name} has no tokenizer that can be loaded ({type(error).__name__})") from error
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise ValueError(  # transformers makes such a one for a folder without the files of a tokenizer
+            f"model.name: the tokenizer of {name} knows no words, so every text would be the same to the model; put "
+            "the files of its tokenizer (tokenizer.json, or a vocabulary) beside the weights"
+        )
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(f"model.name: the tokenizer of {name} has neither a padding nor an end token")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import timm
 import torch
@@ -111,6 +113,15 @@ def test_what_does_not_fit_is_one_line(call, message, bert, tmp_path):
     with pytest.raises(ValueError, match=message) as raised:
         call(bert, tmp_path)
     assert "\n" not in str(raised.value)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(bert, tmp_path):
+    """transformers makes one of special tokens alone, which takes every word for an unknown one."""
+    for file in bert.iterdir():
+        if file.name in ("config.json", "model.safetensors"):
+            shutil.copy(file, tmp_path)
+    with pytest.raises(ValueError, match=r"the tokenizer of .* knows no words"):
+        load(tmp_path, "texts")
 
 
 def test_a_name_that_cannot_be_fetched_says_why(monkeypatch):
