@@ -182,7 +182,8 @@ def _try(make: Any, config: ModelConfig, sized: dict[str, Any]) -> Any:
 
 def unavailable(config: ModelConfig, error: Exception) -> ValueError:
     """The error of a model whose weights cannot be had, in one line."""
-    hint = "; pass --weights none for random weights" if config.weights == "pretrained" else ""
+    fetched = config.weights == "pretrained" and not Path(config.name).is_dir()
+    hint = "; pass --weights none for random weights" if fetched else ""
     return ValueError(f"model.name: {config.name} cannot be loaded ({type(error).__name__}: {first_line(error)}){hint}")
 
 

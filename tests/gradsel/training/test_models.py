@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 
 import pytest
@@ -122,6 +123,13 @@ def test_a_folder_without_a_tokenizer_is_refused(bert, tmp_path):
             shutil.copy(file, tmp_path)
     with pytest.raises(ValueError, match=r"the tokenizer of .* knows no words"):
         load(tmp_path, "texts")
+
+
+def test_damaged_weights_are_not_answered_by_random_ones(bert, tmp_path):
+    folder = shutil.copytree(bert, tmp_path / "bert")
+    os.truncate(folder / "model.safetensors", 100)
+    with pytest.raises(ValueError, match=r"bert cannot be loaded \(SafetensorError: [^;]*\)$"):
+        load(folder, "texts", weights="pretrained")
 
 
 def test_a_name_that_cannot_be_fetched_says_why(monkeypatch):
