@@ -38,6 +38,12 @@ def meshes() -> dict[str, DeviceMesh]:
     return {"four": init_device_mesh("cpu", (4,)), "two": both["shard"], "hybrid": both}
 
 
+@cache
+def one() -> dist.ProcessGroup:
+    """A group of this rank alone, for a model that is not distributed."""
+    return [dist.new_group([rank]) for rank in range(4)][dist.get_rank()]
+
+
 def shard(model: nn.Module, mesh: DeviceMesh, **options: Any) -> nn.Module:
     """Block by block, as FSDP2 is used."""
     for block in model.blocks:  # type: ignore[union-attr]

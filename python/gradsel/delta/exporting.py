@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gradsel.attached import is_values
 from gradsel.files import filling, replacing
-from gradsel.nn.saving import plain_state
+from gradsel.nn.saving import whole_state
 from gradsel.parameters.names import unwrapped
 from gradsel.tensor_files import save_file
 
@@ -25,6 +25,9 @@ _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 def export(model: nn.Module, path: str | os.PathLike[str], *, max_shard_size: int | str | None = None) -> None:
     """Writes a full safetensors checkpoint with the keys of the plain model, which loads without this library.
+
+    Of a sharded model (FSDP2, tensor parallelism), all ranks call it. It is gathered tensor by tensor into the memory
+    of the first rank's CPU, which writes.
 
     Args:
         model: attached or not, wrapped or not. Its weights are written, not their float32 values in training.
@@ -37,11 +40,14 @@ def export(model: nn.Module, path: str | os.PathLike[str], *, max_shard_size: in
     Raises:
         OSError: a file cannot be written.
         ValueError: ``max_shard_size`` is not a size; adapters of PEFT are in a model of transformers; quantised layers
-            have differences; or the model is sharded.
+            have differences.
+        RuntimeError: the model is sharded, and the first rank could not write; its own error says why.
     """
     if max_shard_size is None and not os.path.isdir(path):
-        with replacing(path) as unfinished:
-            save_file(plain_state(model), unfinished, {"format": "pt"})
+        with whole_state(model) as state:
+            if state is not None:
+                with replacing(path) as unfinished:
+                    save_file(state, unfinished, {"format": "pt"})
         return
     with whole_model(model, path, max_shard_size or "5GB"):
         pass
@@ -50,8 +56,10 @@ def export(model: nn.Module, path: str | os.PathLike[str], *, max_shard_size: in
 @contextmanager
 def whole_model(
     model: nn.Module, folder: str | os.PathLike[str], max_shard_size: int | str, **kwargs: Any
-) -> Iterator[Path]:
+) -> Iterator[Path | None]:
     """Writes a model to a folder, together with what the block writes to the folder that it is given.
+
+    Ranks of a sharded model that do not write are given None.
 
     Args:
         kwargs: for ``save_pretrained`` of a model of transformers.
@@ -62,17 +70,20 @@ def whole_model(
     plain = unwrapped(model)
     write = _transformers_writer(plain, kwargs)
     _require_size(max_shard_size)
-    with filling(folder, index=_INDEX) as new:
-        state = plain_state(plain)
-        if write is None:
-            _write_shards(state, new, max_shard_size)
-        else:
-            write(new, state, max_shard_size)
-        yield new
-        written = {file.name for file in new.iterdir()}
-    for file in Path(folder).iterdir():  # of an older set with another number of shards
-        if _SHARD.fullmatch(file.name) and file.name not in written:
-            file.unlink()
+    with whole_state(plain) as state:
+        if state is None:
+            yield None
+            return
+        with filling(folder, index=_INDEX) as new:
+            if write is None:
+                _write_shards(state, new, max_shard_size)
+            else:
+                write(new, state, max_shard_size)
+            yield new
+            written = {file.name for file in new.iterdir()}
+        for file in Path(folder).iterdir():  # of an older set with another number of shards
+            if _SHARD.fullmatch(file.name) and file.name not in written:
+                file.unlink()
 
 
 def _require_size(size: int | str) -> None:

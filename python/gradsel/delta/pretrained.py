@@ -41,7 +41,7 @@ def save_pretrained(
     The folder is what ``save_pretrained`` of the plain model writes: config, architecture, names, tied weights and
     shards are its own, so ``from_pretrained`` and servers such as vLLM read it. ``gradsel.delta`` has the values in the
     dtype in which they were trained and the entries that they replace; :func:`from_pretrained` goes on from there. All
-    of it is written atomically.
+    of it is written atomically. Of a sharded model all ranks call it, and the first one writes.
 
     Args:
         model: attached, or trained in any other way; wrapped or not.
@@ -64,7 +64,8 @@ def save_pretrained(
         )
     delta = Delta.of(model, base=base, selection=selection, notes=notes)
     with whole_model(model, folder, max_shard_size, **kwargs) as new:
-        delta.save(new / FILE, originals=True)
+        if new is not None:
+            delta.save(new / FILE, originals=True)
     return delta
 
 

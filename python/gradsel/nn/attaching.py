@@ -287,6 +287,8 @@ def _check_quantised(name: str, mask: Mask, uses: list[Use]) -> None:
 def detach(model: Model, restore: bool = False) -> Model:
     """Takes back what :func:`attach` did: parameters and ``requires_grad`` flags are as before.
 
+    A sharded model stays sharded, and all ranks call this.
+
     Args:
         model: the attached model, or a wrapper around it.
         restore: give every trained parameter its original entries back, to the bit, and every buffer (running
@@ -297,14 +299,17 @@ def detach(model: Model, restore: bool = False) -> Model:
         ``model``.
 
     Raises:
-        ValueError: the model is not attached; with ``restore``, a trained parameter is no longer part of it; without
-            it, quantised weights have differences that would be lost. Nothing has changed.
+        ValueError: the model is not attached, or was attached before ``fully_shard()``; with ``restore``, a trained
+            parameter is no longer part of it; without it, quantised weights have differences that would be lost.
+            Nothing has changed.
     """
     roots = [module for module in model.modules() if RECORD in vars(module)]
     if not roots:
         raise ValueError("the model is not attached, or attach() was called on a module around it; pass that one")
     for root in roots:
         require_own_shards(root)
+        if vars(root)[RECORD].sharded:
+            reshard(root)
     if restore:
         for root in roots:
             require_complete(root, "detach(restore=True)")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from gradsel.attached import SUFFIX, selected_in
 from gradsel.parameters.names import WRAPPERS, unwrapped
 from gradsel.quantised import installed
-from gradsel.sharding import is_sharded
+from gradsel.sharding import is_sharded, on_first_rank, whole_of
 
 _NAME = "save_pretrained"
 #: The folders from which a Trainer resumes; values must be in them, and it looks nowhere else.
@@ -27,8 +28,10 @@ BESIDE: list[Callable[[nn.Module, Path], None]] = []
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
     """The state_dict of a model without its values and wrappers; tied tensors appear under each of their names.
 
+    Of a sharded model it has DTensors, and all ranks call it.
+
     Raises:
-        ValueError: quantised layers have differences, or the model is sharded.
+        ValueError: quantised layers have differences.
     """
     plain = unwrapped(model)
     added = [name for name, module in plain.named_modules() if installed(module) is not None]
@@ -37,21 +40,51 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
             f"{len(added)} quantised layers add differences to their weights, first {added[0]}, and a checkpoint of "
             "the plain model cannot hold them: gradsel.merge(model, dtype) first, or save a delta beside the base"
         )
-    hidden: set[str] = set()
     with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
-        for prefix, module in plain.named_modules(remove_duplicate=False):
-            for short, selected in selected_in(module).items():
-                if (weight := selected.weight()) is not None:
+        for module in plain.modules():
+            for selected in selected_in(module).values():
+                if selected.shards is not None:
+                    selected.shards.refresh()
+                elif (weight := selected.weight()) is not None:
                     selected.refresh(weight)
-                hidden.add(f"{prefix}.{short}{SUFFIX}".lstrip("."))
+    hidden = _values_in(plain)
     state = plain.state_dict()
-    if sharded := [key for key, tensor in state.items() if isinstance(tensor, Tensor) and is_sharded(tensor)]:
-        raise ValueError(
-            f"{sharded[0]} is a DTensor, of which this process has a shard: apply gradsel.Delta.of(model), which all "
-            "ranks call, to the plain model, and export that"
-        )
     # Tied tensors have a key for each name, so that load_state_dict finds all of them.
     return {_plain(key): tensor for key, tensor in state.items() if key not in hidden and isinstance(tensor, Tensor)}
+
+
+@contextmanager
+def whole_state(model: nn.Module) -> Iterator[dict[str, Tensor] | None]:
+    """:func:`plain_state`, for the process that writes it.
+
+    Of a sharded model all ranks enter this block. The first one gets the whole tensors, on the CPU, the others None. If
+    the block fails there, it fails on all ranks.
+
+    Raises:
+        ValueError: see :func:`plain_state`.
+        RuntimeError: on other ranks, if the first one fails.
+    """
+    state = plain_state(model)
+    if not any(map(is_sharded, state.values())):
+        yield state
+        return
+    one = {_plain(name): id(p) for name, p in unwrapped(model).named_parameters(remove_duplicate=False)}
+    with on_first_rank() as is_first:
+        gathered: dict[Any, Tensor] = {}
+        for key, tensor in state.items():
+            if one.get(key, key) not in gathered:  # tied tensors stay tied
+                whole = whole_of(tensor)
+                gathered[one.get(key, key)] = whole.cpu() if is_first else whole.new_empty(0)
+        yield {key: gathered[one.get(key, key)] for key in state} if is_first else None
+
+
+def _values_in(model: nn.Module) -> set[str]:
+    """The keys of values in its state_dict."""
+    return {
+        f"{prefix}.{short}{SUFFIX}".lstrip(".")
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for short in selected_in(module)
+    }
 
 
 def save_plainly(root: nn.Module) -> None:
@@ -75,8 +108,18 @@ class _PlainSaving:
 
     def __call__(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         save, folder = getattr(type(self._root), _NAME), Path(save_directory)
-        if len(args) > 1 or kwargs.get("state_dict") is not None or _CHECKPOINT.fullmatch(folder.name):
+        if len(args) > 1 or _CHECKPOINT.fullmatch(folder.name):
             return save(self._root, save_directory, *args, **kwargs)
+        given: Mapping[str, Tensor] | None = kwargs.get("state_dict")
+        if given is not None:  # gathered by whoever shards the model, on one rank
+            hidden = _values_in(self._root)
+            kwargs["state_dict"] = {key: tensor for key, tensor in given.items() if key not in hidden}
+            return save(self._root, save_directory, *args, **kwargs)
+        if sharded := [name for name, parameter in self._root.named_parameters() if is_sharded(parameter)]:
+            raise ValueError(
+                f"{sharded[0]} is a DTensor, of which this process has a shard: call gradsel.export(model, folder) on "
+                "all ranks, or pass the gathered state_dict"
+            )
         kwargs["state_dict"] = plain_state(self._root)
         result = save(self._root, save_directory, *args, **kwargs)
         if (args[0] if args else kwargs.get("is_main_process", True)) and folder.is_dir():

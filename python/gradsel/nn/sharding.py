@@ -93,23 +93,23 @@ def link_shards(selected: Selected, weight: Tensor, values: Tensor, record: Reco
     selected.shards = Shards(selected.mask)
     selected.shards.put(weight, values)
     if managed:
-        selected.shards.gathered.add("values")
+        selected.shards.gathered["values"] = None
     record.sharded[selected.name] = selected
 
 
 def require_own_shards(root: nn.Module) -> None:
-    """Refuses to detach a model that FSDP has sharded.
+    """Refuses to detach a model whose values FSDP shards and gathers, which torch has no way to take from it.
 
     Raises:
         ValueError: it names the first weight.
     """
     for module in root.modules():
         for selected in selected_in(module).values() if is_managed(module) else ():
-            if selected.shards is not None:
+            if (shards := selected.shards) is not None and shards.are_known_to_fsdp:
                 raise ValueError(
-                    f"{selected.name} is sharded, and FSDP keeps its values as parameters of the model: detach() is "
-                    "for a model that is not. The trained weights are in state_dict(), the trained entries in "
-                    "gradsel.Delta.of(model)"
+                    f"{selected.name} is sharded, and FSDP keeps its values, since attach() came first: "
+                    "detach() cannot take them off. On all ranks, gradsel.export(model, path) writes the plain model, "
+                    "gradsel.Delta.of(model) has what was trained"
                 )
 
 
@@ -123,18 +123,22 @@ def restore_whole(parameter: Tensor, entries: Tensor) -> None:
 
 
 def detach_shards(selected: Selected, weight: Tensor, restore: bool) -> None:
-    """Makes a weight that tensor parallelism has split an ordinary one again.
+    """Makes a weight that FSDP or tensor parallelism has split an ordinary one again.
 
     Args:
         restore: give it back its original entries.
     """
-    assert selected.shards is not None
+    shards = selected.shards
+    assert shards is not None
     if restore:
-        share = selected.shards.share
         with torch.no_grad():
-            share.mask.scatter_(local_of(weight), share.of(selected.entries))
-    for tensor in selected.shards.both:
-        vars(tensor).pop(LINK, None)
+            shards.share.mask.scatter_(local_of(weight), shards.share.of(selected.entries))
+    gathered = shards.gathered.get("weight")
+    for tensor in (*shards.both, gathered):
+        if tensor is not None:
+            vars(tensor).pop(LINK, None)
+    if type(gathered) is SelectedWeight:
+        gathered.__class__ = nn.Parameter  # type: ignore[assignment]
 
 
 def _is_split_and_gathered(module: nn.Module, selected: Selected, is_weight: bool, parameter: Tensor) -> bool:
@@ -181,7 +185,7 @@ def _take_gathered(selected: Selected, is_weight: bool, parameter: nn.Parameter)
     else:
         parameter.__class__ = SelectedValues
     vars(parameter)[LINK] = selected
-    selected.shards.gathered.add("weight" if is_weight else "values")
+    selected.shards.gathered["weight" if is_weight else "values"] = parameter
 
 
 def check_gathered(module: nn.Module, short: str, selected: Selected) -> None:

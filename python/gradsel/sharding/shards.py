@@ -12,7 +12,7 @@ from gradsel.masks import Mask
 from gradsel.sharding.parallel import Part
 from gradsel.sharding.reducing import reduced
 from gradsel.sharding.shares import Share, entries_of, is_aligned, share_of
-from gradsel.sharding.tensors import local_of, part_like, sum_over_shards, whole_of
+from gradsel.sharding.tensors import is_sharded, local_of, part_like, sum_over_shards, whole_of
 
 
 class Shards:
@@ -26,7 +26,8 @@ class Shards:
         mask: of the whole weight.
         weight: a DTensor; None until FSDP has put it in its place.
         values: a DTensor, or a plain parameter that all ranks hold alike; None likewise.
-        gathered: the names, "weight" and "values", of those whose gathered parameters are known.
+        gathered: by "weight" and "values", the parameter that FSDP gathers for a forward, once it is known; None for
+            values that FSDP does not know.
         seen: the state in which weight and values last agreed; None: not known.
     """
 
@@ -34,7 +35,7 @@ class Shards:
         self.mask = mask
         self.weight: Tensor | None = None
         self.values: Tensor | None = None
-        self.gathered: set[str] = set()
+        self.gathered: dict[str, Tensor | None] = {}
         self.seen: list[int] | None = None
         self._part: Part | None = None
 
@@ -61,6 +62,11 @@ class Shards:
         assert self.weight is not None
         assert self.values is not None
         return self.weight, self.values
+
+    @property
+    def are_known_to_fsdp(self) -> bool:
+        """Whether the values are among what FSDP shards and gathers, if it does so with the weight."""
+        return is_sharded(self.both[1]) and self.gathered.get("values", self) is not None
 
     @cached_property
     def share(self) -> Share:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -128,3 +129,23 @@ def agree_over(mesh: DeviceMesh, own: Mapping[str, Hashable]) -> list[str]:
             different |= known
             different |= {key for key in own.keys() | other.keys() if own.get(key) != other.get(key)}
     return [key for key in own if key in different] + sorted(different - own.keys())
+
+
+@contextmanager
+def on_first_rank() -> Iterator[bool]:
+    """Whether this process is the first of all, which alone writes. All of them leave the block together.
+
+    Raises:
+        RuntimeError: on the others, if the block has failed on the first one.
+    """
+    is_first, failure = dist.get_rank() == 0, ""
+    try:
+        yield is_first
+    except BaseException as error:
+        failure = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        told = [failure]
+        dist.broadcast_object_list(told, src=0)
+    if told[0]:
+        raise RuntimeError(f"the first rank has failed: {told[0]}")

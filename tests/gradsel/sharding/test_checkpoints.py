@@ -19,9 +19,11 @@ import gradsel
 from tests.support.sharded import (
     OPTIMIZERS,
     batches,
+    check_equal,
     common_folder,
     meshes,
     models,
+    one,
     shard,
     share,
     whole,
@@ -56,9 +58,9 @@ def moments(optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
             for group in optimizer.param_groups for p in group["params"]]  # fmt: skip
 
 
-def saved_and_loaded(kind: str, optimizer_name: str, places: list[str | None]) -> None:
+def saved_and_loaded(source: str, kind: str, optimizer_name: str, places: list[str | None]) -> None:
     folder = common_folder()
-    model, optimizer, mesh = trained("four", kind, optimizer_name, steps=2)
+    model, optimizer, mesh = trained(source, kind, optimizer_name, steps=2)
     both = get_state_dict(model, optimizer)
     dcp.save({"model": both[0], "optimizer": both[1]}, checkpoint_id=folder)
     state, expected = whole_state(model), moments(optimizer)
@@ -66,19 +68,17 @@ def saved_and_loaded(kind: str, optimizer_name: str, places: list[str | None]) -
         other, other_optimizer, other_mesh = trained(where, kind, optimizer_name)
         parts = get_state_dict(other, other_optimizer)
         into = {"model": parts[0], "optimizer": parts[1]}
-        if where == "four":
-            dcp.load(into, checkpoint_id=folder)
-        elif where == "two":
+        if where == "two":
             dcp.load(into, checkpoint_id=folder, process_group=other_mesh.get_group())
         else:
-            dcp.load(into, checkpoint_id=folder, no_dist=True)
+            dcp.load(into, checkpoint_id=folder, no_dist=where is None)
         set_state_dict(other, other_optimizer, model_state_dict=into["model"], optim_state_dict=into["optimizer"])
         for name, tensor in whole_state(other).items():
             assert torch.equal(tensor, state[name]), (where, name)
         for own, saved in zip(moments(other_optimizer), expected, strict=True):
             assert own.keys() == saved.keys()
             assert all(torch.equal(own[key], saved[key]) for key in saved), where
-        if where == "four":
+        if where == source:
             step(other, other_optimizer, other_mesh, 2)
             step(model, optimizer, mesh, 2)
             for name, tensor in whole_state(model).items():
@@ -93,7 +93,12 @@ def saved_and_loaded(kind: str, optimizer_name: str, places: list[str | None]) -
     [("per-row", "MaskedAdamW", ["four", "two", None]), ("rows", "AdamW", [None])],
 )
 def test_saved_on_four_ranks(ranks, kind, optimizer, places):
-    ranks.run(saved_and_loaded, kind, optimizer, places)
+    ranks.run(saved_and_loaded, "four", kind, optimizer, places)
+
+
+@pytest.mark.supports("HSDP", "save/load")
+def test_saved_on_replicas_of_shards(ranks):
+    ranks.run(saved_and_loaded, "hybrid", "per-row", "MaskedAdamW", ["hybrid", "four", None])
 
 
 def full_states() -> None:
@@ -120,8 +125,6 @@ def other_selection() -> None:
     folder = common_folder()
     model, _, _ = trained("four", "per-row", "SGD", steps=1)
     dcp.save(model.state_dict(), checkpoint_id=folder)
-    with pytest.raises(ValueError, match="DTensor, of which this process has a shard"):
-        gradsel.export(model, folder / "plain.safetensors")
     with pytest.raises(ValueError, match="cannot be compared with a base"):
         gradsel.Delta.of(model, base=models()[0])
     plain, _, selection = models()
@@ -143,9 +146,9 @@ def test_values_of_another_selection(ranks):
     ranks.run(other_selection)
 
 
-def delta_of(kind: str, attach_first: bool) -> None:
+def delta_of(kind: str, attach_first: bool, mesh_name: str) -> None:
     """The delta is that of one process with the same weights."""
-    mesh = meshes()["four"]
+    mesh = meshes()[mesh_name]
     model, alone, selection = models(kind)
     start = {name: tensor.clone() for name, tensor in alone.state_dict().items()}
     if attach_first:
@@ -177,4 +180,60 @@ def delta_of(kind: str, attach_first: bool) -> None:
 @pytest.mark.parametrize("attach_first", [True, False])
 @pytest.mark.parametrize("kind", ["per-row", "rows", "irregular"])
 def test_delta(ranks, kind, attach_first):
-    ranks.run(delta_of, kind, attach_first)
+    ranks.run(delta_of, kind, attach_first, "four")
+
+
+@pytest.mark.supports("HSDP", "delta")
+def test_delta_of_replicas_of_shards(ranks):
+    ranks.run(delta_of, "per-row", True, "hybrid")
+    ranks.run(delta_of, "irregular", False, "hybrid")
+
+
+def loaded_first() -> None:
+    """A checkpoint of the plain model, loaded into shards: what is chosen and trained of it, and merged."""
+    folder, mesh = common_folder(), meshes()["four"]
+    start, alone, _ = models()
+    dcp.save(shard(start, mesh).state_dict(), checkpoint_id=folder)
+    model = models()[0]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    state = shard(model, mesh).state_dict()
+    dcp.load(state, checkpoint_id=folder)
+    model.load_state_dict(state)
+
+    chosen = {"policy": gradsel.PerNeuron(2), "freeze": ["unused.*", "tokens.*"]}
+    own = [share(batch, mesh) for batch in batches()]
+    selection = gradsel.select(model, own, cross_entropy, **chosen)
+    expected = gradsel.select(alone, batches(), cross_entropy, process_group=one(), **chosen)
+    assert selection.base == expected.base
+    assert all(torch.equal(selection[name].to_dense(), mask.to_dense()) for name, mask in expected.items())
+
+    before = {name: tensor.clone() for name, tensor in alone.state_dict().items()}
+    for each, place in ((model, mesh), (alone, None)):
+        gradsel.attach(each, selection)
+        step(each, OPTIMIZERS["MaskedAdamW"](gradsel.trainable_parameters(each)), place, 2)
+    check_equal(whole_state(model), alone.state_dict())
+    delta, state = gradsel.Delta.of(model), whole_state(model)
+    for name, part in gradsel.Delta.of(alone).items():
+        assert (delta[name].digest, delta[name].fingerprint) == (part.digest, part.fingerprint), name
+        torch.testing.assert_close(delta[name].values, part.values, rtol=0, atol=1e-12)
+
+    dcp.save(model.state_dict(), checkpoint_id=folder / "trained")
+    merged = models()[1]
+    gradsel.attach(merged, selection)
+    into = merged.state_dict()
+    dcp.load(into, checkpoint_id=folder / "trained", no_dist=True)
+    merged.load_state_dict(into)
+    for each in (gradsel.detach(merged), gradsel.detach(model)):
+        plain = whole_state(each)
+        assert plain.keys() == before.keys()
+        for name, tensor in plain.items():
+            assert torch.equal(tensor, state[name]), name
+            mask = selection.get(name)
+            assert mask is None or torch.equal(tensor[~mask.to_dense()], before[name][~mask.to_dense()]), name
+
+
+@pytest.mark.supports("DCP", "select", "attach", "delta", "merge")
+def test_loaded_into_shards_and_then_attached(ranks):
+    ranks.run(loaded_first)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
 import gradsel
@@ -14,6 +16,7 @@ from tests.support.sharded import (
     check_alike,
     check_equal,
     check_written,
+    common_folder,
     meshes,
     models,
     shard,
@@ -26,15 +29,18 @@ from tests.support.toy import cross_entropy
 pytestmark = pytest.mark.xdist_group("ranks")
 
 
-def attached(kind: str = "per-row", dtype: torch.dtype = torch.float64, **options):
+def attached(kind: str = "per-row", optimizer: str = "MaskedAdamW", attach_first: bool = True, **options):
     """The sharded model and its twin in one process, both attached, and their optimizers."""
     mesh = meshes()["four"]
-    model, alone, selection = models(kind, dtype)
-    gradsel.attach(model, selection)
-    gradsel.attach(alone, selection)
+    model, alone, selection = models(kind)
+    if attach_first:
+        gradsel.attach(model, selection)
     shard(model, mesh, **options)
+    if not attach_first:
+        gradsel.attach(model, selection)
+    gradsel.attach(alone, selection)
     both = model, alone
-    return mesh, both, [OPTIMIZERS["MaskedAdamW"](gradsel.trainable_parameters(each)) for each in both]
+    return mesh, both, [OPTIMIZERS[optimizer](gradsel.trainable_parameters(each)) for each in both]
 
 
 def check(model, alone) -> None:
@@ -85,10 +91,42 @@ def test_accumulation(ranks):
     ranks.run(accumulated)
 
 
-def offloaded() -> None:
-    mesh, both, optimizers = attached(offload_policy=CPUOffloadPolicy(pin_memory=False))
+def offloaded(optimizer: str, attach_first: bool) -> None:
+    """Trained, saved, loaded and trained on; the delta, and the plain model at the end."""
+    policy = {"offload_policy": CPUOffloadPolicy(pin_memory=False)}
+    mesh, both, optimizers = attached("per-row", optimizer, attach_first, **policy)
+    model, alone = both
+    before = {name: tensor.clone() for name, tensor in models()[0].state_dict().items()}
     steps(mesh, both, optimizers)
     check(*both)
+
+    folder = common_folder()
+    parts = get_state_dict(model, optimizers[0])
+    dcp.save({"model": parts[0], "optimizer": parts[1]}, checkpoint_id=folder)
+    _, (model, _), (own, _) = attached("per-row", optimizer, attach_first, **policy)
+    parts = get_state_dict(model, own)
+    into = {"model": parts[0], "optimizer": parts[1]}
+    dcp.load(into, checkpoint_id=folder)
+    set_state_dict(model, own, model_state_dict=into["model"], optim_state_dict=into["optimizer"])
+    both, optimizers = (model, alone), [own, optimizers[1]]
+    steps(mesh, both, optimizers)
+    check(*both)
+
+    delta, state = gradsel.Delta.of(model), whole_state(model)
+    for name, part in gradsel.Delta.of(alone).items():
+        assert (delta[name].digest, delta[name].fingerprint) == (part.digest, part.fingerprint), name
+        torch.testing.assert_close(delta[name].values, part.values, rtol=0, atol=1e-12)
+    base = models()[0]
+    with delta.applied(base):
+        assert all(torch.equal(tensor, state[name]) for name, tensor in base.state_dict().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
+    if attach_first:
+        return
+    merged = whole_state(gradsel.detach(model))
+    check_equal(merged, gradsel.detach(alone).state_dict())
+    for name, mask in models()[2].items():
+        assert torch.equal(merged[name], state[name]), name
+        assert torch.equal(merged[name][~mask.to_dense()], before[name][~mask.to_dense()]), name
 
 
 def steps(mesh, both, optimizers) -> None:
@@ -99,9 +137,10 @@ def steps(mesh, both, optimizers) -> None:
             optimizer.step()
 
 
-@pytest.mark.supports("offload", "attach", "MaskedAdam")
-def test_offload(ranks):
-    ranks.run(offloaded)
+@pytest.mark.supports("offload", "attach", "MaskedAdam", "other optimizers", "save/load", "delta", "merge")
+@pytest.mark.parametrize(("optimizer", "attach_first"), [("MaskedAdamW", True), ("AdamW", False)])
+def test_offload(ranks, optimizer, attach_first):
+    ranks.run(offloaded, optimizer, attach_first)
 
 
 def checkpointed(attach_first: bool) -> None:
@@ -219,7 +258,7 @@ def test_ranks_with_different_masks(ranks):
     ranks.run(other_masks)
 
 
-def early_optimizer() -> str:
+def early_optimizer() -> None:
     mesh = meshes()["four"]
     model, _, selection = models()
     gradsel.attach(model, selection)
@@ -228,14 +267,10 @@ def early_optimizer() -> str:
     cross_entropy(model, share(batches()[0], mesh)).backward()
     with pytest.raises(RuntimeError, match=r"Make the optimizer after fully_shard\(\)"):
         optimizer.step()
-    with pytest.raises(ValueError, match=r"sharded.*detach") as refused:
-        gradsel.detach(model)
-    return str(refused.value)
 
 
-@pytest.mark.refuses("FSDP2", "merge")
-def test_what_does_not_fit_a_sharded_model(ranks, refusal):
-    refusal.saw(ranks.run(early_optimizer)[0])
+def test_an_optimizer_made_too_early(ranks):
+    ranks.run(early_optimizer)
 
 
 def half_precision() -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import functools
 
 import pytest
 import torch
 from torch.distributed.tensor import Replicate, Shard, distribute_module, distribute_tensor
 
 import gradsel
-from tests.support.sharded import batches, meshes, models, shard, share
+from tests.support.sharded import batches, meshes, models, one, shard, share
 from tests.support.toy import cross_entropy
 
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -40,7 +39,7 @@ def choose(mesh_name: str) -> None:
     for name, arguments in CHOICES.items():
         found = gradsel.select(model, own, cross_entropy, freeze=["unused.*", "tokens.*"], **arguments)
         expected = gradsel.select(
-            alone, batches(), cross_entropy, freeze=["unused.*", "tokens.*"], process_group=_one(), **arguments
+            alone, batches(), cross_entropy, freeze=["unused.*", "tokens.*"], process_group=one(), **arguments
         )
         assert found.base == expected.base
         for key, mask in expected.items():
@@ -48,12 +47,6 @@ def choose(mesh_name: str) -> None:
             assert torch.equal(found[key].to_dense(), mask.to_dense()), (name, key)
     gradsel.attach(model, found)
     cross_entropy(model, own[0]).backward()
-
-
-@functools.cache
-def _one():
-    """A group of this rank alone, for a model that is not distributed."""
-    return [torch.distributed.new_group([rank]) for rank in range(4)][torch.distributed.get_rank()]
 
 
 @pytest.mark.supports("FSDP2", "select")
