@@ -12,6 +12,8 @@ from benchmarks.pages.figures import paragraph, table
 
 #: Bytes of a number as it is gathered for a forward, and as gradients are reduced.
 GATHERED, REDUCED = 2, 4
+#: Bytes of a column index.
+INDEX = 4
 #: GPUs of a node, over which HSDP shards; it keeps replicas on all nodes.
 NODE = 8
 GPUS = (8, 64, 1024)
@@ -112,18 +114,22 @@ def traffic(results: Path) -> str:
 
 
 def findings(results: Path) -> str:
-    """How much less goes between nodes, and what a GPU holds of values."""
-    less, held = [], []
+    """How much less goes between nodes, what a GPU holds, and what it would send to hold less."""
+    less, held, more = [], [], []
     for shape in SHAPES:
         less.append(f"1/{shape.size / shape.values:.0f} for {shape.name}")
-        alike = shape.values * (4 + 4 + 2)
+        indices = shape.values * INDEX
         own = (f"{_size(shape.values * 12 / gpus)} GB on {gpus:,}" for gpus in (GPUS[0], GPUS[-1]))
-        held.append(f"{shape.name}, {_size(alike)} GB on every GPU and {' or '.join(own)} GPUs")
+        held.append(f"{shape.name}, {_size(indices)} GB on every GPU and {' or '.join(own)} GPUs")
+        gathered, _ = fsdp(shape, Method("", 0), NODE)
+        sent = indices * (NODE - 1) / NODE
+        more.append(f"{_size(sent)} GB ({100 * sent / gathered:.1f} %) for {shape.name}")
     return paragraph(
         "Gathering the frozen model dominates, for values as for LoRA. Where that stays within a node, what goes "
-        f"between nodes is that of full fine-tuning times {', '.join(less)}. Every rank holds column indices (once for "
-        "the mask and once for backward) and original entries, and a rank's own values and moments besides: for "
-        f"K = {K}, {'; '.join(held)}."
+        f"between nodes is that of full fine-tuning times {', '.join(less)}. Every GPU holds the column indices of all "
+        "rows, since its batch has gradients for all of them, and its own values and moments besides: for "
+        f"K = {K}, {'; '.join(held)}. To hold only its own indices, each of {NODE} GPUs would send "
+        f"{', '.join(more)} more in a step."
     )
 
 

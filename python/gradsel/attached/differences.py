@@ -31,8 +31,9 @@ class Differences(Masked):
     def follow(self, device: torch.device) -> None:
         """Moves the mask to a device."""
         if self.entries.device != device:
-            self.mask = self.mask.to(device)
-            self.product = self.product.to(device)
+            before, self.mask = self.mask, self.mask.to(device)
+            shared = zip(before.tensors().values(), self.mask.tensors().values(), strict=True)
+            self.product = self.product.to(device, list(shared))
             self.entries = no_differences(self.mask, device)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Differences:

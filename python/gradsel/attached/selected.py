@@ -166,11 +166,18 @@ class Selected(Masked):
         return values
 
     def follow(self, weight: Tensor) -> None:
-        """Moves masks and originals to the weight's device, unless nothing can be kept there."""
-        if self.entries.device != weight.device and not weight.is_meta:
-            device = weight.device
-            self.mask = self.mask.to(device)
-            self.direct = {route: _moved(needed, device) for route, needed in self.direct.items()}
+        """Moves what a forward needs to the weight's device, and originals, too, unless ranks have a shard of them.
+
+        Those of a sharded model stay where they were at attach(). Nothing is moved to where nothing can be kept.
+        """
+        device = weight.device
+        if weight.is_meta:
+            return
+        if self.mask.device != device:
+            before, self.mask = self.mask, self.mask.to(device)
+            shared = list(zip(before.tensors().values(), self.mask.tensors().values(), strict=True))
+            self.direct = {route: _moved(needed, device, shared) for route, needed in self.direct.items()}
+        if self.shards is None and self.entries.device != device:
             self.entries = self.entries.to(device)
             if self.replaced is not None:
                 self.replaced = self.replaced.to(device)
@@ -223,10 +230,10 @@ def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def _moved(needed: Any, device: torch.device) -> Any:
+def _moved(needed: Any, device: torch.device, shared: list[tuple[Tensor, Tensor]]) -> Any:
     if isinstance(needed, tuple):
-        return tuple(each.to(device) for each in needed)
-    return needed.to(device)
+        return tuple(each.to(device, shared) for each in needed)
+    return needed.to(device, shared)
 
 
 class SelectedValues(nn.Parameter):

@@ -76,7 +76,7 @@ def trained_in(root: nn.Module) -> dict[str, Trained]:
                 if selected.shards is not None:
                     selected.shards.refresh()
                     mask, values = selected.mask.to(weight.device), selected.shards.everywhere()
-                    found[selected.name] = Trained(mask, values, selected.entries, weight.detach())
+                    found[selected.name] = Trained(mask, values, whole_of(selected.entries), weight.detach())
                     continue
                 selected.refresh(weight)
                 found[selected.name] = Trained(selected.mask, values.detach(), selected.entries, weight.detach())

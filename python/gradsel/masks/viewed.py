@@ -225,6 +225,8 @@ class PerRow(Viewed):
         if view != self.view:
             return super().product(view, groups, share)
         rows, n = self.rows_and_columns
+        if groups == 1:
+            return Product.of_columns(self.cols, n, share)
         return Product.per_row(
             self.cols + _first_inputs(rows, n, groups, self.device), groups * n, self.compact_shape, share
         )

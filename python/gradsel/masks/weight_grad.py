@@ -28,11 +28,18 @@ COPIED_SHARE = 0.5
 class _Movable:
     """Dataclasses of tensors and plain values, moved together."""
 
-    def to(self, device: torch.device):
+    def to(self, device: torch.device, shared: Sequence[tuple[Tensor, Tensor]] = ()):
+        """The same on ``device``.
+
+        Args:
+            shared: tensors that it holds together with others, and what these hold on ``device``.
+        """
+        there = {id(before): after for before, after in shared}
+        held = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
         moved = {
-            field.name: getattr(self, field.name).to(device)
-            for field in fields(self)  # type: ignore[arg-type]
-            if isinstance(getattr(self, field.name), Tensor)
+            name: there[id(each)] if id(each) in there else each.to(device)
+            for name, each in held.items()
+            if isinstance(each, Tensor)
         }
         return replace(self, **moved)  # type: ignore[type-var]
 
@@ -45,8 +52,10 @@ class Product(_Movable):
         inputs: number of input columns; for a grouped convolution, of all groups together.
         used: int32, ascending: the columns that forward copies because some entry reads them. None: forward keeps the
             whole input.
-        cols: int32 [rows, k] or [nnz], the column of each entry, as a position in ``used``.
+        cols: int32 [rows, k] or [nnz], the column of each entry, as a position in ``used`` unless there are ``places``.
         shape: shape of the result.
+        places: int32 [inputs], the position in ``used`` of each column, where ``cols`` are a mask's own, which has them
+            anyway. None: ``cols`` are positions.
         row_offsets: for ``cols`` [nnz], where each row begins: int64 [rows + 1].
         rows: int64, the only rows with selected entries. None: all rows have some.
         order: int64 [nnz]: entry i of the mask is entry ``order[i]`` of the product. None: the order is the same.
@@ -58,6 +67,7 @@ class Product(_Movable):
     used: Tensor | None
     cols: Tensor
     shape: tuple[int, ...]
+    places: Tensor | None = None
     row_offsets: Tensor | None = None
     rows: Tensor | None = None
     order: Tensor | None = None
@@ -70,6 +80,16 @@ class Product(_Movable):
         """From the input column of every entry, [rows, k]. If more than ``share`` are used, ``used`` is None."""
         used, cols = _compacted(cols, inputs, share)
         return Product(inputs, used, cols, shape, rows=rows)
+
+    @staticmethod
+    def of_columns(cols: Tensor, inputs: int, share: float = COPIED_SHARE) -> Product:
+        """From the columns of a mask, int32 [rows, k], which it shares."""
+        used, places = _used(cols, inputs, share), None
+        if used is not None:
+            places = torch.zeros(inputs, dtype=torch.int32, device=cols.device)
+            places[used] = torch.arange(used.numel(), dtype=torch.int32, device=cols.device)
+            used = used.to(torch.int32)
+        return Product(inputs, used, cols, tuple(cols.shape), places)
 
     @staticmethod
     def whole_rows(rows: Tensor, inputs: int) -> Product:
@@ -108,12 +128,13 @@ class Product(_Movable):
             factor: [tokens, used] or [batch, tokens, used], of the same dtype.
         """
         if self.rows is None:
+            cols = (
+                self.cols if self.places is None else self.places.index_select(0, self.cols.view(-1)).view(self.shape)
+            )
             if bias:
-                grad, bias_grad = gk.selected_weight_grad_bias(
-                    grad_output, factor, self.cols, row_offsets=self.row_offsets
-                )
+                grad, bias_grad = gk.selected_weight_grad_bias(grad_output, factor, cols, row_offsets=self.row_offsets)
             else:
-                grad = gk.selected_weight_grad(grad_output, factor, self.cols, row_offsets=self.row_offsets)
+                grad = gk.selected_weight_grad(grad_output, factor, cols, row_offsets=self.row_offsets)
                 bias_grad = None
         else:
             few = grad_output.index_select(-1, self.rows)
@@ -130,10 +151,16 @@ class Product(_Movable):
 
 def _compacted(cols: Tensor, inputs: int, share: float) -> tuple[Tensor | None, Tensor]:
     """The used columns, or None if they are more than ``share`` of the inputs, and each column's position in them."""
-    used = cols.unique()
-    if used.numel() == inputs or used.numel() > share * inputs:
+    used = _used(cols, inputs, share)
+    if used is None:
         return None, cols.to(torch.int32)
     return used.to(torch.int32), torch.searchsorted(used, cols.contiguous(), out_int32=True)
+
+
+def _used(cols: Tensor, inputs: int, share: float) -> Tensor | None:
+    """The used columns, ascending, or None if they are more than ``share`` of the inputs, or all."""
+    used = cols.unique()
+    return None if used.numel() == inputs or used.numel() > share * inputs else used
 
 
 @dataclass(frozen=True, eq=False)

@@ -42,7 +42,7 @@ from gradsel.parameters.names import Use, parameter_uses, strip_wrappers
 from gradsel.parameters.trainable import require_trainable
 from gradsel.quantised import Quantised, install, installed, quantised_in, uninstall
 from gradsel.selection.selection import Selection, lookup
-from gradsel.sharding import entries_of, is_managed, is_sharded, reshard
+from gradsel.sharding import is_managed, is_sharded, reshard
 from gradsel.tables import grouped, shape_text, table
 from gradsel.views import NeuronView
 
@@ -165,11 +165,12 @@ def attach(model: nn.Module, selection: Selection) -> AttachReport:
             )
             routes[name] = Route("differences", quantised[name].kind, mask.shape, mask.nnz)
         elif trained_in_part:
-            mask = mask.to(parameter.device)
-            sharded = is_sharded(parameter)
-            original = entries_of(mask, parameter.detach()) if sharded else mask.gather(parameter.detach())
-            entries = original.to(trained_dtype(parameter), copy=True)
-            values[name] = sharded_values(mask, parameter, entries) if sharded else values_of(entries)
+            if is_sharded(parameter):
+                values[name], original = sharded_values(mask, parameter)
+            else:
+                mask = mask.to(parameter.device)
+                original = mask.gather(parameter.detach())
+                values[name] = values_of(original.to(trained_dtype(parameter), copy=True))
             partial[name] = Selected(name, original, mask=mask, kind=type(parameter))
             vars(values[name])[LINK] = partial[name]
         else:
@@ -285,12 +286,10 @@ def _check_quantised(name: str, mask: Mask, uses: list[Use]) -> None:
 
 
 def detach(model: Model, restore: bool = False) -> Model:
-    """Takes back what :func:`attach` did: parameters and ``requires_grad`` flags are as before.
-
-    A sharded model stays sharded, and all ranks call this.
+    """Takes back what :func:`attach` did: parameters and ``requires_grad`` flags are as before. In place.
 
     Args:
-        model: the attached model, or a wrapper around it.
+        model: the attached model, or a wrapper around it. All ranks call it for a sharded one, which stays sharded.
         restore: give every trained parameter its original entries back, to the bit, and every buffer (running
             statistics) what it held; otherwise they stay as trained. A quantised weight cannot take its differences
             over: see :func:`gradsel.merge`.

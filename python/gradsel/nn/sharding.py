@@ -17,10 +17,22 @@ import torch
 from torch import Tensor, nn
 
 from gradsel.attached import LINK, SUFFIX, Attachments, Original, Record, Selected, SelectedValues, selected_in
+from gradsel.dtypes import trained_dtype
 from gradsel.masks import Mask
 from gradsel.nn.tensor_parallel import hand_out
 from gradsel.nn.weights import SelectedWeight
-from gradsel.sharding import Shards, by_rows, is_managed, is_sharded, local_of, mesh_of, part_like, sharded_like
+from gradsel.sharding import (
+    Shards,
+    by_rows,
+    entries_of,
+    is_managed,
+    is_sharded,
+    local_of,
+    mesh_of,
+    part_like,
+    sharded_like,
+    whole_of,
+)
 
 
 class Assigning:
@@ -73,14 +85,19 @@ def _shape(selected: Selected, is_weight: bool) -> tuple[int, ...]:
     return selected.mask.shape if is_weight else selected.mask.compact_shape
 
 
-def sharded_values(mask: Mask, weight: Tensor, entries: Tensor) -> nn.Parameter:
-    """Values of a weight that is sharded already: sharded likewise where that is possible, otherwise on every rank."""
+def sharded_values(mask: Mask, weight: Tensor) -> tuple[nn.Parameter, Tensor]:
+    """Values of a weight that is sharded already, and the entries that they begin with. A collective call.
+
+    Both are sharded likewise where that is possible; otherwise every rank has all of them.
+    """
     from torch.distributed.tensor import DTensor, Replicate
 
-    mesh = mesh_of(weight)
-    everywhere = DTensor.from_local(entries, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    alike = sharded_like(entries, weight) if by_rows(mask, weight) else everywhere
-    return nn.Parameter(alike)
+    entries, dtype, mesh = entries_of(mask, weight.detach()), trained_dtype(weight), mesh_of(weight)
+    if by_rows(mask, weight):
+        entries = sharded_like(entries, weight)
+        return nn.Parameter(entries.to(dtype, copy=True)), entries
+    everywhere = [Replicate()] * mesh.ndim
+    return nn.Parameter(DTensor.from_local(entries.to(dtype, copy=True), mesh, everywhere, run_check=False)), entries
 
 
 def link_shards(selected: Selected, weight: Tensor, values: Tensor, record: Record, managed: bool) -> None:
@@ -132,7 +149,7 @@ def detach_shards(selected: Selected, weight: Tensor, restore: bool) -> None:
     assert shards is not None
     if restore:
         with torch.no_grad():
-            shards.share.mask.scatter_(local_of(weight), shards.share.of(selected.entries))
+            shards.share.mask.scatter_(local_of(weight), shards.share.of(whole_of(selected.entries)))
     gathered = shards.gathered.get("weight")
     for tensor in (*shards.both, gathered):
         if tensor is not None:

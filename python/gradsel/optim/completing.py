@@ -11,7 +11,7 @@ from gradsel.dtypes import adopted, trained_dtype
 from gradsel.masks import Mask, fingerprint
 from gradsel.optim.call import State, Target
 from gradsel.optim.state import FINGERPRINT, MOMENTS
-from gradsel.sharding import sharded_like
+from gradsel.sharding import sharded_like, whole_of
 
 
 def complete(state: State, target: Target, group: dict[str, Any], may_be_written: bool) -> None:
@@ -59,7 +59,7 @@ def _original(target: Target) -> Tensor:
     if target.selected is None:
         return target.mask.gather(target.parameter)
     entries = target.selected.entries
-    return sharded_like(entries, target.parameter) if target.is_sharded else entries
+    return sharded_like(whole_of(entries), target.parameter) if target.is_sharded else entries
 
 
 def _complete_low_precision(state: State, parameter: Tensor, mask: Mask, mode: str, may_be_written: bool) -> None:

@@ -72,7 +72,7 @@ class Shards:
     def share(self) -> Share:
         """The selected entries in this rank's shard of the weight."""
         weight, _ = self.both
-        return share_of(self.mask.to(local_of(weight).device), weight)
+        return share_of(self.mask, weight)
 
     @cached_property
     def aligned(self) -> bool:

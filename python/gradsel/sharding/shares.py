@@ -24,20 +24,22 @@ class Share:
     at: slice | Tensor
 
     def of(self, values: Tensor) -> Tensor:
-        """Their values, in the mask order of the shard, out of those of the whole weight."""
-        return values.reshape(-1)[self.at].view(self.mask.compact_shape)
+        """Their values, in the mask order of the shard, out of those of the whole weight, which are on any device."""
+        at = self.at if isinstance(self.at, slice) else self.at.to(values.device)
+        return values.reshape(-1)[at].view(self.mask.compact_shape).to(self.mask.device)
 
 
 def share_of(mask: Mask, weight: Tensor) -> Share:
-    """The share of this rank.
+    """The share of this rank, on the device of what it holds of the weight.
 
     Args:
-        mask: of the whole weight.
+        mask: of the whole weight, on any device.
         weight: a DTensor, sharded along any dimensions of any mesh.
     """
     shape, offset = box_of(weight)
+    device = local_of(weight).device
     if shape[1:] == mask.shape[1:] and (by_rows := _of_rows(mask, shape, offset[0])) is not None:
-        return by_rows
+        return Share(by_rows.mask.to(device), by_rows.at)
     entries = mask.ordered_entries()
     coordinates = torch.unravel_index(entries, mask.shape)
     inside = torch.ones_like(entries, dtype=torch.bool)
@@ -46,7 +48,7 @@ def share_of(mask: Mask, weight: Tensor) -> Share:
         inside &= (found >= first) & (found < first + size)
         numbers = numbers * size + (found - first)
     numbers, order = numbers[inside].sort()
-    return Share(Flat(numbers, shape), inside.nonzero().view(-1)[order])
+    return Share(Flat(numbers, shape).to(device), inside.nonzero().view(-1)[order].to(device))
 
 
 @torch.no_grad()

@@ -185,6 +185,19 @@ def test_a_linear_layer_keeps_the_used_columns_only(dtype):
             assert used == n // 4
 
 
+@pytest.mark.parametrize("kind", ["per-row", "per-row, few columns"])
+def test_a_product_has_no_columns_of_its_own(kind):
+    """Also where both have moved."""
+    mask, meta = masks_of((24, 40))[kind], torch.device("meta")
+    product = mask.product(NeuronView())
+    assert product.cols is mask.cols
+    there = mask.cols.to(meta)
+    moved = product.to(meta, [(mask.cols, there)])
+    assert moved.cols is there
+    assert (moved.used is None) == (moved.places is None) == (kind == "per-row")
+    assert moved.used is None or (moved.used.is_meta and moved.places.is_meta)
+
+
 def test_a_convolution_keeps_the_smallest_of_taps_channels_and_input():
     weight = torch.randn(6, 8, 3, 3)
     input = torch.randn(2, 8, 12, 12, requires_grad=True)

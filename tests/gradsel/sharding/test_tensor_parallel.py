@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import Replicate, Shard
@@ -215,6 +216,10 @@ def saved(order: str) -> None:
         for name, tensor in base.state_dict().items():
             assert torch.equal(tensor, expected_then[name]), name
     assert all(torch.equal(tensor, start[name]) for name, tensor in base.state_dict().items())
+    gradsel.export(model, folder / "plain.safetensors")
+    written = load_file(folder / "plain.safetensors")
+    assert written.keys() == start.keys()
+    assert all(torch.equal(tensor, expected_then[name]) for name, tensor in written.items())
     if order == "pas":
         return  # see refused()
     plain = gradsel.detach(model)
