@@ -166,9 +166,9 @@ class Selected(Masked):
         return values
 
     def follow(self, weight: Tensor) -> None:
-        """Moves what a forward needs to the weight's device, and originals, too, unless ranks have a shard of them.
+        """Moves masks to the weight's device, and originals, too, unless it is sharded: no forward needs them.
 
-        Those of a sharded model stay where they were at attach(). Nothing is moved to where nothing can be kept.
+        Nothing is moved to where nothing can be kept.
         """
         device = weight.device
         if weight.is_meta:

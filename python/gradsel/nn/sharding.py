@@ -171,6 +171,7 @@ def _take_shard(module: nn.Module, selected: Selected, is_weight: bool, paramete
     shards = selected.shards
     if shards is None:
         shards = selected.shards = Shards(selected.mask)
+        selected.entries = selected.entries.cpu()  # of all rows, and no forward needs them
         shards.put(selected.weight(), selected.values())
         record.sharded[selected.name] = selected
     known = shards.weight if is_weight else shards.values
