@@ -215,6 +215,8 @@ def loaded_first() -> None:
         step(each, OPTIMIZERS["MaskedAdamW"](gradsel.trainable_parameters(each)), place, 2)
     check_equal(whole_state(model), alone.state_dict())
     delta, state = gradsel.Delta.of(model), whole_state(model)
+    with delta.applied(base := models()[0]):
+        assert all(torch.equal(tensor, state[name]) for name, tensor in base.state_dict().items())
     for name, part in gradsel.Delta.of(alone).items():
         assert (delta[name].digest, delta[name].fingerprint) == (part.digest, part.fingerprint), name
         torch.testing.assert_close(delta[name].values, part.values, rtol=0, atol=1e-12)
