@@ -35,7 +35,7 @@ def hand_out(module: nn.Module, short: str, selected: Selected, weight: Tensor) 
         return
     part = shards.part_of(weight)
     if mesh_of(shards.both[0]) != part.mesh:
-        values = shards.in_forward(values)  # FSDP averages, if it does not know the values
+        values = shards.in_forward(values, part.mesh)  # FSDP averages, if it does not know the values
     if "linear" in selected.direct:
         given = weight.detach()
         given.__class__ = _linear_weight()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from gradsel.sharding.parallel import Part
 from gradsel.sharding.reducing import reduced
 from gradsel.sharding.shares import Share, entries_of, is_aligned, share_of
 from gradsel.sharding.tensors import is_sharded, local_of, part_like, sum_over_shards, whole_of
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class Shards:
@@ -88,10 +92,14 @@ class Shards:
         _, values = self.both
         return local_of(values).detach() if self.aligned else self.share.of(whole_of(values))
 
-    def in_forward(self, values: Tensor) -> Tensor:
-        """What a forward differentiates by: the values that FSDP has gathered, or a stand-in for those it has not."""
+    def in_forward(self, values: Tensor, alike: DeviceMesh | None = None) -> Tensor:
+        """What a forward differentiates by: the values that FSDP has gathered, or a stand-in for those it has not.
+
+        Args:
+            alike: see :func:`gradsel.sharding.reducing.reduced`.
+        """
         weight, own = self.both
-        return reduced(values, weight) if values is own else values
+        return reduced(values, weight, alike) if values is own else values
 
     @torch.no_grad()
     def write(self) -> None:

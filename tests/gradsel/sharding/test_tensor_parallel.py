@@ -17,10 +17,10 @@ import gradsel
 from gradsel.attached import selected_in
 from gradsel.masks import Flat
 from gradsel.nn import tensor_parallel
+from tests.support.parallel import parallelise, prepared, share
 from tests.support.selections import random_selection
 from tests.support.sharded import (
     OPTIMIZERS,
-    SIZE,
     batches,
     check_alike,
     check_equal,
@@ -33,45 +33,9 @@ from tests.support.sharded import (
     whole,
     whole_state,
 )
-from tests.support.toy import Toy, cross_entropy
+from tests.support.toy import cross_entropy
 
 pytestmark = pytest.mark.xdist_group("ranks")
-
-
-def parallelise(model: Toy) -> None:
-    """Both Linear layers of an MLP without a message between them; others with outputs that all ranks hold."""
-    whole = {"input_layouts": Replicate(), "output_layouts": Replicate()}
-    plan = {"head": ColwiseParallel(output_layouts=Replicate())}
-    for number in range(2):
-        plan[f"blocks.{number}.fc1"], plan[f"blocks.{number}.fc2"] = ColwiseParallel(), RowwiseParallel()
-    plan["blocks.0.qkv"], plan["blocks.1.qkv"] = ColwiseParallel(**whole), RowwiseParallel(**whole)
-    parallelize_module(model, meshes()["two"], plan)
-
-
-def prepared(order: str, kind: str) -> tuple[Toy, Toy]:
-    """The toy on all ranks, and its twin in one process.
-
-    Args:
-        order: in which it is parallelised (p), attached (a) and sharded by FSDP (s).
-    """
-    model, alone, selection = models(kind)
-    steps = {
-        "p": lambda: parallelise(model),
-        "a": lambda: gradsel.attach(model, selection),
-        "s": lambda: shard(model, meshes()["hybrid"]["replicate"]),
-    }
-    for letter in order:
-        steps[letter]()
-    gradsel.attach(alone, selection)
-    return model, alone
-
-
-def share(batch: tuple[Tensor, Tensor], order: str) -> tuple[Tensor, Tensor]:
-    """All of a batch, or the half of this rank's replica."""
-    if "s" not in order:
-        return batch
-    first = meshes()["hybrid"]["replicate"].get_local_rank() * (SIZE // 2)
-    return batch[0][first : first + SIZE // 2], batch[1][first : first + SIZE // 2]
 
 
 def step(models: list[tuple[nn.Module, torch.optim.Optimizer, str]], count: int = 3) -> None:
