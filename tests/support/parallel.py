@@ -5,6 +5,8 @@ Every rank runs these functions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
@@ -28,11 +30,13 @@ def parallelise(model: Toy) -> None:
     parallelize_module(model, meshes()["two"], plan())
 
 
-def prepared(order: str, selection: str | gradsel.Selection) -> tuple[Toy, Toy]:
+def prepared(
+    order: str, selection: str | gradsel.Selection, then: Callable[[Toy], object] | None = None
+) -> tuple[Toy, Toy]:
     """The toy on all ranks, and its twin in one process.
 
     Args:
-        order: in which it is parallelised (p), attached (a) and sharded by FSDP (s).
+        order: in which it is parallelised (p), attached (a), sharded by FSDP (s), and given to ``then`` (c).
         selection: or its kind.
     """
     model, alone, chosen = models(selection if isinstance(selection, str) else "per-row")
@@ -41,6 +45,7 @@ def prepared(order: str, selection: str | gradsel.Selection) -> tuple[Toy, Toy]:
         "p": lambda: parallelise(model),
         "a": lambda: gradsel.attach(model, chosen),
         "s": lambda: shard(model, meshes()["hybrid"]["replicate"]),
+        "c": lambda: then(model),
     }
     for letter in order:
         steps[letter]()

@@ -28,7 +28,7 @@ from gradsel.nn.converting import Conversion, adopt_values, adopt_weight
 from gradsel.nn.lending import lend, take_back
 from gradsel.nn.loading import after_root_load, after_state_dict, before_load, before_root_load
 from gradsel.nn.saving import save_as_before, save_plainly
-from gradsel.nn.sharding import check_gathered, take_place, unwatch_assignments, watch_assignments
+from gradsel.nn.sharding import check_gathered, hand_out_split, take_place, unwatch_assignments, watch_assignments
 from gradsel.nn.weights import SelectedWeight
 from gradsel.parameters.trainable import why_untrainable
 from gradsel.sharding import agree_over, mesh_of
@@ -78,10 +78,11 @@ def unhook(module: nn.Module) -> None:
 
 def before_forward(module: nn.Module, args: Any) -> None:
     """Refuses, or mends, a module whose weight or values are no longer those that attach() set up."""
-    if torch.compiler.is_compiling():  # torch.export has put fake tensors in their place
-        return
     attachments: Attachments | None = vars(module).get(STATE)
     if attachments is None:  # torch.ao.quantization copies hooks to the modules that it makes
+        return
+    if torch.compiler.is_compiling():  # torch.export has put fake tensors in their place
+        hand_out_split(module, attachments)
         return
     if not attachments.record.ranks_agree:
         _compare_ranks(attachments)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from gradsel.attached import LINK, SUFFIX, Attachments, Original, Record, Selected, SelectedValues, selected_in
 from gradsel.dtypes import trained_dtype
 from gradsel.masks import Mask
-from gradsel.nn.tensor_parallel import hand_out
+from gradsel.nn.lending import expect_no_loans
+from gradsel.nn.tensor_parallel import expect, hand_out
 from gradsel.nn.weights import SelectedWeight
 from gradsel.sharding import (
     Shards,
@@ -69,7 +70,7 @@ def take_place(module: nn.Module, attachments: Attachments, short: str, paramete
         return True
     if selected.shards is None or tuple(parameter.shape) != _shape(selected, plain == short):
         return False
-    _take_gathered(selected, plain == short, parameter)
+    _take_gathered(module, selected, plain == short, parameter)
     if all(each.shards is not None and len(each.shards.gathered) == 2 for each in attachments.partial.values()):
         unwatch_assignments(module)  # FSDP makes each of them once
     return True
@@ -110,7 +111,10 @@ def link_shards(selected: Selected, weight: Tensor, values: Tensor, record: Reco
     selected.shards = Shards(selected.mask)
     selected.shards.put(weight, values)
     if managed:
-        selected.shards.gathered["values"] = None
+        selected.shards.gathered.add("values")
+    else:
+        for module, _ in selected.alive():
+            expect(module, selected, weight)
     record.sharded[selected.name] = selected
 
 
@@ -182,6 +186,8 @@ def _take_shard(module: nn.Module, selected: Selected, is_weight: bool, paramete
         parameter.requires_grad_(False)
     agreed = known is not None and (not is_sharded(known) or shards.agreed)
     shards.put(**{"weight" if is_weight else "values": parameter})
+    if is_weight and not is_managed(module) and not parameter.is_meta:
+        expect(module, selected, parameter)
     if agreed and shards.weight is not None and is_sharded(shards.weight):
         shards.mark()  # they agreed when FSDP, or tensor parallelism, read them
 
@@ -191,8 +197,9 @@ def _is_resharded(known: Tensor, parameter: Tensor) -> bool:
     return is_sharded(known) and known.device_mesh != parameter.device_mesh  # type: ignore[attr-defined]
 
 
-def _take_gathered(selected: Selected, is_weight: bool, parameter: nn.Parameter) -> None:
-    assert selected.shards is not None
+def _take_gathered(module: nn.Module, selected: Selected, is_weight: bool, parameter: nn.Parameter) -> None:
+    shards = selected.shards
+    assert shards is not None
     if is_sharded(parameter):
         parameter.requires_grad_(not is_weight)
     elif is_weight:
@@ -203,7 +210,12 @@ def _take_gathered(selected: Selected, is_weight: bool, parameter: nn.Parameter)
     else:
         parameter.__class__ = SelectedValues
     vars(parameter)[LINK] = selected
-    selected.shards.gathered["weight" if is_weight else "values"] = parameter
+    shards.gathered.add("weight" if is_weight else "values")
+    if is_weight and is_sharded(parameter):
+        expect(module, selected, parameter)
+    elif is_weight:
+        expect_no_loans(module)  # it is not split in forward, as was expected when it became a DTensor
+        shards.reduction()  # which torch.compile does not trace
 
 
 def check_gathered(module: nn.Module, short: str, selected: Selected) -> None:
@@ -230,3 +242,16 @@ def check_gathered(module: nn.Module, short: str, selected: Selected) -> None:
                 share.mask.scatter_(local_of(weight), share.of(values))
     if is_sharded(weight):
         hand_out(module, short, selected, weight)
+
+
+def hand_out_split(module: nn.Module, attachments: Attachments) -> None:
+    """In a forward that torch.compile traces: hands out the weights that tensor parallelism has split.
+
+    They agree with their values; see :func:`gradsel.attach`.
+    """
+    if not attachments.record.sharded:
+        return
+    for short, selected in attachments.partial.items():
+        weight = module._parameters.get(short)
+        if selected.shards is not None and weight is not None and is_sharded(weight):
+            hand_out(module, short, selected, weight)

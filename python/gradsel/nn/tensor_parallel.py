@@ -3,6 +3,8 @@
 Their weights are DTensors in forward, too. Nothing is done to the parameter. For the time of its module's forward, the
 module has an attribute of the same name, which hands gradients on to the values. Linear layers compute the gradient of
 this rank's selected entries only. Other layers form the dense gradient of this rank's part, and keep those of it.
+
+torch.compile traces all of it, except for what :func:`expect` computes before.
 """
 
 from __future__ import annotations
@@ -18,8 +20,24 @@ from torch.nn import functional as F
 
 from gradsel.attached import Selected
 from gradsel.nn.functional import autocast_input
-from gradsel.nn.lending import lend
+from gradsel.nn.lending import expect_loans, lend
 from gradsel.sharding import Part, is_sharded, mesh_of, settled
+
+
+def expect(module: nn.Module, selected: Selected, weight: Tensor) -> None:
+    """Prepares forwards that read a weight, for torch.compile, which traces neither registrations nor sizes in data.
+
+    Args:
+        weight: a DTensor, as the forward will see it.
+    """
+    shards = selected.shards
+    assert shards is not None
+    expect_loans(module)
+    part = shards.part_of(weight)
+    if "linear" in selected.direct:
+        _ = part.product  # is kept
+    if mesh_of(shards.both[0]) != part.mesh:
+        shards.reduction(part.mesh)
 
 
 def hand_out(module: nn.Module, short: str, selected: Selected, weight: Tensor) -> None:
@@ -36,7 +54,11 @@ def hand_out(module: nn.Module, short: str, selected: Selected, weight: Tensor) 
     part = shards.part_of(weight)
     if mesh_of(shards.both[0]) != part.mesh:
         values = shards.in_forward(values, part.mesh)  # FSDP averages, if it does not know the values
-    if "linear" in selected.direct:
+    given: Any
+    if "linear" in selected.direct and torch.compiler.is_dynamo_compiling():
+        alone = type(module).forward is nn.Linear.forward  # which asks its weight for nothing else
+        given = LinearArgument(weight, values, part) if alone else _harvest(weight, values, part)
+    elif "linear" in selected.direct:
         given = weight.detach()
         given.__class__ = _linear_weight()
         vars(given).update(_weight=weight.detach(), _values=values, _part=part)
@@ -78,14 +100,28 @@ def _dense(given: Any) -> Any:
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     """The direct route; None if it cannot be taken."""
-    if type(weight) is not _LINEAR_WEIGHT or not is_sharded(input) or not torch.is_grad_enabled():
+    if type(weight) is not _LINEAR_WEIGHT or not torch.is_grad_enabled():
         return None
     own = vars(weight)
-    part: Part = own["_part"]
-    outputs = part.factors(input)
-    if outputs is None:
-        return None
-    return _Linear.apply(autocast_input(input), own["_weight"], bias, own["_values"], part, outputs)
+    return _direct(input, bias, own["_weight"], own["_values"], own["_part"])
+
+
+def _direct(input: Tensor, bias: Tensor | None, weight: Tensor, values: Tensor, part: Part) -> Tensor | None:
+    outputs = part.factors(input) if is_sharded(input) else None
+    return None if outputs is None else _Linear.apply(autocast_input(input), weight, bias, values, part, outputs)
+
+
+class LinearArgument:
+    """What ``torch.nn.functional.linear`` gets for a weight under torch.compile, which makes no LinearWeight."""
+
+    def __init__(self, weight: Tensor, values: Tensor, part: Part) -> None:
+        self.weight, self.values, self.part = weight, values, part
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        input, own, bias = args
+        output = _direct(input, bias, own.weight, own.values, own.part)
+        return func(input, _harvest(own.weight, own.values, own.part), bias) if output is None else output
 
 
 class _Linear(Function):
@@ -110,7 +146,7 @@ class _Linear(Function):
         grad_bias = grad_output.sum(tuple(range(grad_output.ndim - 1))) if wants_bias else None
         own = settled(grad_output)
         product = ctx.part.product
-        if ctx.part.share.mask.nnz:
+        if ctx.part.holds_any:
             entries, _ = product.weight_grad(own.reshape(-1, own.shape[-1]), product.factor(kept), False)
         else:
             entries = own.new_empty(product.shape)

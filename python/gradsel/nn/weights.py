@@ -275,7 +275,8 @@ def _present(weight: SelectedWeight) -> Tensor:
 def _current(weight: Tensor, selected: Selected) -> Tensor | None:
     """The values, once they and the weight agree."""
     if torch.compiler.is_dynamo_compiling():  # versions cannot be read; hooks keep the weight up to date
-        return selected.values()
+        values = selected.values()
+        return values if values is None or selected.shards is None else selected.shards.in_forward(values)
     return selected.refresh(weight)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from gradsel.dtypes import adopted, differs
 from gradsel.masks import Mask
 from gradsel.sharding.parallel import Part
-from gradsel.sharding.reducing import reduced
+from gradsel.sharding.reducing import Reduction
 from gradsel.sharding.shares import Share, entries_of, is_aligned, share_of
 from gradsel.sharding.tensors import is_sharded, local_of, part_like, sum_over_shards, whole_of
 
@@ -42,6 +42,7 @@ class Shards:
         self.gathered: dict[str, Tensor | None] = {}
         self.seen: list[int] | None = None
         self._part: Part | None = None
+        self._reduction: Reduction | None = None
 
     def put(self, weight: Tensor | None = None, values: Tensor | None = None) -> None:
         """Takes over a parameter that has been put into the place of the weight, or of the values."""
@@ -49,6 +50,7 @@ class Shards:
         self.values = self.values if values is None else values
         for computed in ("share", "aligned"):
             vars(self).pop(computed, None)
+        self._reduction = None
 
     def part_of(self, weight: Tensor) -> Part:
         """How gradients of a weight that is a DTensor in forward, too, become those of values.
@@ -96,10 +98,16 @@ class Shards:
         """What a forward differentiates by: the values that FSDP has gathered, or a stand-in for those it has not.
 
         Args:
-            alike: see :func:`gradsel.sharding.reducing.reduced`.
+            alike: see :class:`gradsel.sharding.reducing.Reduction`.
         """
-        weight, own = self.both
-        return reduced(values, weight, alike) if values is own else values
+        return self.reduction(alike).stand_in(values) if values is self.values else values
+
+    def reduction(self, alike: DeviceMesh | None = None) -> Reduction:
+        """How the gradient of values that FSDP does not know is averaged."""
+        if self._reduction is None or self._reduction.alike != alike:
+            weight, values = self.both
+            self._reduction = Reduction(values, weight, alike)
+        return self._reduction
 
     @torch.no_grad()
     def write(self) -> None:

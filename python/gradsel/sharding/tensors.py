@@ -13,6 +13,9 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+#: A shape, and where it begins in each dimension of a whole.
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor, whose entries several ranks hold."""
@@ -34,7 +37,7 @@ def mesh_of(tensor: Tensor) -> DeviceMesh:
     return cast(Any, tensor).device_mesh
 
 
-def box_of(tensor: Tensor, shape: tuple[int, ...] | None = None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def box_of(tensor: Tensor, shape: tuple[int, ...] | None = None) -> Box:
     """The shape of what this rank holds of a DTensor, and where it begins in each dimension of the whole.
 
     Args:
@@ -43,7 +46,7 @@ def box_of(tensor: Tensor, shape: tuple[int, ...] | None = None) -> tuple[tuple[
     return _box(tuple(shape or tensor.shape), mesh_of(tensor), cast(Any, tensor).placements)
 
 
-def _box(shape: tuple[int, ...], mesh: DeviceMesh, placements: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _box(shape: tuple[int, ...], mesh: DeviceMesh, placements: Any) -> Box:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     size, offset = compute_local_shape_and_global_offset(shape, mesh, placements)
@@ -56,11 +59,11 @@ def part_like(whole: Tensor, tensor: Tensor) -> Tensor:
     Args:
         whole: the same on all ranks.
     """
-    return _part(whole, mesh_of(tensor), cast(Any, tensor).placements) if is_sharded(tensor) else whole
+    return _part(whole, box_of(tensor, tuple(whole.shape))) if is_sharded(tensor) else whole
 
 
-def _part(whole: Tensor, mesh: DeviceMesh, placements: Any) -> Tensor:
-    shape, offset = _box(tuple(whole.shape), mesh, placements)
+def _part(whole: Tensor, box: Box) -> Tensor:
+    shape, offset = box
     if 0 in shape:
         return whole.new_empty(shape)
     return whole[tuple(slice(first, first + size) for first, size in zip(offset, shape, strict=True))]
@@ -80,11 +83,16 @@ def sharded_like(whole: Tensor, tensor: Tensor) -> Tensor:
     return sharded_as(whole.to(local_of(tensor).device), mesh_of(tensor), cast(Any, tensor).placements)
 
 
-def sharded_as(whole: Tensor, mesh: DeviceMesh, placements: Any) -> Tensor:
-    """A DTensor with these placements, of which every rank takes its part of ``whole``."""
+def sharded_as(whole: Tensor, mesh: DeviceMesh, placements: Any, box: Box | None = None) -> Tensor:
+    """A DTensor with these placements, of which every rank takes its part of ``whole``.
+
+    Args:
+        box: where this part is, if it is known.
+    """
     from torch.distributed.tensor import DTensor
 
-    part = _part(whole, mesh, placements).clone(memory_format=torch.contiguous_format)
+    box = _box(tuple(whole.shape), mesh, placements) if box is None else box
+    part = _part(whole, box).clone(memory_format=torch.contiguous_format)
     stride = whole.contiguous().stride()
     return DTensor.from_local(part, mesh, placements, run_check=False, shape=whole.shape, stride=stride)
 
