@@ -50,6 +50,7 @@ def test_fsdp(ranks, order, kind, blocks):
     ranks.run(train, order, kind, blocks)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="torch 2.11 cannot trace the backward of layers with DTensors")
 @pytest.mark.parametrize(
     ("order", "kind", "blocks"),
     [("pac", "per-row", False), ("pca", "irregular", True), ("pasc", "per-row", True), ("psac", "per-row", False)],
