@@ -1,4 +1,4 @@
-"""Small models with layers quantised by bitsandbytes and torchao, and the same models with dense weights."""
+"""Small models with layers that libraries have quantised, and the same models with dense weights."""
 
 from __future__ import annotations
 
@@ -13,8 +13,15 @@ from torch.nn import functional as F
 from gradsel.quantised import quantised_weight
 
 #: The names of the formats that can be trained.
-FORMATS = ("nf4", "nf4 nested", "fp4", "nf4 in bfloat16", "int8", "torchao int8", "torchao int4", "torchao float8")
+FORMATS = (
+    "nf4", "nf4 nested", "fp4", "nf4 in bfloat16", "int8", "torchao int8", "torchao int4", "torchao float8",
+    "quanto int8", "quanto int4", "hqq int4", "gptq int4", "gptq int8 act-order", "awq int4",
+)  # fmt: skip
+#: Those whose layers dequantise their weights by a method of their own.
+ADAPTED = tuple(name for name in FORMATS if name.startswith(("quanto", "hqq", "gptq", "awq")))
 INPUTS, HIDDEN, CLASSES = 64, 96, 5
+#: Inputs that share a scale, where that can be chosen.
+GROUP = 32
 
 
 class Net(nn.Module):
@@ -42,6 +49,8 @@ def quantised_layer(name: str, inputs: int, outputs: int, bias: bool = True) -> 
         layer = nn.Linear(inputs, outputs, bias)
         quantization.quantize_(layer, settings())
         return layer
+    if name in ADAPTED:
+        return quantised(name, nn.Linear(inputs, outputs, bias))
     bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     if name == "int8":
         return bnb.nn.Linear8bitLt(inputs, outputs, bias, has_fp16_weights=False).to("cpu")
@@ -56,6 +65,44 @@ def quantised_layer(name: str, inputs: int, outputs: int, bias: bool = True) -> 
     ).to("cpu")
 
 
+@torch.no_grad()
+def quantised(name: str, layer: nn.Linear) -> nn.Module:
+    """A layer of one of the formats :data:`ADAPTED` that stores the weight of this one."""
+    if name.startswith("quanto"):
+        quanto = pytest.importorskip("optimum.quanto", reason="optimum-quanto is not installed")
+        made = quanto.QLinear.from_module(layer, weights=quanto.qint8 if "int8" in name else quanto.qint4)
+        made.freeze()
+        return made
+    if name.startswith("hqq"):
+        hqq = pytest.importorskip("hqq.core.quantize", reason="hqq is not installed")
+        settings = hqq.BaseQuantizeConfig(nbits=4, group_size=32, axis=1)
+        return hqq.HQQLinear(layer, settings, compute_dtype=torch.float32, device="cpu")
+    reason = "gptqmodel is not installed: pip install gptqmodel, which compiles one of its dependencies"
+    pytest.importorskip("gptqmodel", reason=reason)
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+    from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
+
+    bits, inputs = 8 if "int8" in name else 4, layer.in_features
+    groups = torch.arange(inputs) // GROUP
+    if "act-order" in name:
+        groups = groups[torch.randperm(inputs)]
+    parts = [layer.weight[:, groups == each] for each in range(inputs // GROUP)]
+    lowest, highest = (torch.stack([getattr(part, of)(1) for part in parts], 1) for of in ("amin", "amax"))
+    scales = (highest - lowest) / (2**bits - 1)
+    zeros = (-lowest / scales).round()
+    options = {
+        "bits": bits, "group_size": GROUP, "sym": False, "desc_act": "act-order" in name, "in_features": inputs,
+        "out_features": layer.out_features, "bias": layer.bias is not None, "register_buffers": True,
+    }  # fmt: skip
+    if name.startswith("gptq"):
+        made = TorchLinear(**options)
+        made.pack(layer, scales, zeros, groups.int())
+    else:
+        made = AwqTorchLinear(**options)
+        made.pack(layer, scales, zeros)
+    return made.train()
+
+
 def quantised_net(name: str, seed: int = 0) -> Net:
     torch.manual_seed(seed)
     return Net(lambda inputs, outputs: quantised_layer(name, inputs, outputs))
@@ -65,10 +112,15 @@ def dense_net(model: Net) -> Net:
     """The same model with the dequantised weights."""
     made = Net()
     for layer in ("up", "down"):
-        quantised = quantised_weight(getattr(model, layer))
-        assert quantised is not None
-        getattr(made, layer).weight = nn.Parameter(quantised.dense(torch.float32))
-        getattr(made, layer).bias = nn.Parameter(getattr(model, layer).bias.detach().clone())
+        weight = quantised_weight(getattr(model, layer))
+        assert weight is not None
+        getattr(made, layer).weight = nn.Parameter(weight.dense(torch.float32))
+        bias = getattr(model, layer).bias
+        if isinstance(bias, nn.Parameter):
+            getattr(made, layer).bias = nn.Parameter(bias.detach().clone())
+        else:  # a constant
+            del getattr(made, layer).bias
+            getattr(made, layer).register_buffer("bias", bias.detach().float(), persistent=False)
     made.head = copy.deepcopy(model.head)
     return made
 

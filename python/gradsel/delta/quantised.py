@@ -12,8 +12,8 @@ from gradsel.attached import Differences, differences_in
 from gradsel.delta.parts import Part
 from gradsel.delta.sites import FORCE, require_base
 from gradsel.masks import same
-from gradsel.parameters.names import parameter_uses
-from gradsel.quantised import Fixed, Quantised, install, installed, quantised_in, uninstall
+from gradsel.parameters.names import parameter_uses, quantised_in
+from gradsel.quantised import Fixed, Quantised, install, installed, require_known, uninstall
 from gradsel.tables import shape_text
 
 
@@ -28,13 +28,11 @@ class Place:
 
 def places_in(model: nn.Module) -> dict[str, Place]:
     """The quantised weights of a model that can take differences, by name."""
-    weights = quantised_in(model)
-    found = {}
-    for name, uses in parameter_uses(model).items():
-        weight = weights.get(id(uses[0][1]._parameters[uses[0][2]]))
-        if weight is not None:
-            found[name] = Place(name, weight, [module for _, module, _ in uses])
-    return found
+    uses = parameter_uses(model)
+    return {
+        name: Place(name, weight, [module for _, module, _ in uses[name]])
+        for name, weight in quantised_in(uses).items()
+    }
 
 
 def split(parts: Mapping[str, Part], model: nn.Module) -> tuple[dict[str, Part], list[tuple[Place, Part]]]:
@@ -126,7 +124,7 @@ def part_of(differences: Differences, dtype: torch.dtype | None) -> Part:
     values = differences.values()
     assert values is not None
     module, _ = differences.alive()[0]
-    weight = quantised_in(module)[id(module._parameters["weight"])]
+    weight = require_known(module, differences.name)
     copied: Tensor = values.detach().to("cpu", dtype or values.dtype, copy=True).contiguous()
     return Part(
         differences.mask.to(torch.device("cpu")),

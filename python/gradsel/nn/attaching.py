@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -38,9 +38,9 @@ from gradsel.nn.hooks import hook, hook_root, unhook
 from gradsel.nn.quantised import Attached
 from gradsel.nn.sharding import detach_shards, link_shards, require_own_shards, restore_whole, sharded_values
 from gradsel.nn.weights import SelectedWeight
-from gradsel.parameters.names import Use, parameter_uses, strip_wrappers
+from gradsel.parameters.names import Use, parameter_uses, quantised_in, strip_wrappers
 from gradsel.parameters.trainable import require_trainable
-from gradsel.quantised import Quantised, install, installed, quantised_in, uninstall
+from gradsel.quantised import Quantised, install, installed, uninstall, weight_parameter
 from gradsel.selection.selection import Selection, lookup
 from gradsel.sharding import is_managed, is_sharded, reshard
 from gradsel.tables import grouped, shape_text, table
@@ -140,8 +140,7 @@ def attach(model: nn.Module, selection: Selection) -> AttachReport:
     uses = parameter_uses(model)
     masks = {name: lookup(selection, name) for name in uses}
     parameters = _parameters_of(uses)
-    weights = quantised_in(model)
-    quantised = {name: weights[id(p)] for name, p in parameters.items() if id(p) in weights}
+    quantised = quantised_in(uses)
     _check(masks, parameters, uses, selection, quantised)
 
     routes: dict[str, Route] = {}
@@ -229,7 +228,7 @@ def attach(model: nn.Module, selection: Selection) -> AttachReport:
 
 
 def _parameters_of(uses: Mapping[str, list[Use]]) -> dict[str, nn.Parameter]:
-    return {name: cast(nn.Parameter, module._parameters[short]) for name, ((_, module, short), *_) in uses.items()}
+    return {name: weight_parameter(module, short) for name, ((_, module, short), *_) in uses.items()}
 
 
 def _check(

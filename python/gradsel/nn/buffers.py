@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from gradsel.parameters.names import strip_wrappers
+from gradsel.quantised import keeps_elsewhere
 
 #: The attribute of the module that attach() was called on, with its buffers at that time.
 BUFFERS = "_gradsel_buffers"
 
 
 def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that checkpoints contain, by name without the prefixes of wrappers."""
+    """The buffers that checkpoints contain, by name without the prefixes of wrappers, but for quantised weights."""
     return {strip_wrappers(name): tensor for name, tensor in _saved(model)}
 
 
@@ -49,6 +50,8 @@ def begin_with(root: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> N
 
 def _saved(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for path, module in model.named_modules():
+        if keeps_elsewhere(module):
+            continue
         for short, tensor in module._buffers.items():
             if tensor is not None and short not in module._non_persistent_buffers_set:
                 yield (f"{path}.{short}" if path else short), tensor

@@ -26,7 +26,7 @@ from gradsel.attached import (
 from gradsel.nn import functional
 from gradsel.nn.converting import Conversion, adopt_values, adopt_weight
 from gradsel.nn.lending import lend, take_back
-from gradsel.nn.loading import after_root_load, after_state_dict, before_load, before_root_load
+from gradsel.nn.loading import after_root_load, after_root_state_dict, after_state_dict, before_load, before_root_load
 from gradsel.nn.saving import save_as_before, save_plainly
 from gradsel.nn.sharding import check_gathered, hand_out_split, take_place, unwatch_assignments, watch_assignments
 from gradsel.nn.weights import SelectedWeight
@@ -49,12 +49,13 @@ def hook(module: nn.Module, attachments: Attachments) -> None:
 
 def hook_root(root: nn.Module) -> None:
     """Registers those of the module that attach() was called on."""
+    root.register_state_dict_post_hook(after_root_state_dict)
     root.register_load_state_dict_pre_hook(before_root_load)
     root.register_load_state_dict_post_hook(after_root_load)
     save_plainly(root)
 
 
-_HOOKS = (before_root_load, after_root_load, before_load, after_state_dict, take_back)
+_HOOKS = (after_root_state_dict, before_root_load, after_root_load, before_load, after_state_dict, take_back)
 
 
 def unhook(module: nn.Module) -> None:

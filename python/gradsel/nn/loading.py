@@ -6,12 +6,14 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gradsel.attached import RECORD, SUFFIX, Attachments, Differences, Original, Selected, attachments_of, masks_in
 from gradsel.attached.steps import some
 from gradsel.dtypes import differs, trained_dtype
 from gradsel.nn.buffers import begin_with
+from gradsel.quantised import keeps_own_state
 from gradsel.sharding import is_sharded
 from gradsel_kernels._warnings import user_stacklevel
 
@@ -26,6 +28,20 @@ def after_state_dict(module: nn.Module, state_dict: StateDict, prefix: str, loca
     attachments = attachments_of(module)
     if attachments is not None:
         local_metadata[METADATA] = masks_in(attachments)
+
+
+def after_root_state_dict(root: nn.Module, state_dict: StateDict, prefix: str, local_metadata: StateDict) -> None:
+    """Adds the differences of layers that save their own tensors only."""
+    for path, module in root.named_modules(remove_duplicate=False):
+        attachments = attachments_of(module)
+        if attachments is None:
+            continue
+        for short, differences in attachments.differences.items():
+            values, start = differences.values(), prefix + (f"{path}." if path else "")
+            if values is not None and keeps_own_state(module):
+                state_dict[start + short + SUFFIX] = values.detach()
+                own_metadata = getattr(state_dict, "_metadata", {}).setdefault(start.removesuffix("."), {})
+                own_metadata[METADATA] = masks_in(attachments)
 
 
 def before_root_load(root: nn.Module, state_dict: StateDict, prefix: str, *rest: Any) -> None:
@@ -45,6 +61,8 @@ def before_root_load(root: nn.Module, state_dict: StateDict, prefix: str, *rest:
             start = prefix + (f"{path}." if path else "") + short
             brought |= start + SUFFIX in state_dict
             _require_own(differences, start, state_dict, own_metadata)
+            if keeps_own_state(module):
+                _load_differences(differences, start + SUFFIX, state_dict, *rest)
         for short, selected in {} if attachments is None else attachments.partial.items():
             start = prefix + (f"{path}." if path else "") + short
             if selected.shards is not None:
@@ -86,6 +104,18 @@ def _require_own(differences: Differences, key: str, state_dict: StateDict, meta
             f"{key}{SUFFIX} holds the differences of another selection than the one that the model is attached to; "
             "attach the model to the selection that the checkpoint was trained with"
         )
+
+
+def _load_differences(
+    differences: Differences, key: str, state_dict: StateDict, metadata: Any, strict: bool, missing: list[str], *_: Any
+) -> None:
+    """Loads those of a layer that loads its own tensors only."""
+    given, values = state_dict.get(key), differences.values()
+    if isinstance(given, Tensor) and values is not None and given.shape == values.shape:
+        with torch.no_grad():
+            values.copy_(given)
+    elif strict:
+        missing.append(key)
 
 
 _OTHER = (

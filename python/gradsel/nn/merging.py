@@ -145,7 +145,9 @@ def _name(weight: Quantised, dtype: torch.dtype | None) -> str:
 
 def _replace(model: nn.Module, path: str, module: nn.Module, weight: nn.Parameter) -> None:
     """Puts an ``nn.Linear`` in the place of a quantised layer, or its weight where the layer is one already."""
-    bias = module._parameters["bias"]
+    bias = getattr(module, "bias", None)
+    if bias is not None and not isinstance(bias, nn.Parameter):  # some libraries keep it as a buffer
+        bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
     with torch.device("meta"):
         made = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     made.weight = weight

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from gradsel.dtypes import integer_sum
 from gradsel.masks import Flat
-from gradsel.parameters.names import named_parameters
+from gradsel.parameters.names import shaped_parameters
 from gradsel.parameters.trainable import has_memory
-from gradsel.quantised import quantised_in
+from gradsel.quantised import StandIn
 from gradsel.sharding import entries_of, is_sharded, local_of, sum_over_shards
 from gradsel.tables import shape_text
 
@@ -54,9 +54,8 @@ def kind_of(parameter: Tensor) -> str:
 
 def fingerprints(model: nn.Module) -> dict[str, str]:
     """The fingerprints of all parameters, by name without the prefixes of DistributedDataParallel and torch.compile."""
-    quantised = quantised_in(model)
     return {
-        name: quantised[id(p)].fingerprint() if id(p) in quantised else fingerprint(p)
-        for name, p in named_parameters(model).items()
-        if id(p) in quantised or has_memory(local_of(p))
+        name: p.quantised.fingerprint() if isinstance(p, StandIn) else fingerprint(p)
+        for name, p in shaped_parameters(model).items()
+        if isinstance(p, StandIn) or has_memory(local_of(p))
     }

@@ -25,7 +25,7 @@ from gradsel.parameters.names import (
     strip_wrappers,
 )
 from gradsel.parameters.trainable import is_reduced, why_untrainable
-from gradsel.quantised import opaque_layers, quantised_weight, why_unknown
+from gradsel.quantised import opaque_layers, quantised_weight, weight_parameter, why_opaque, why_unknown
 from gradsel.views import NeuronView
 
 #: Modules with one of these names anywhere in their path are the head.
@@ -164,7 +164,7 @@ def parameter_rules(
     rules = {}
     for canonical, uses in owners.items():
         names = [name for name, _, _ in uses]
-        what = adapters.get(id(getattr(uses[0][1], uses[0][2])))
+        what = adapters.get(id(weight_parameter(*uses[0][1:])))
         kind = "adapter" if what else _kind(uses, heads, outputs, routers)
         rule = _of_adapter(what, uses, actions) if what else _default(kind, uses, actions)
         left_out = (
@@ -190,18 +190,18 @@ def sizes_of(rules: Mapping[str, Rule], parameters: Mapping[str, Tensor]) -> dic
     return {name: rule.view.shape(parameters[name].shape) for name, rule in rules.items() if rule.action == "rank"}
 
 
-def _require_no_opaque(opaque: list[tuple[str, str]], freeze: tuple[str, ...]) -> None:
+def _require_no_opaque(opaque: list[tuple[str, nn.Module]], freeze: tuple[str, ...]) -> None:
     """Refuses quantised layers whose weight is no parameter, unless they are frozen by name."""
-    found = [(codes, kind) for codes, kind in opaque if not any(fnmatchcase(codes, pattern) for pattern in freeze)]
+    found = [each for each in opaque if not any(fnmatchcase(each[0], pattern) for pattern in freeze)]
     if found:
-        codes, kind = found[0]
+        codes, layer = found[0]
         short = codes.rpartition(".")[2]
         patterns = [name for name, _ in found] if short == "weight" else [f"*.{short}"]  # others have weights, too
         listed = ", ".join(map(repr, patterns[:3])) + (", ..." if len(patterns) > 3 else "")
         raise ValueError(
-            f"{len(found)} quantised layers hold their weights where they cannot be trained, first {codes} of a {kind} "
-            "(GPTQ, AWQ, HQQ and the like). Load the model quantised by bitsandbytes (nf4, int8) or torchao instead, "
-            f"or freeze these layers by name and train the others: freeze=[{listed}]"
+            f"{len(found)} quantised layers hold their weights where they cannot be trained, first {codes} of a "
+            f"{type(layer).__name__}: {why_opaque(layer)}. Or freeze these layers by name and train the others: "
+            f"freeze=[{listed}]"
         )
 
 
@@ -231,7 +231,7 @@ def _checked_kinds(kinds: Mapping[str, str]) -> Mapping[str, str]:
 
 def _named(action: str, uses: list[Use]) -> Rule:
     name, module, short = uses[0]
-    parameter = getattr(module, short)
+    parameter = weight_parameter(module, short)
     if action == "whole" and quantised_weight(module, short) is not None:
         raise ValueError(
             f"whole names {name}, which is quantised: a choice of its entries can be trained, as differences (name it "
@@ -268,7 +268,7 @@ def _kind(uses: list[Use], heads: tuple[str, ...], outputs: list[nn.Module], rou
         return "head"
     if any(module in routers for module in modules):
         return "router"
-    parameter = getattr(modules[0], uses[0][2])
+    parameter = weight_parameter(*uses[0][1:])
     if any(_is_bias(parameter, module, short) for _, module, short in uses):
         return "bias"
     if parameter.ndim < 2 or _is_broadcast(parameter, modules[0]):
@@ -310,7 +310,7 @@ def _routers(model: nn.Module) -> list[nn.Module]:
 
 def _default(kind: str, uses: list[Use], actions: Mapping[str, str]) -> Rule:
     _, module, short = uses[0]
-    parameter = getattr(module, short)
+    parameter = weight_parameter(module, short)
     if actions[kind] == "whole" and quantised_weight(module, short) is not None:
         found = (
             f"a quantised {kind}, of which a choice of entries can be trained (rank=[...]), but not all; or leave it "
@@ -338,14 +338,14 @@ def _of_adapter(what: str, uses: list[Use], actions: Mapping[str, str]) -> Rule:
     _, module, short = uses[0]
     if what == "replaced":
         return Rule("freeze", "PEFT trains a copy")
-    if not getattr(module, short).requires_grad:
+    if not weight_parameter(module, short).requires_grad:
         return Rule("freeze", "inactive adapter")
     return _default("adapter", uses, actions)
 
 
 def _view(uses: list[Use]) -> NeuronView:
     _, module, short = uses[0]
-    parameter = getattr(module, short)
+    parameter = weight_parameter(module, short)
     kind = type(module).__name__
     if parameter.ndim < 2 or _is_bias(parameter, module, short):
         return NeuronView(tuple(range(parameter.ndim)))  # one number per neuron, also for stacked experts

@@ -24,10 +24,12 @@ class Quantised(ABC):
         shape: of the dense weight.
         dtype: in which the library makes it dense by default.
         returns_input_dtype: the layer returns the dtype of its input, whichever it multiplies in.
+        own_state: the layer saves and loads its own tensors only, and no parameter that is put beside them.
     """
 
-    library: ClassVar[str]
+    library: str
     returns_input_dtype: ClassVar[bool] = False
+    own_state: bool = False
     kind: str
     shape: tuple[int, int]
     dtype: torch.dtype
@@ -48,13 +50,20 @@ class Quantised(ABC):
     def stored(self) -> list[Tensor]:
         """The tensors that the weight is stored in: codes first, then scales."""
 
-    @abstractmethod
     def requantised(self, dense: Tensor) -> nn.Parameter:
-        """A parameter for the layer that stores another dense weight with the same settings."""
+        """A parameter for the layer that stores another dense weight with the same settings.
 
-    @abstractmethod
+        Raises:
+            ValueError: the library cannot do that.
+        """
+        raise ValueError(
+            f"{self.library}'s {self.kind} cannot be quantised anew, because its layers do not keep all settings that "
+            "they were made with: merge to a dtype, as in merge(model, torch.bfloat16), and quantise that"
+        )
+
     def like(self, parameter: nn.Parameter) -> Quantised:
         """The weight that :meth:`requantised` has stored in a parameter, which the layer does not have."""
+        raise NotImplementedError
 
     def put(self, parameter: nn.Parameter) -> None:
         """Gives the layer a parameter that :meth:`requantised` has made."""

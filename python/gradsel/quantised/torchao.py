@@ -51,12 +51,3 @@ class OfTorchao(Quantised):
     def stored(self) -> list[Tensor]:
         weight = self.module.weight.detach()
         return [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
-
-    def requantised(self, dense: Tensor) -> nn.Parameter:
-        raise ValueError(
-            f"torchao's {self.kind} cannot be quantised anew, because it does not keep the settings that it was made "
-            "with: merge to a dtype, as in merge(model, torch.bfloat16), and call torchao.quantization.quantize_ again"
-        )
-
-    def like(self, parameter: nn.Parameter) -> Quantised:
-        raise NotImplementedError

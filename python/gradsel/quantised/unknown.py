@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from gradsel.quantised.adapted import FOR_INFERENCE, adapter_of
+from gradsel.quantised.finding import quantised_weight
 from gradsel.quantised.torchao import is_of_torchao, quantises_inputs
 
 #: What layers call the codes of a weight that they do not keep under a name with "weight" in it.
@@ -18,17 +20,39 @@ _PACKED = ("torch.ao.nn.quantized", "torch.ao.nn.sparse.quantized", "torch.ao.nn
 _PACKS = ("_packed_params", "_all_weight_values", "_packed_weight_ih")
 
 
-def opaque_layers(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Layers of GPTQ, AWQ, HQQ, BitNet and the like, and those of ``quantize_dynamic``, which cannot be trained.
+def opaque_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Layers of BitNet and the like, and those of ``quantize_dynamic``, which cannot be trained.
 
     Their codes are buffers, integers or packed, so a model has no parameter to rank for them.
 
     Yields:
-        The name of each layer's codes, which patterns such as ``freeze=["*.qweight"]`` match, and the layer's class.
+        The name of each layer's codes, which patterns such as ``freeze=["*.qweight"]`` match, and the layer.
     """
     for path, module in model.named_modules():
-        if codes := _codes_of(module):
-            yield f"{path}.{codes}".lstrip("."), type(module).__name__
+        if quantised_weight(module) is None and (codes := _codes_of(module)):
+            yield f"{path}.{codes}".lstrip("."), module
+
+
+def why_opaque(module: nn.Module) -> str:
+    """Why such a layer cannot be trained, and what to do about it, as a part of a message."""
+    return _by_its_library(module) or (
+        "no way is known to make its weight dense; load the model quantised by bitsandbytes, torchao, GPTQ, AWQ, HQQ "
+        "or quanto instead (docs/quantised.md)"
+    )
+
+
+def _by_its_library(module: nn.Module) -> str | None:
+    """Why a layer of a known library cannot be trained as it is, and what to do about it; None if nothing is known."""
+    if (adapter := adapter_of(module)) is not None:
+        return adapter.why_not(module)
+    if type(module).__module__.startswith("gptqmodel."):
+        return FOR_INFERENCE
+    if hasattr(module, "quantization_scheme") and hasattr(module, "quantization_status"):
+        return (
+            "compressed-tensors makes it dense at the first forward in any case: load the model with "
+            "CompressedTensorsConfig(dequantize=True), and train the dense weights"
+        )
+    return None
 
 
 def _codes_of(module: nn.Module) -> str | None:
@@ -52,6 +76,8 @@ def why_unknown(module: nn.Module, parameter: Any) -> str | None:
     None if nothing is known about it.
     """
     state = getattr(parameter, "quant_state", None)
+    if (found := _by_its_library(module)) is not None:
+        return found
     if getattr(state, "packing_format_for_cpu", False):
         return (
             "bitsandbytes has packed it anew for inference on this CPU, which rounds its scales: load the model again, "

@@ -62,7 +62,8 @@ def test_before_training_a_layer_computes_what_it_did(format: str) -> None:
     x = batch()[0].requires_grad_()  # bitsandbytes repacks weights on some CPUs where no gradient is wanted
     expected = model(x)
     gradsel.attach(model, select(model))
-    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)  # to the bit, but for float8's own kernel
+    tolerance = 1e-3 if format.startswith("awq") else 1e-5  # to the bit, but for float8's kernel; AWQ's own is float16
+    torch.testing.assert_close(model(x), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
