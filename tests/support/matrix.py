@@ -38,8 +38,10 @@ SETTINGS = {
     "int8": "a base in 8 bits, bitsandbytes",
     "torchao int8": "a base in 8 bits, torchao",
     "torchao int4": "a base in 4 bits, torchao",
-    "GPTQ": "a base quantised by GPTQ",
-    "AWQ": "a base quantised by AWQ",
+    "GPTQ": "a base quantised by GPTQ, gptqmodel",
+    "AWQ": "a base quantised by AWQ, gptqmodel",
+    "HQQ": "a base quantised by HQQ",
+    "quanto": "a base in 8 or 4 bits, optimum-quanto",
     "fp8": "a base in float8",
 }
 #: The columns, and what they are.

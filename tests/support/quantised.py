@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,14 @@ ADAPTED = tuple(name for name in FORMATS if name.startswith(("quanto", "hqq", "g
 INPUTS, HIDDEN, CLASSES = 64, 96, 5
 #: Inputs that share a scale, where that can be chosen.
 GROUP = 32
+
+
+def marked(formats: Iterable[str], **marks: pytest.MarkDecorator) -> list[Any]:
+    """Formats as parameters of a test, with a mark for those of a library, by the first word of their names.
+
+    One that is not installed is then not run, while others are.
+    """
+    return [pytest.param(name, marks=marks.get(name.partition(" ")[0], ())) for name in formats]
 
 
 class Net(nn.Module):
@@ -100,6 +109,8 @@ def quantised(name: str, layer: nn.Linear) -> nn.Module:
     else:
         made = AwqTorchLinear(**options)
         made.pack(layer, scales, zeros)
+    for key, packed in made.named_buffers():
+        made.register_buffer(key, packed.clone())  # it packs in inference mode
     return made.train()
 
 

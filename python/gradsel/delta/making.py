@@ -18,7 +18,8 @@ from gradsel.masks import Mask, Whole, same
 from gradsel.masks.combining import recognised
 from gradsel.nn.buffers import kept_buffers, saved_buffers
 from gradsel.parameters.fingerprints import fingerprint, kind_of
-from gradsel.parameters.names import named_parameters
+from gradsel.parameters.names import named_parameters, shaped_parameters
+from gradsel.quantised import StandIn
 from gradsel.selection.selection import Selection, lookup
 from gradsel.tables import shape_text
 
@@ -154,7 +155,9 @@ def _of_selection(
             f"{quantised[0]} is quantised, so only an attached model can have trained it: pass the model before it is "
             "detached"
         )
-    for name, parameter in named_parameters(model).items():
+    for name, parameter in shaped_parameters(model).items():
+        if isinstance(parameter, StandIn):
+            continue
         mask = lookup(selection, name)
         if before is not None:
             original = _original(name, parameter, before)

@@ -29,7 +29,10 @@ def fingerprint(parameter: Tensor) -> str:
 
     Args:
         parameter: any shape, dtype and strides. The fingerprint of a DTensor is that of the whole; all ranks call it.
+            That of the stand-in for a quantised weight is made of its codes and scales.
     """
+    if isinstance(parameter, StandIn):
+        return parameter.quantised.fingerprint()
     numel = parameter.numel()
     count = min(numel, _SAMPLE)
     places = torch.arange(count, device=parameter.device) * numel // max(count, 1)
@@ -48,14 +51,15 @@ def fingerprint(parameter: Tensor) -> str:
 
 
 def kind_of(parameter: Tensor) -> str:
-    """Shape and dtype, as at the start of a fingerprint."""
-    return f"{shape_text(parameter.shape)} {str(parameter.dtype).removeprefix('torch.')}"
+    """Shape and dtype, or the format of a quantised weight, as at the start of a fingerprint."""
+    stored_as = parameter.quantised.kind if isinstance(parameter, StandIn) else str(parameter.dtype)
+    return f"{shape_text(parameter.shape)} {stored_as.removeprefix('torch.')}"
 
 
 def fingerprints(model: nn.Module) -> dict[str, str]:
     """The fingerprints of all parameters, by name without the prefixes of DistributedDataParallel and torch.compile."""
     return {
-        name: p.quantised.fingerprint() if isinstance(p, StandIn) else fingerprint(p)
+        name: fingerprint(p)
         for name, p in shaped_parameters(model).items()
         if isinstance(p, StandIn) or has_memory(local_of(p))
     }

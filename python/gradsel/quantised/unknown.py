@@ -18,6 +18,17 @@ _CODES = ("W_q",)
 _PACKED = ("torch.ao.nn.quantized", "torch.ao.nn.sparse.quantized", "torch.ao.nn.intrinsic.quantized")
 #: Where such layers hold them: linear layers and convolutions, LSTM and GRU, their cells.
 _PACKS = ("_packed_params", "_all_weight_values", "_packed_weight_ih")
+_AUTO_ROUND = "save the model from AutoRound as GPTQ or AWQ, format='auto_gptq' or 'auto_awq', and load that"
+#: What to do about layers that no adapter knows, by the package of their class.
+_PACKAGES = {
+    "gptqmodel": FOR_INFERENCE,
+    "awq": (
+        "AutoAWQ's layers compute gradients on GPUs only, and it is no longer maintained: load the checkpoint with "
+        "gptqmodel, transformers' AwqConfig(backend='auto_trainable')"
+    ),
+    "auto_round": _AUTO_ROUND,
+    "auto_round_extension": _AUTO_ROUND,
+}
 
 
 def opaque_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -45,20 +56,25 @@ def _by_its_library(module: nn.Module) -> str | None:
     """Why a layer of a known library cannot be trained as it is, and what to do about it; None if nothing is known."""
     if (adapter := adapter_of(module)) is not None:
         return adapter.why_not(module)
-    if type(module).__module__.startswith("gptqmodel."):
-        return FOR_INFERENCE
-    if hasattr(module, "quantization_scheme") and hasattr(module, "quantization_status"):
+    if _is_compressed(module):
         return (
             "compressed-tensors makes it dense at the first forward in any case: load the model with "
             "CompressedTensorsConfig(dequantize=True), and train the dense weights"
         )
-    return None
+    return _PACKAGES.get(type(module).__module__.partition(".")[0])
+
+
+def _is_compressed(module: nn.Module) -> bool:
+    """Whether compressed-tensors has put a forward of its own around that of the layer, which changes the weight."""
+    return hasattr(module, "quantization_scheme") and hasattr(module, "quantization_status")
 
 
 def _codes_of(module: nn.Module) -> str | None:
     kind = type(module)
     if kind.__module__.startswith(_PACKED) and not kind.__name__.startswith(("LinearPacked", "PackedParam")):
         return next((name for name in _PACKS if hasattr(module, name)), None)
+    if _is_compressed(module) and module._parameters.get("weight") is not None:
+        return "weight"
     others = {name: held for name, held in module._parameters.items() if name != "weight"}  # rules see that one
     for name, held in {**module._buffers, **others}.items():
         if held is not None and held.dim() > 1 and (name in _CODES or "weight" in name) and _is_integer(held.dtype):

@@ -12,7 +12,7 @@ from gradsel import masks as kinds
 from gradsel.attached import is_attached
 from gradsel.masks import Frozen, Mask
 from gradsel.parameters.fingerprints import fingerprint, kind_of
-from gradsel.parameters.names import named_parameters, strip_wrappers
+from gradsel.parameters.names import shaped_parameters, strip_wrappers
 from gradsel.selection import file as selection_file
 from gradsel.selection import shira
 from gradsel.selection.distribution import Blocks
@@ -232,7 +232,7 @@ class Selection(Mapping[str, Mask]):
         """
         if is_attached(model):
             raise ValueError("the model is attached to a selection; call gradsel.detach(model) before checking another")
-        parameters = named_parameters(model)
+        parameters = shaped_parameters(model)
         shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         require_same_parameters(self._shapes(), shapes, "the selection", "the model")
         if not values:

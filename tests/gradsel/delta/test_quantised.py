@@ -11,7 +11,7 @@ from torch import nn
 
 import gradsel
 from gradsel.quantised import installed, quantised_weight
-from tests.support.quantised import FORMATS, Net, batch, dense_net, loss, quantised_net, stored_bits
+from tests.support.quantised import ADAPTED, FORMATS, Net, batch, dense_net, loss, marked, quantised_net, stored_bits
 
 LAYERS = ("up.weight", "down.weight")
 
@@ -33,7 +33,16 @@ def trained_net(format: str = "nf4", seed: int = 0) -> tuple[Net, gradsel.Select
 @pytest.mark.supports("torchao int8", "delta")
 @pytest.mark.supports("torchao int4", "delta")
 @pytest.mark.supports("fp8", "delta")
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    "format",
+    marked(
+        FORMATS,
+        gptq=pytest.mark.supports("GPTQ", "delta"),
+        awq=pytest.mark.supports("AWQ", "delta"),
+        hqq=pytest.mark.supports("HQQ", "delta"),
+        quanto=pytest.mark.supports("quanto", "delta"),
+    ),
+)
 def test_a_delta_on_the_quantised_base_is_the_trained_model(format: str, tmp_path: Path) -> None:
     model, selection = trained_net(format)
     x = batch()[0].requires_grad_()
@@ -43,14 +52,14 @@ def test_a_delta_on_the_quantised_base_is_the_trained_model(format: str, tmp_pat
     assert delta == saved
     assert delta["up.weight"].differences == quantised_weight(model.up).kind
     assert delta["up.weight"].values.dtype is torch.float32
-    assert not delta["up.bias"].differences
+    assert not any(part.differences for name, part in delta.items() if name not in LAYERS)
     assert f"differences from {quantised_weight(model.up).kind}" in str(delta)
     base = quantised_net(format)
     before, outputs = stored_bits(base), base(x)
     delta.check(base)
     with delta.applied(base) as applied:
         assert torch.equal(base(x), expected)
-        assert f"{delta.trainable_count():,} entries of 6 tensors" in repr(applied)
+        assert f"{delta.trainable_count():,} entries of {len(delta)} tensors" in repr(applied)
     after = stored_bits(base)
     assert torch.equal(base(x), outputs)
     assert installed(base.up) is None
@@ -192,7 +201,16 @@ def test_a_delta_in_bfloat16_and_as_a_lora(tmp_path: Path) -> None:
 @pytest.mark.supports("torchao int4", "merge")
 @pytest.mark.supports("fp8", "merge")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("format", ["nf4 nested", "int8", "torchao int8", "torchao int4", "torchao float8"])
+@pytest.mark.parametrize(
+    "format",
+    marked(
+        ["nf4 nested", "int8", "torchao int8", "torchao int4", "torchao float8", *ADAPTED],
+        gptq=pytest.mark.supports("GPTQ", "merge"),
+        awq=pytest.mark.supports("AWQ", "merge"),
+        hqq=pytest.mark.supports("HQQ", "merge"),
+        quanto=pytest.mark.supports("quanto", "merge"),
+    ),
+)
 def test_merging_to_a_dtype_gives_a_dense_model(format: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model, selection = trained_net(format)
     expected = model(batch()[0])

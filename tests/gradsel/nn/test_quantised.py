@@ -12,8 +12,20 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import gradsel
-from gradsel.quantised import installed, quantised_weight
-from tests.support.quantised import FORMATS, HIDDEN, INPUTS, Net, batch, dense_net, loss, quantised_net, stored_bits
+from gradsel.quantised import installed
+from tests.support.quantised import (
+    ADAPTED,
+    FORMATS,
+    HIDDEN,
+    INPUTS,
+    Net,
+    batch,
+    dense_net,
+    loss,
+    marked,
+    quantised_net,
+    stored_bits,
+)
 
 LAYERS = ("up.weight", "down.weight")
 POLICIES = {
@@ -33,7 +45,16 @@ def select(model: nn.Module, policy: str = "per-row", **options) -> gradsel.Sele
 @pytest.mark.supports("torchao int8", "select")
 @pytest.mark.supports("torchao int4", "select")
 @pytest.mark.supports("fp8", "select")
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    "format",
+    marked(
+        FORMATS,
+        gptq=pytest.mark.supports("GPTQ", "select"),
+        awq=pytest.mark.supports("AWQ", "select"),
+        hqq=pytest.mark.supports("HQQ", "select"),
+        quanto=pytest.mark.supports("quanto", "select"),
+    ),
+)
 def test_the_selection_is_that_of_the_dequantised_weights(format: str) -> None:
     model = quantised_net(format)
     before, forwards = stored_bits(model), [installed(layer) for layer in (model.up, model.down)]
@@ -103,7 +124,16 @@ def test_gradients_are_those_of_a_dense_weight_with_masked_differences(format: s
 @pytest.mark.supports("torchao int8", "attach", "MaskedAdam", "other optimizers")
 @pytest.mark.supports("torchao int4", "attach", "MaskedAdam", "other optimizers")
 @pytest.mark.supports("fp8", "attach", "MaskedAdam", "other optimizers")
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    "format",
+    marked(
+        FORMATS,
+        gptq=pytest.mark.supports("GPTQ", "attach", "MaskedAdam", "other optimizers"),
+        awq=pytest.mark.supports("AWQ", "attach", "MaskedAdam", "other optimizers"),
+        hqq=pytest.mark.supports("HQQ", "attach", "MaskedAdam", "other optimizers"),
+        quanto=pytest.mark.supports("quanto", "attach", "MaskedAdam", "other optimizers"),
+    ),
+)
 @pytest.mark.parametrize("optimizer", ["MaskedAdamW", "AdamW", "SGD"])
 def test_training_equals_that_of_a_dense_model(format: str, optimizer: str) -> None:
     model = quantised_net(format)
@@ -212,7 +242,16 @@ def test_detach_refuses_to_lose_what_was_trained() -> None:
 @pytest.mark.supports("torchao int8", "save/load")
 @pytest.mark.supports("torchao int4", "save/load")
 @pytest.mark.supports("fp8", "save/load")
-@pytest.mark.parametrize("format", ["nf4", "int8", "torchao int8", "torchao int4", "torchao float8"])
+@pytest.mark.parametrize(
+    "format",
+    marked(
+        ["nf4", "int8", "torchao int8", "torchao int4", "torchao float8", *ADAPTED],
+        gptq=pytest.mark.supports("GPTQ", "save/load"),
+        awq=pytest.mark.supports("AWQ", "save/load"),
+        hqq=pytest.mark.supports("HQQ", "save/load"),
+        quanto=pytest.mark.supports("quanto", "save/load"),
+    ),
+)
 def test_checkpoints_copies_and_pickles_hold_the_differences(format: str) -> None:
     model, selection = trained_net(format)
     x, _ = batch()
@@ -222,8 +261,9 @@ def test_checkpoints_copies_and_pickles_hold_the_differences(format: str) -> Non
     # bitsandbytes does not load the scales that its own 4-bit layers save
     state = {key: t for key, t in model.state_dict().items() if format != "nf4" or not key.count("weight.")}
     again.load_state_dict(state)
-    copied = copy.deepcopy(model)
-    copies = [again, copied]
+    copies = [again]
+    if not format.startswith("quanto"):  # its tensors cannot be copied
+        copies.append(copy.deepcopy(model))
     if not format.startswith("torchao"):  # its tensors cannot be pickled
         file = io.BytesIO()
         torch.save(model, file)
@@ -233,9 +273,9 @@ def test_checkpoints_copies_and_pickles_hold_the_differences(format: str) -> Non
         assert torch.equal(each(x), expected)
         assert installed(each.up).module is each.up
     with torch.no_grad():
-        copied.up.weight_values.zero_()
+        copies[-1].up.weight_values.zero_()
     assert torch.equal(model(x), expected)
-    assert not torch.equal(copied(x), expected)
+    assert not torch.equal(copies[-1](x), expected)
 
 
 def test_a_checkpoint_of_another_selection_is_refused() -> None:
@@ -258,125 +298,3 @@ def test_attach_reports_the_route() -> None:
 
 def test_ranked_sizes_are_those_of_the_dense_weights() -> None:
     assert gradsel.ranked_sizes(quantised_net("nf4"))["up.weight"] == (HIDDEN, INPUTS)
-
-
-# --- Refused, by name ----------------------------------------------------------------------------------------------
-
-
-class OfGptq(nn.Module):
-    """A layer as GPTQ and AWQ store it: codes and scales are buffers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("qweight", torch.zeros(8, INPUTS, dtype=torch.int32))
-        self.register_buffer("scales", torch.ones(1, INPUTS))
-        self.bias = nn.Parameter(torch.zeros(INPUTS))
-
-
-@pytest.mark.refuses("GPTQ", "select")
-@pytest.mark.refuses("AWQ", "select")
-def test_layers_whose_weights_are_no_parameters_are_refused_unless_frozen_by_name(refusal) -> None:
-    model = Net()
-    model.down = OfGptq()
-    with refusal(ValueError, match=r"1 quantised layers .* first down\.qweight of a OfGptq .*'\*\.qweight'"):
-        select(model)
-    model.down.forward = nn.Linear(HIDDEN, INPUTS).forward
-    assert select(model, freeze=["*.qweight"])["up.weight"].nnz
-
-
-class OfBitNet(nn.Module):
-    """As transformers stores ternary weights: four to a byte, as a buffer called weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("weight", torch.zeros(INPUTS // 4, HIDDEN, dtype=torch.uint8))
-        self.register_buffer("weight_scale", torch.ones(1))
-        self.bias = nn.Parameter(torch.zeros(INPUTS))
-
-
-class OfEetq(nn.Module):
-    """A weight of integers as a parameter."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(HIDDEN, INPUTS, dtype=torch.int8), requires_grad=False)
-        self.weight_scales = nn.Parameter(torch.ones(INPUTS))
-
-
-@pytest.mark.filterwarnings("ignore")  # torch's own quantisation is deprecated
-def test_no_layer_with_integers_for_weights_is_left_out_silently() -> None:
-    for layer, name in ((OfBitNet(), "weight"), (OfEetq(), "weight")):
-        model = Net()
-        model.down = layer
-        with pytest.raises(ValueError, match=rf"first down\.{name}\b.*freeze=\['down.weight'\]"):
-            select(model)
-        layer.forward = nn.Linear(HIDDEN, INPUTS).forward
-        assert select(model, freeze=["down.weight"])["up.weight"].nnz
-    for kinds, name in (({nn.Linear}, "up._packed_params"), ({nn.LSTM}, "down._all_weight_values")):
-        model = Net()
-        if nn.LSTM in kinds:
-            model.down = nn.LSTM(HIDDEN, INPUTS)
-        packed = torch.ao.quantization.quantize_dynamic(model, kinds, dtype=torch.qint8)
-        with pytest.raises(ValueError, match=rf"quantised layers .* first {name} of a L"):
-            select(packed)
-
-
-def test_a_quantised_head_is_refused() -> None:
-    model = quantised_net("nf4")
-    model.head = quantised_net("nf4").up
-    with pytest.raises(ValueError, match=r"head\.weight: it is a quantised head.*llm_int8_skip_modules"):
-        select(model)
-    with pytest.raises(ValueError, match=r"whole names up\.weight, which is quantised"):
-        select(quantised_net("nf4"), whole=["up.weight"])
-
-
-def test_weights_repacked_for_inference_are_refused() -> None:
-    model = quantised_net("nf4")
-    model.up.weight.quant_state.packing_format_for_cpu = True
-    with pytest.raises(ValueError, match=r"up\.weight.*packed it anew for inference.*train\(\) mode"):
-        select(model)
-
-
-def test_weights_that_are_not_quantised_yet_are_refused() -> None:
-    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    with pytest.raises(ValueError, match=r"up\.weight.*not quantised yet"):
-        select(Net(lambda inputs, outputs: bnb.nn.Linear4bit(inputs, outputs)))
-
-
-def test_layers_of_torchao_that_quantise_inputs_are_refused() -> None:
-    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
-    model = Net()
-    quantization.quantize_(
-        model, quantization.Int8DynamicActivationInt8WeightConfig(), lambda module, path: path in ("up", "down")
-    )
-    with pytest.raises(ValueError, match=r"up\.weight.*quantises the inputs.*weight-only"):
-        select(model)
-
-
-def test_optimizers_that_select_are_refused() -> None:
-    model = quantised_net("nf4")
-    with pytest.raises(ValueError, match=r"2 ranked weights are quantised, first up\.weight.*gradsel\.select"):
-        gradsel.MaskedAdam(model.named_parameters(), policy=gradsel.PerNeuron(1), model=model)
-
-
-def test_differences_that_were_cast_are_refused() -> None:
-    model, _ = trained_net()
-    model.up.weight_values.data = model.up.weight_values.data.bfloat16()
-    with pytest.raises(RuntimeError, match=r"up\.weight_values has become torch\.bfloat16"):
-        model(batch()[0])
-
-
-def test_a_replaced_weight_is_noticed() -> None:
-    model, _ = trained_net()
-    model.up.weight = nn.Parameter(torch.zeros(HIDDEN, INPUTS))
-    with pytest.raises(RuntimeError, match=r"up\.weight was quantised when the model was attached and is a Parameter"):
-        model(batch()[0])
-
-
-def test_masks_of_every_kind_know_the_dense_shape() -> None:
-    model = quantised_net("nf4")
-    selection = select(model)
-    other = Net(lambda inputs, outputs: quantised_net("nf4").up)
-    assert quantised_weight(other.down).shape == (HIDDEN, INPUTS)
-    with pytest.raises(ValueError, match=r"down\.weight is for shape \[64, 96\], the parameter has \[96, 64\]"):
-        gradsel.attach(other, selection)
