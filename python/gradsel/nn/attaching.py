@@ -103,8 +103,8 @@ def attach(model: nn.Module, selection: Selection) -> AttachReport:
     (float64 for float64); parameters selected whole are trained as they are; all others are frozen. Modules keep their
     classes and forwards, parameters stay the same objects.
 
-    A quantised weight (bitsandbytes, torchao) stays quantised. Its ``<name>_values`` are float32 *differences* from the
-    dequantised weight, which start at zero, and its module gets a forward that adds them (docs/quantised.md).
+    A quantised weight stays quantised. Its ``<name>_values`` are float32 *differences* from the dequantised weight,
+    which start at zero, and its module gets a forward that adds them (docs/quantised.md).
 
     Give ``trainable_parameters(model)`` to an optimizer, to
     :class:`~gradsel.optim.MaskedAdam` best of all. Attach before wrapping the model in DistributedDataParallel or

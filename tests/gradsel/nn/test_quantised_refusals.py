@@ -144,7 +144,7 @@ def test_kernels_for_inference_are_refused() -> None:
         "bits": 4, "group_size": GROUP, "sym": True, "desc_act": False, "in_features": INPUTS, "out_features": HIDDEN,
     }  # fmt: skip
     model = Net()
-    model.up = TorchInt8Linear(**options)
+    model.up = TorchInt8Linear(**{**options, "bits": 8})
     with pytest.raises(ValueError, match=r"up\.qweight of a TorchInt8Linear: .*backend='auto_trainable'"):
         select(model)
     model.up = TorchAtenLinear(**options)
