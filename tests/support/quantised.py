@@ -78,12 +78,12 @@ def quantised_layer(name: str, inputs: int, outputs: int, bias: bool = True) -> 
 def quantised(name: str, layer: nn.Linear) -> nn.Module:
     """A layer of one of the formats :data:`ADAPTED` that stores the weight of this one."""
     if name.startswith("quanto"):
-        quanto = pytest.importorskip("optimum.quanto", reason="optimum-quanto is not installed")
+        quanto = pytest.importorskip("optimum.quanto", reason="optimum-quanto is not installed: pip install optimum-quanto")
         made = quanto.QLinear.from_module(layer, weights=quanto.qint8 if "int8" in name else quanto.qint4)
         made.freeze()
         return made
     if name.startswith("hqq"):
-        hqq = pytest.importorskip("hqq.core.quantize", reason="hqq is not installed")
+        hqq = pytest.importorskip("hqq.core.quantize", reason="hqq is not installed: pip install hqq")
         settings = hqq.BaseQuantizeConfig(nbits=4, group_size=32, axis=1)
         return hqq.HQQLinear(layer, settings, compute_dtype=torch.float32, device="cpu")
     reason = "gptqmodel is not installed: pip install gptqmodel, which compiles one of its dependencies"

@@ -104,7 +104,8 @@ def test_layers_of_torchao_that_quantise_inputs_are_refused() -> None:
 
 
 def test_layers_of_quanto_that_quantise_inputs_are_refused() -> None:
-    quanto = pytest.importorskip("optimum.quanto", reason="optimum-quanto is not installed")
+    reason = "optimum-quanto is not installed: pip install optimum-quanto"
+    quanto = pytest.importorskip("optimum.quanto", reason=reason)
     model = Net()
     quanto.quantize(model, weights=quanto.qint8, activations=quanto.qint8, exclude=["head"])
     quanto.freeze(model)
@@ -113,7 +114,8 @@ def test_layers_of_quanto_that_quantise_inputs_are_refused() -> None:
 
 
 def test_layers_of_compressed_tensors_are_refused_before_and_after_they_are_made_dense() -> None:
-    quantization = pytest.importorskip("compressed_tensors.quantization", reason="compressed-tensors is not installed")
+    reason = "compressed-tensors is not installed: pip install compressed-tensors"
+    quantization = pytest.importorskip("compressed_tensors.quantization", reason=reason)
     from compressed_tensors.compressors import compress_module, decompress_module
 
     weights = quantization.QuantizationArgs(num_bits=4, strategy="group", group_size=GROUP)
@@ -148,6 +150,7 @@ def test_kernels_for_inference_are_refused() -> None:
     with pytest.raises(ValueError, match=r"up\.qweight of a TorchInt8Linear: .*backend='auto_trainable'"):
         select(model)
     model.up = TorchAtenLinear(**options)
+    model.up.post_init()
     assert quantised_weight(model.up) is not None
     model.up.eval()(torch.zeros(1, INPUTS, dtype=torch.bfloat16))
     with pytest.raises(
@@ -159,11 +162,11 @@ def test_kernels_for_inference_are_refused() -> None:
 @pytest.mark.parametrize("library", ["awq", "auto_round_extension"])
 def test_layers_of_libraries_that_others_have_replaced_are_refused_with_what_to_do(library: str) -> None:
     if library == "awq":
-        gemm = pytest.importorskip("awq.modules.linear.gemm", reason="autoawq is not installed: it is not maintained")
+        gemm = pytest.importorskip("awq.modules.linear.gemm", reason="autoawq is not installed: pip install autoawq")
         layer, hint = gemm.WQLinear_GEMM(4, GROUP, INPUTS, HIDDEN, True, "cpu"), r"with gptqmodel.*auto_trainable"
     else:
         extension = pytest.importorskip(
-            "auto_round_extension.torch.qlinear_torch", reason="auto-round is not installed"
+            "auto_round_extension.torch.qlinear_torch", reason="auto-round is not installed: pip install auto-round"
         )
         layer, hint = extension.QuantLinear(4, GROUP, INPUTS, HIDDEN, True), r"format='auto_gptq'"
     model = Net()
