@@ -11,7 +11,6 @@ from gradsel.nn.buffers import kept_buffers
 from gradsel.quantised import quantised_weight
 from tests.support.quantised import ADAPTED, HIDDEN, INPUTS, Net, batch, loss, quantised, quantised_net
 
-
 #: What layers call the tensors of a weight in their checkpoints.
 STORED = {
     "qweight", "qzeros", "scales", "g_idx", "W_q", "scale", "zero",
