@@ -78,8 +78,9 @@ def quantised_layer(name: str, inputs: int, outputs: int, bias: bool = True) -> 
 def quantised(name: str, layer: nn.Linear) -> nn.Module:
     """A layer of one of the formats :data:`ADAPTED` that stores the weight of this one."""
     if name.startswith("quanto"):
-        reason = "optimum-quanto is not installed: pip install optimum-quanto"
-        quanto = pytest.importorskip("optimum.quanto", reason=reason)
+        quanto = pytest.importorskip(
+            "optimum.quanto", reason="optimum-quanto is not installed: pip install optimum-quanto"
+        )
         made = quanto.QLinear.from_module(layer, weights=quanto.qint8 if "int8" in name else quanto.qint4)
         made.freeze()
         return made
