@@ -2,6 +2,7 @@
 
 from gradsel.attached.differences import Differences, no_differences
 from gradsel.attached.record import (
+    OFFLOADED,
     RECORD,
     STATE,
     Attachments,
@@ -28,8 +29,8 @@ from gradsel.attached.selected import (
 from gradsel.attached.steps import links_of, owner_of, watch_optimizers
 
 __all__ = [
-    "LINK", "RECORD", "STATE", "SUFFIX", "VALUES_VERSION", "WEIGHT_VERSION", "Attachments", "Differences", "Original",
-    "Record", "Selected", "SelectedValues", "attached_root", "attachments_of", "differences_in", "is_attached",
-    "is_values", "links_of", "masks_in", "no_differences", "owner_of", "require_complete", "selected_in", "values_of",
-    "watch_optimizers",
+    "LINK", "OFFLOADED", "RECORD", "STATE", "SUFFIX", "VALUES_VERSION", "WEIGHT_VERSION", "Attachments", "Differences",
+    "Original", "Record", "Selected", "SelectedValues", "attached_root", "attachments_of", "differences_in",
+    "is_attached", "is_values", "links_of", "masks_in", "no_differences", "owner_of", "require_complete", "selected_in",
+    "values_of", "watch_optimizers",
 ]  # fmt: skip

@@ -15,6 +15,13 @@ from gradsel.attached.steps import watch_optimizers
 
 #: The attribute of a module with what attach() did to its parameters.
 STATE = "_gradsel_attached"
+#: What is wrong with a parameter of an attached model that accelerate has offloaded, and the way out.
+OFFLOADED = (
+    "is on the meta device, where accelerate leaves what it offloads (cpu_offload, disk_offload, dispatch_model): it "
+    "puts another parameter there for every forward, which cannot be trained. Save the delta and call "
+    "gradsel.detach(model) before a model is offloaded; now, accelerate.hooks.remove_hook_from_submodules(model) and "
+    "then gradsel.detach(model) give back the trained model"
+)
 #: The attribute of the module that attach() was called on.
 RECORD = "_gradsel_record"
 
@@ -153,12 +160,16 @@ def require_complete(root: nn.Module, what: str) -> None:
         ValueError: it names them.
     """
     found: set[str] = set()
+    absent: set[str] = set()
     unfrozen: set[str] = set()
     for path, module in root.named_modules():
         attachments = attachments_of(module)
         if attachments is not None:
             found |= {s.name for short, s in attachments.partial.items() if s.weight() is not None}
             found |= {d.name for short, d in attachments.differences.items() if short + SUFFIX in module._parameters}
+            for short, original in (attachments.partial | attachments.whole).items():
+                if (own := module._parameters.get(short)) is not None and own.is_meta:
+                    absent.add(original.name)
             for short, original in attachments.whole.items():
                 whole = module._parameters.get(short)
                 if whole is not None and whole.shape == original.entries.shape:
@@ -169,6 +180,8 @@ def require_complete(root: nn.Module, what: str) -> None:
                 if (parameter := module._parameters.get(short)) is not None and parameter.requires_grad
             }
     missing = [name for name in vars(root)[RECORD].trained if name not in found]
+    if absent:
+        raise ValueError(f"{min(absent)} {OFFLOADED}")
     if missing:
         raise ValueError(
             f"{what}: {len(missing)} trained parameters are no longer part of the model, or have another shape, first "

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gradsel.attached import (
     LINK,
+    OFFLOADED,
     STATE,
     SUFFIX,
     Attachments,
@@ -26,7 +27,7 @@ from gradsel.attached import (
 from gradsel.nn import functional
 from gradsel.nn.converting import Conversion, adopt_values, adopt_weight
 from gradsel.nn.lending import lend, take_back
-from gradsel.nn.loading import after_root_load, after_root_state_dict, after_state_dict, before_load, before_root_load
+from gradsel.nn.loading import after_load, after_root_load, after_state_dict, before_load, before_root_load
 from gradsel.nn.saving import save_as_before, save_plainly
 from gradsel.nn.sharding import check_gathered, hand_out_split, take_place, unwatch_assignments, watch_assignments
 from gradsel.nn.weights import SelectedWeight
@@ -45,6 +46,7 @@ def hook(module: nn.Module, attachments: Attachments) -> None:
     if attachments.partial or attachments.whole or attachments.differences:
         module.register_state_dict_post_hook(after_state_dict)
         module.register_load_state_dict_pre_hook(before_load)
+        module.register_load_state_dict_post_hook(after_load)
 
 
 def hook_root(root: nn.Module) -> None:
@@ -55,7 +57,7 @@ def hook_root(root: nn.Module) -> None:
     save_plainly(root)
 
 
-_HOOKS = (after_root_state_dict, before_root_load, after_root_load, before_load, after_state_dict, take_back)
+_HOOKS = (before_root_load, after_root_load, before_load, after_load, after_state_dict, take_back)
 
 
 def unhook(module: nn.Module) -> None:
@@ -135,6 +137,8 @@ def _mend(module: nn.Module, short: str, selected: Selected, weight: Tensor | No
     if weight is not None and selected.is_swapped(weight):  # torch.__future__.set_swap_module_params_on_conversion
         adopt_weight(weight, selected)
     if weight is not None and vars(weight).get(LINK) is not selected:
+        if weight.is_meta:
+            raise RuntimeError(f"{name} {OFFLOADED}")
         raise RuntimeError(
             f"{name} has been replaced by another {type(weight).__name__} since attach(), past nn.Module's own ways "
             f"(FullyShardedDataParallel and functional_call do so), and no gradient would reach {name}{SUFFIX}. Pass "

@@ -180,6 +180,22 @@ def before_load(module: nn.Module, state_dict: StateDict, prefix: str, *rest: An
         attachments.record.rebased += rebased
 
 
+@torch.no_grad()
+def after_load(module: nn.Module, incompatible_keys: Any) -> None:
+    """Writes values that have been loaded to their weights, at which a compiled forward does not look again.
+
+    Another shard of the checkpoint may bring the weights, so it is not noted that they agree now.
+    """
+    attachments = attachments_of(module)
+    with torch._C.DisableTorchFunctionSubclass():
+        for selected in () if attachments is None else attachments.partial.values():
+            weight, values = selected.weight(), selected.values()
+            if selected.shards is not None or weight is None or values is None or weight.is_meta or values.is_meta:
+                continue
+            if selected.seen is None or selected.state_of(weight, values)[:3] != selected.seen[:3]:
+                selected.mask.scatter_(weight, values)
+
+
 def _report_rebased(names: list[str]) -> None:
     if names:
         warnings.warn(

@@ -85,15 +85,18 @@ def strip_wrappers(name: str) -> str:
     return ".".join(_unwrapped(name.split(".")))
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model inside the wrapper that ``torch.compile(model)`` returns."""
+    while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+        model = inner
+    return model
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside DistributedDataParallel, DataParallel and torch.compile."""
-    while True:
-        if isinstance(model, (nn.DataParallel, DistributedDataParallel)):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
+    while isinstance(model := uncompiled(model), (nn.DataParallel, DistributedDataParallel)):
+        model = model.module
+    return model
 
 
 def _unwrapped(parts: list[str]) -> Iterator[str]:

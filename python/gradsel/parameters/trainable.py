@@ -64,7 +64,10 @@ def require_trainable(name: str, parameter: Tensor) -> None:
     if reason is not None:
         raise ValueError(f"{name} is {reason}, which cannot be trained; freeze it, as in select(freeze=[{name!r}])")
     if parameter.is_meta:
-        raise ValueError(f"{name} is on the meta device, where it has no entries; load its weights first")
+        raise ValueError(
+            f"{name} is on the meta device, where it has no entries: it is not loaded, or offloaded by accelerate; "
+            "load the whole model first"
+        )
     if parameter.is_inference():
         raise ValueError(
             f"{name} was made in torch.inference_mode(), where torch makes tensors that cannot be trained: make the "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from gradsel.dtypes import trained_dtype
 from gradsel.ranking.distributed import add_over, failing_together, total_over, unsynchronised
 from gradsel.ranking.planning import NOT_ONE, GradientPlan
+from gradsel.ranking.preserving import eagerly
 from gradsel.ranking.replay import Replay
 from gradsel.ranking.shards import shard_of
 from gradsel.sharding import is_sharded
@@ -62,6 +63,8 @@ def collect(
     """
     result = Collected()
     replay = Replay(model, batches, len(plan.groups))
+    # Compiled code would be made anew for each pass, since other parameters require grad.
+    running = eagerly if len(plan.groups) > 1 else nullcontext
     for number, names in enumerate(plan.groups):
         for parameter in (*model.parameters(), *ranked.values()):  # stand-ins are not in the model
             parameter.requires_grad_(False)
@@ -71,7 +74,7 @@ def collect(
         title = "selection gradients" + (f", pass {number + 1} of {len(plan.groups)}" if len(plan.groups) > 1 else "")
         replay.rewind()
         count = 0
-        with failing_together(group), sums.watching(members), unsynchronised(model):
+        with failing_together(group), sums.watching(members), unsynchronised(model), running():
             for batch in tqdm(batches, desc=title, unit="batch", disable=quiet, leave=False):
                 count += 1
                 if plan.streaming and count > 1:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gradsel.parameters.names import has_part, unwrapped
 from gradsel.parameters.rules import HEAD
+from gradsel.ranking.preserving import eagerly
 
 
 class Features:
@@ -146,10 +147,8 @@ def _input_of(model: nn.Module, name: str, inputs: Any) -> Tensor:
 
     handle = model.get_submodule(name).register_forward_pre_hook(catch)
     try:
-        if isinstance(inputs, Mapping):
-            model(**inputs)
-        else:
-            model(inputs)
+        with eagerly():  # compiled code would not call the hook
+            model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
     except _Found:
         pass
     finally:

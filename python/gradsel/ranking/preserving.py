@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy
@@ -33,6 +34,11 @@ def preserved(model: nn.Module) -> Iterator[None]:
             module.training = training
         buffers.restore()
         numbers.restore()
+
+
+def eagerly() -> AbstractContextManager[Any]:
+    """Inside, what torch.compile has compiled runs as it was written."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 class Buffers:

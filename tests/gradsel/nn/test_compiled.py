@@ -21,7 +21,9 @@ from tests.support.every_layer import (
     inputs,
     train,
 )
-from tests.support.selections import PARTIAL, random_selection
+from tests.support.selections import PARTIAL, check_consistent, data, random_selection, toy
+from tests.support.settings import COMPILED
+from tests.support.toy import cross_entropy
 
 
 @pytest.mark.supports("torch.compile", "attach", "MaskedAdam")
@@ -92,3 +94,76 @@ def test_memory_is_freed_with_the_model(make) -> None:
     finally:
         gc.enable()
     assert plain is not None
+
+
+# --- Before attach() ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.supports("torch.compile", "select", "attach", "MaskedAdam", "save/load", "delta", "merge")
+@pytest.mark.parametrize("way", COMPILED)
+def test_compiled_before_the_selection(way: str) -> None:
+    """The selection, the trained model, its delta and its base are those of the model that is not compiled."""
+    model = toy(dtype=torch.float64)[0].eval()
+    model.dropout = nn.Identity()
+    plain = copy.deepcopy(model)
+    called = COMPILED[way](model)
+    batches = data(torch.float64)
+    selections = []
+    for each in (called, plain):
+        for loss in (cross_entropy, gradsel.contrastive(gradsel.features(each))):
+            for options in ({"memory": "full"}, {"max_gradient_bytes": 12000}):
+                selections.append(gradsel.select(each, batches, loss, freeze=["unused.*"], **options))
+    assert selections[:4] == selections[4:]
+    assert selections[0].base == selections[4].base
+    before = copy.deepcopy(plain.state_dict())
+    for each in (called, plain):
+        gradsel.attach(each, selections[0])
+        optimizer = gradsel.MaskedAdam(gradsel.trainable_parameters(each), lr=1e-2)
+        for batch in batches:
+            optimizer.zero_grad()
+            cross_entropy(each.train(), batch).backward()  # changes running statistics
+            optimizer.step()
+        check_consistent(each)
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+    delta = gradsel.Delta.of(called)
+    assert delta.keys() == gradsel.Delta.of(plain).keys()
+    called.load_state_dict(copy.deepcopy(called.state_dict()))
+    twin = copy.deepcopy(called)
+    twin.load_state_dict(called.state_dict())
+    assert gradsel.Delta.of(twin) == gradsel.Delta.of(called) == delta
+    gradsel.detach(called, restore=True)
+    for (name, tensor), original in zip(model.state_dict().items(), before.values(), strict=True):
+        assert torch.equal(tensor, original), name
+
+
+def test_passes_over_the_data_are_not_compiled_one_by_one() -> None:
+    """Each has other parameters that require grad, and torch compiles a function only so often."""
+    model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(12)))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    options = {"loss": lambda model, x: model(x).square().mean(), "max_gradient_bytes": 300}
+    selections = [gradsel.select(each, [torch.ones(2, 6)], **options) for each in (compiled, model)]
+    assert selections[0].notes["memory"].startswith("grouped: 12 passes")
+    assert selections[0] == selections[1]
+
+
+def test_values_that_are_loaded_alone_reach_a_compiled_forward() -> None:
+    model, selection = toy()
+    trained, compiled = copy.deepcopy(model).eval(), torch.compile(model.eval(), backend="aot_eager")
+    gradsel.attach(compiled, selection)
+    gradsel.attach(trained, selection)
+    images = data()[0][0]
+    before = compiled(images)
+    with torch.no_grad():
+        for p in gradsel.trainable_parameters(trained):
+            p.mul_(1.5)
+    state = {f"_orig_mod.{name}": p for name, p in trained.named_parameters() if p.requires_grad}
+    compiled.load_state_dict(state, strict=False)
+    torch.testing.assert_close(compiled(images), trained(images))
+    assert (before != compiled(images)).all()
+
+
+def test_a_compiled_wrapper_of_replicas_is_refused() -> None:
+    model, selection = toy()
+    with pytest.raises(ValueError, match=r"wrapped in DataParallel.*attach\(\) the model first"):
+        gradsel.attach(torch.compile(nn.DataParallel(model), backend="eager"), selection)
