@@ -1,4 +1,4 @@
-"""Attached models in everyday training: any optimizer, clipping, scaling, autocast, checkpointing, compilation."""
+"""Attached models in everyday training: clipping, scaling, checkpointing, compilation."""
 
 from __future__ import annotations
 
@@ -6,87 +6,14 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import gradsel
 from gradsel.attached import selected_in
 from gradsel.masks import PerRow
-from tests.support.selections import KINDS, check_consistent, check_frozen, data, frozen_entries, mask_gradients, toy
+from tests.support.selections import check_consistent, check_frozen, data, frozen_entries, mask_gradients, toy
 from tests.support.toy import cross_entropy
-
-OPTIMIZERS = {
-    "MaskedAdam": lambda p: gradsel.MaskedAdam(p, lr=1e-2),
-    "MaskedAdamW": lambda p: gradsel.MaskedAdamW(p, lr=1e-2),
-    "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2),
-    "AdamW, fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
-    "SGD": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9),
-    "LBFGS": lambda p: torch.optim.LBFGS(p, lr=1e-2, max_iter=3),
-}
-
-
-@pytest.mark.parametrize("search", [None, "strong_wolfe"])
-def test_lbfgs_sees_the_weights_it_tries(search):
-    model, selection = toy(dtype=torch.float64)
-    model.eval()
-    dense = copy.deepcopy(model)
-    gradsel.attach(model, selection)
-    gradsel.freeze(dense, selection)
-    # The dense model's selected entries as one parameter, written into its weights before every evaluation.
-    own = {name: selection[name].gather(p.detach()).requires_grad_() for name, p in dense.named_parameters()
-           if p.requires_grad}  # fmt: skip
-
-    def dense_loss() -> Tensor:
-        for name, parameter in dense.named_parameters():
-            if name in own:
-                selection[name].scatter_(parameter.data, own[name].detach())
-        dense.zero_grad()
-        loss = cross_entropy(dense, data(torch.float64)[0])
-        loss.backward()
-        for name, parameter in dense.named_parameters():
-            if name in own:
-                own[name].grad = selection[name].gather(parameter.grad)
-        return loss
-
-    def our_loss() -> Tensor:
-        model.zero_grad()
-        loss = cross_entropy(model, data(torch.float64)[0])
-        loss.backward()
-        return loss
-
-    settings = {"lr": 0.1, "max_iter": 5, "line_search_fn": search}
-    theirs = torch.optim.LBFGS(list(own.values()), **settings)
-    ours = torch.optim.LBFGS(gradsel.trainable_parameters(model), **settings)
-    for _ in range(2):
-        expected, found = theirs.step(dense_loss), ours.step(our_loss)
-        assert found.item() == pytest.approx(expected.item(), rel=1e-9)
-    check_consistent(model)
-
-
-@pytest.mark.supports("CPU", "attach", "MaskedAdam", "other optimizers", "merge")
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_any_optimizer_keeps_the_weights_up_to_date(name, kind):
-    model, selection = toy(kind)
-    before = frozen_entries(model, selection)
-    gradsel.attach(model, selection)
-    optimizer = OPTIMIZERS[name](gradsel.trainable_parameters(model))
-    for batch in data():
-
-        def closure(batch=batch):
-            optimizer.zero_grad()
-            loss = cross_entropy(model, batch)
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
-        check_consistent(model)
-    check_frozen(model, selection, before)
-    trained = {name: p.detach().clone() for name, p in model.named_parameters() if not name.endswith("_values")}
-    gradsel.detach(model)
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, trained[name])
-    assert any((p != q).any() for p, q in zip(model.parameters(), toy()[0].parameters(), strict=True))
 
 
 def test_masked_adam_makes_one_call_and_needs_no_hook(monkeypatch):
@@ -155,26 +82,6 @@ def test_grad_scaler_skips_an_overflow():
     assert scaler.get_scale() < 8
     check_consistent(model)
     check_frozen(model, selection, before)
-
-
-@pytest.mark.supports("autocast", "attach")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype):
-    model, selection = toy()
-    dense = copy.deepcopy(model)
-    gradsel.attach(model, selection)
-    gradsel.freeze(dense, selection)
-    for trained in (model, dense):
-        torch.manual_seed(0)
-        with torch.autocast("cpu", dtype):
-            loss = cross_entropy(trained, data()[0])
-        loss.backward()
-    for name, parameter in dense.named_parameters():
-        mask = selection[name]
-        if mask.kind == "per-row":
-            module = model.get_submodule(name.rpartition(".")[0])
-            found, expected = module.weight_values.grad, mask.gather(parameter.grad)
-            torch.testing.assert_close(found, expected, rtol=0.05, atol=0.02 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
