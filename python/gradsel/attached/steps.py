@@ -104,8 +104,14 @@ _stepped: weakref.WeakSet = weakref.WeakSet()
 
 
 def _after_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-    if torch.compiler.is_dynamo_compiling() and getattr(optimizer, "writes_weights", False):
-        return  # the compiled step writes them
+    if not torch.compiler.is_dynamo_compiling():
+        _finish(optimizer)
+    elif not getattr(optimizer, "writes_weights", False):  # otherwise the compiled step writes them
+        torch.compiler.disable(_finish)(optimizer)
+
+
+def _finish(optimizer: Optimizer) -> None:
+    """Writes what a step has changed, and looks at an optimizer after its first one."""
     if not getattr(optimizer, "writes_weights", False):
         _write(optimizer)
     if optimizer not in _stepped:

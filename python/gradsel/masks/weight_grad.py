@@ -7,8 +7,10 @@ them (:meth:`gradsel.masks.Mask.product`, :meth:`~gradsel.masks.Mask.lookup`) an
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +25,25 @@ Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 #: If more than this share of an input is used, forward keeps a reference to the input instead of copying the used part:
 #: sibling layers (query, key and value) may hold the same input, and then it costs nothing.
 COPIED_SHARE = 0.5
+
+
+def once(backward: Callable) -> Callable:
+    """Makes it an error to differentiate the backward of an autograd function.
+
+    Torch's ``once_differentiable`` puts the error where ``autograd.grad`` with respect to inputs does not go: Hessians
+    and their products with vectors would lack a part.
+    """
+
+    @wraps(backward)
+    def checked(ctx: Any, *grads: Any) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "gradients of an attached model cannot be differentiated again (create_graph=True, as for Hessians and "
+                "gradient penalties): for those, call gradsel.detach(model) first"
+            )
+        return backward(ctx, *grads)
+
+    return checked
 
 
 class _Movable:

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn import grad as input_grads
 
 from gradsel.masks import Mask
-from gradsel.masks.weight_grad import Lookup, Product, Taps
+from gradsel.masks.weight_grad import Lookup, Product, Taps, once
 
 #: Copies of a convolution's taps that backward holds at a time, in bytes: batches are cut to stay below.
 TAP_BYTES = 2**26
@@ -54,7 +53,7 @@ class _Linear(Function):
         return F.linear(input, weight, bias)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad_output: Tensor):
         weight, kept = ctx.saved_tensors
         wants_input, _, wants_bias, _, _ = ctx.needs_input_grad
@@ -124,7 +123,7 @@ class _Conv(Function):
         return output
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad_output: Tensor):
         weight, kept = ctx.saved_tensors
         wants_input, _, wants_bias, *_ = ctx.needs_input_grad
@@ -175,7 +174,7 @@ class _Embedding(Function):
         return F.embedding(input, weight, padding_idx)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad_output: Tensor):
         (input,) = ctx.saved_tensors
         grad_output = grad_output.reshape(-1, grad_output.shape[-1])
@@ -204,7 +203,7 @@ class _Harvest(Function):
         return weight.view_as(weight)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad: Tensor):
         dense = grad.to_dense() if grad.is_sparse else grad
         return None, ctx.mask.gather(dense).to(ctx.dtype), None

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from gradsel.attached import Selected
+from gradsel.masks.weight_grad import once
 from gradsel.nn.functional import autocast_input
 from gradsel.nn.lending import expect_loans, lend
 from gradsel.sharding import Part, is_sharded, mesh_of, settled
@@ -137,7 +137,7 @@ class _Linear(Function):
         return F.linear(input, weight, bias)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad_output: Any):
         weight, kept, values = ctx.saved_tensors
         wants_input, _, wants_bias, *_ = ctx.needs_input_grad
@@ -168,7 +168,7 @@ class _Harvest(Function):
         return weight.detach()
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad: Any):
         weight, values = ctx.saved_tensors
         dense = settled(grad.redistribute(ctx.part.mesh, ctx.part.placements))

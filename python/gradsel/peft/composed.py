@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from gradsel.masks.weight_grad import Product
+from gradsel.masks.weight_grad import Product, once
 from gradsel.nn.functional import autocast_input
 
 
@@ -79,7 +78,7 @@ class _Linear(Function):
             return F.linear(input, weight, bias)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad_output: Tensor):
         count = len(ctx.places)
         weight, *saved = ctx.saved_tensors

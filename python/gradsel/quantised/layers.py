@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from gradsel.masks import Mask
+from gradsel.masks.weight_grad import once
 from gradsel.quantised.finding import require_known
 from gradsel.quantised.formats import Quantised
 
@@ -63,7 +63,7 @@ class _Linear(Function):
         return F.linear(input, with_differences(weight, input.dtype, mask, values), bias)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad_output: Tensor):
         kept, values = ctx.saved_tensors
         wants_input, wants_bias, wants_values, *_ = ctx.needs_input_grad

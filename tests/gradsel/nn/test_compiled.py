@@ -163,6 +163,29 @@ def test_values_that_are_loaded_alone_reach_a_compiled_forward() -> None:
     assert (before != compiled(images)).all()
 
 
+@pytest.mark.parametrize("compiled", ["step", "everything"])
+def test_compiled_steps_of_torch_write_the_weights(compiled: str) -> None:
+    model, selection = toy(dtype=torch.float64)
+    gradsel.attach(model.eval(), selection)
+    plain = copy.deepcopy(model)
+    optimizers = [torch.optim.AdamW(gradsel.trainable_parameters(each), lr=0.1, eps=1e-3) for each in (model, plain)]
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer, batch, step) -> None:
+        optimizer.zero_grad()
+        cross_entropy(model, batch).backward()
+        step()
+
+    torch.compiler.reset()
+    step = torch.compile(lambda: optimizers[0].step(), backend="eager") if compiled == "step" else optimizers[0].step
+    compiled_train = torch.compile(train, backend="eager") if compiled == "everything" else train
+    for batch in data(torch.float64):
+        compiled_train(model, optimizers[0], batch, step)
+        train(plain, optimizers[1], batch, optimizers[1].step)
+    check_consistent(model)
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
 def test_a_compiled_wrapper_of_replicas_is_refused() -> None:
     model, selection = toy()
     with pytest.raises(ValueError, match=r"wrapped in DataParallel.*attach\(\) the model first"):
