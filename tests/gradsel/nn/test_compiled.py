@@ -168,7 +168,7 @@ def test_compiled_steps_of_torch_write_the_weights(compiled: str) -> None:
     model, selection = toy(dtype=torch.float64)
     gradsel.attach(model.eval(), selection)
     plain = copy.deepcopy(model)
-    optimizers = [torch.optim.AdamW(gradsel.trainable_parameters(each), lr=0.1, eps=1e-3) for each in (model, plain)]
+    optimizers = [torch.optim.SGD(gradsel.trainable_parameters(each), 0.1, momentum=0.9) for each in (model, plain)]
 
     def train(model: nn.Module, optimizer: torch.optim.Optimizer, batch, step) -> None:
         optimizer.zero_grad()
