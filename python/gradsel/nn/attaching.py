@@ -107,12 +107,12 @@ def attach(model: nn.Module, selection: Selection) -> AttachReport:
     which start at zero, and its module gets a forward that adds them (docs/quantised.md).
 
     Give ``trainable_parameters(model)`` to an optimizer, to
-    :class:`~gradsel.optim.MaskedAdam` best of all. Attach before wrapping the model in DistributedDataParallel or
-    torch.compile, and make the optimizer afterwards.
+    :class:`~gradsel.optim.MaskedAdam` best of all. Attach before wrapping the model in DistributedDataParallel, and
+    make the optimizer afterwards. Of ``torch.compile(model)``, the model inside is attached.
 
     Values are what counts. In eager mode, whatever writes to them is in the weight before its next use, and whatever
     writes to the selected entries of the weight is taken over by the values. Under ``torch.compile`` only the steps of
-    ``torch.optim`` optimizers are; call :func:`sync` after any other change.
+    ``torch.optim`` optimizers and ``load_state_dict()`` are; call :func:`sync` after any other change.
 
     ``state_dict()`` has the keys of the plain model and ``<name>_values`` beside them, so that training goes on exactly
     where it stopped; :func:`gradsel.export` writes the plain model, and so does ``model.save_pretrained()`` of
