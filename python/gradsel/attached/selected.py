@@ -206,7 +206,7 @@ class Selected(Masked):
     def mark(self, weight: Tensor, values: Tensor) -> None:
         """Weight and values agree now."""
         self.seen = self.state_of(weight, values)
-        self.unseen = values.untyped_storage().nbytes() > values.nbytes
+        self.unseen = lies_in_a_block(values)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Selected:
         made = Selected(self.name, self.entries.clone(), self.replaced, mask=self.mask, kind=self.kind)
@@ -216,6 +216,11 @@ class Selected(Masked):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "seen": None, "shards": None}
+
+
+def lies_in_a_block(values: Tensor) -> bool:
+    """Whether there is more in the same memory."""
+    return values.untyped_storage().nbytes() > values.nbytes
 
 
 def _is_faked() -> bool:
@@ -255,6 +260,8 @@ class SelectedValues(nn.Parameter):
     def data(self, new: Tensor) -> None:
         torch._C.TensorBase.data.__set__(self, uncast(new, self.detach()))  # type: ignore[attr-defined]
         torch.autograd.graph.increment_version(self)
+        if (selected := vars(self).get(LINK)) is not None:
+            selected.unseen = lies_in_a_block(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SelectedValues:
         if id(self) not in memo:

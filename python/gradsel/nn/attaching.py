@@ -38,7 +38,8 @@ from gradsel.nn.hooks import hook, hook_root, unhook
 from gradsel.nn.quantised import Attached
 from gradsel.nn.sharding import detach_shards, link_shards, require_own_shards, restore_whole, sharded_values
 from gradsel.nn.weights import SelectedWeight
-from gradsel.parameters.names import Use, parameter_uses, strip_wrappers, uncompiled
+from gradsel.parameters.claimed import require_unclaimed
+from gradsel.parameters.names import Use, parameter_uses, strip_wrappers
 from gradsel.parameters.trainable import require_trainable
 from gradsel.quantised import Quantised, install, installed, uninstall, weight_parameter
 from gradsel.selection.selection import Selection, lookup
@@ -126,15 +127,11 @@ def attach(model: nn.Module, selection: Selection) -> AttachReport:
         Which parameter is trained by which route.
 
     Raises:
-        KeyError, ValueError: the selection is for another model, the model is attached already or is wrapped in
-            DistributedDataParallel, or a selected parameter cannot be trained; nothing has changed.
+        KeyError, ValueError: the selection is for another model, the model is attached already, is wrapped in
+            DistributedDataParallel or belongs to a DeepSpeed engine, or a selected parameter cannot be trained; nothing
+            has changed.
     """
-    model = uncompiled(model)
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        raise ValueError(
-            f"the model is wrapped in {type(model).__name__}, which has registered its parameters already; attach() "
-            "the model first, then wrap it"
-        )
+    require_unclaimed(model)
     if is_attached(model):
         raise ValueError("the model is attached already; call gradsel.detach(model) first")
     reshard(model)

@@ -24,6 +24,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from gradsel.attached import LINK, SUFFIX, Selected, is_values
 from gradsel.attached.selected import unlinked
 from gradsel.nn import functional
+from gradsel.parameters.claimed import ADVICE, is_partitioned
 
 
 def _names(text: str) -> frozenset[str]:
@@ -70,9 +71,7 @@ class SelectedWeight(nn.Parameter):
                     return result
             if torch.compiler.is_dynamo_compiling():
                 looks = func.__name__ in _METADATA or (func.__name__ == "__get__" and not _is_view(func))
-                if looks or not torch.is_grad_enabled():
-                    return func(*args, **kwargs)
-                return _read(func, args, kwargs)
+                return func(*args, **kwargs) if looks else _read(func, args, kwargs)
             return _called(func, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SelectedWeight:
@@ -168,6 +167,8 @@ def _set(func: Callable, weight: Tensor, value: Any) -> None:
         func(weight, value)
         return
     selected = selected_of(weight)
+    if is_partitioned(weight):
+        raise RuntimeError(f"{selected.name} is attached, so DeepSpeed's ZeRO-3 cannot partition it. {ADVICE}")
     if tuple(value.shape) != selected.mask.shape or not value.is_floating_point():
         raise RuntimeError(
             f"{selected.name} is attached to a selection of its {list(selected.mask.shape)} entries, so it cannot "
@@ -274,10 +275,13 @@ def _present(weight: SelectedWeight) -> Tensor:
 
 def _current(weight: Tensor, selected: Selected) -> Tensor | None:
     """The values, once they and the weight agree."""
-    if torch.compiler.is_dynamo_compiling():  # versions cannot be read; hooks keep the weight up to date
-        values = selected.values()
-        return values if values is None or selected.shards is None else selected.shards.in_forward(values)
-    return selected.refresh(weight)
+    if not torch.compiler.is_dynamo_compiling():
+        return selected.refresh(weight)
+    values = selected.values()  # versions cannot be read; hooks of optimizers keep the weight up to date
+    if values is not None and selected.unseen and is_values(values):
+        with torch.no_grad():
+            selected.mask.scatter_(weight, values)
+    return values
 
 
 def _dense(weight: SelectedWeight, selected: Selected, values: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 import gradsel_kernels as gk
 from gradsel.masks import Mask, PerRow, fingerprint
 from gradsel.optim.call import refuse_sparse, version_of
-from gradsel.optim.groups import check_anchor, check_options, check_parameter, plain_name
+from gradsel.optim.groups import check_anchor, check_options, check_parameter, plain_name, replaced_by_hand
 from gradsel.optim.selector import Selector, fingerprints_of, require_agreement, silent_rows
 from gradsel.optim.state import FINGERPRINT
 from gradsel.views import NeuronView
@@ -71,6 +71,9 @@ def _trained(optimizer: Optimizer) -> Iterator[Trained]:
     """The parameters that the optimizer selects in: those of groups without masks of their own."""
     place = 0
     for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter not in optimizer._masks:
+                raise KeyError(replaced_by_hand(parameter))
         names = group.get("param_names") or [""] * len(group["params"])
         for name, parameter in zip(names, group["params"], strict=True):
             if parameter not in optimizer._own_masks:

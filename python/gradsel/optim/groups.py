@@ -14,6 +14,7 @@ from torch.optim.optimizer import _get_capturable_supported_devices
 
 from gradsel.attached import SUFFIX, owner_of
 from gradsel.masks import Mask, Whole
+from gradsel.parameters.claimed import ADVICE, is_partitioned
 from gradsel.parameters.names import strip_wrappers
 from gradsel.selection.selection import lookup
 from gradsel.sharding import is_sharded
@@ -53,6 +54,15 @@ def plain_name(name: str) -> str:
     return strip_wrappers(name).removesuffix(SUFFIX)
 
 
+def names_of(group: Mapping[str, Any]) -> list[str] | None:
+    """The names of a group's parameters; None if they have none, or are not those that were named.
+
+    DeepSpeed puts one tensor into the place of all parameters of a group, and leaves the names.
+    """
+    names = group.get("param_names")
+    return names if names and len(names) == len(group["params"]) else None
+
+
 def bind(group: dict[str, Any], masks: Mapping[str, Mask] | None) -> dict[Tensor, Mask]:
     """The mask of every parameter of a group."""
     params = group["params"]
@@ -67,6 +77,10 @@ def bind(group: dict[str, Any], masks: Mapping[str, Mask] | None) -> dict[Tensor
         if not isinstance(mask, Mask):
             raise TypeError(
                 f"the mask of {name} is a {type(mask).__name__}; Selection.from_dense(masks) takes boolean tensors"
+            )
+        if is_partitioned(parameter):
+            raise ValueError(
+                f"{name} is partitioned by DeepSpeed's ZeRO-3, so MaskedAdam takes no mask for it. {ADVICE}"
             )
         if mask.shape != tuple(parameter.shape):
             raise ValueError(
@@ -88,6 +102,15 @@ def check_names(group: dict[str, Any]) -> None:
             "masks are keyed by parameter name, but the parameters have no names; "
             "pass model.named_parameters() instead of model.parameters()"
         )
+
+
+def replaced_by_hand(parameter: Tensor) -> str:
+    """What is wrong with a parameter that no constructor or add_param_group() has seen."""
+    return (
+        f"a parameter of shape {list(parameter.shape)} was put into a group by hand, so it has no mask; use "
+        "add_param_group() or a new optimizer. DeepSpeed does so, except in stage 0 with float32: attach() the model "
+        "first, and give MaskedAdam its trainable_parameters() and no masks or policy"
+    )
 
 
 def check_masks(masks: Any) -> None:

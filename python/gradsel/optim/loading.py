@@ -13,7 +13,7 @@ from torch import Tensor
 from gradsel.attached import owner_of
 from gradsel.masks import Mask
 from gradsel.optim.call import State, Target, target_of
-from gradsel.optim.groups import check_sizes, complete_options, plain_name
+from gradsel.optim.groups import check_sizes, complete_options, names_of, plain_name
 from gradsel.optim.state import dense, fitted, is_dense
 
 Groups = list[dict[str, Any]]
@@ -84,7 +84,7 @@ def _in_order_of(
 
 def _named(group: dict[str, Any], targets: Sequence[Target]) -> list[tuple[Target, str]]:
     """Targets with the names of their parameters; without names, with their numbers in the group."""
-    names = group.get("param_names") or [f"parameter {number}" for number in range(len(targets))]
+    names = names_of(group) or [f"parameter {number}" for number in range(len(targets))]
     owners = [owner_of(target.parameter) for target in targets]
     return [
         (target, name if owner is None else owner[1].name)
@@ -94,7 +94,8 @@ def _named(group: dict[str, Any], targets: Sequence[Target]) -> list[tuple[Targe
 
 def _plain_names(saved: dict[str, Any], group: dict[str, Any]) -> list[str] | None:
     """The plain names of a saved group, if the group has the same names in any order."""
-    if "param_names" not in saved or "param_names" not in group:
+    both = names_of(saved), names_of(group)
+    if not all(both):
         return None
-    names, own = ([plain_name(name) for name in each["param_names"]] for each in (saved, group))
+    names, own = ([plain_name(name) for name in each or ()] for each in both)
     return names if len(set(own)) == len(own) and set(names) == set(own) else None

@@ -20,7 +20,7 @@ from gradsel.optim import compiling
 from gradsel.optim.call import Call, Plan, State, Target, calls_by_device, refuse_sparse, target_of, version_of
 from gradsel.optim.completing import complete
 from gradsel.optim.first_step import select_in_step
-from gradsel.optim.groups import check_anchor, check_options, check_parameter
+from gradsel.optim.groups import check_anchor, check_options, check_parameter, replaced_by_hand
 from gradsel.optim.rates import host_number, rates_on
 from gradsel.optim.selector import Selector
 from gradsel.selection.selection import Selection
@@ -215,11 +215,8 @@ class Stepping(Optimizer):
     def _targets(self, group: dict[str, Any]) -> Iterator[Target]:
         for parameter in group["params"]:
             if parameter not in self._masks:
-                if self._selection is not None:
-                    raise KeyError(
-                        f"a parameter of shape {list(parameter.shape)} was put into a group by hand, so it has no "
-                        "mask; use add_param_group() or a new optimizer"
-                    )
+                if self._selection is not None or self._own_masks or self._selector is not None:
+                    raise KeyError(replaced_by_hand(parameter))
                 self._masks[parameter] = Whole(parameter.shape)
             yield target_of(parameter, self._masks)
 

@@ -139,7 +139,8 @@ class _Sums:
         if foreign:
             raise ValueError(
                 f"{foreign[0]} has a hook of its own that acts on gradients as they arrive, such as an optimizer in "
-                "backward; remove it, select, and register it again"
+                "backward; remove it, select, and register it again. If it is DeepSpeed's, select before "
+                "deepspeed.initialize()"
             )
         with ExitStack() as stack:
             for name, parameter in members.items():

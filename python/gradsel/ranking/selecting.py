@@ -16,6 +16,7 @@ from typing_extensions import Unpack
 
 import gradsel_kernels as gk
 from gradsel.masks import Frozen, Mask, PerRow, Whole
+from gradsel.parameters.claimed import require_unpartitioned
 from gradsel.parameters.fingerprints import fingerprints
 from gradsel.parameters.names import parameter_uses, shaped_parameters
 from gradsel.parameters.rules import Rule, RuleOptions, parameter_rules, sizes_of
@@ -96,6 +97,7 @@ def select(
         raise TypeError(f"policy must be a policy such as PerNeuron(1), got {policy!r}")
     if not (math.isfinite(loss_scale) and loss_scale > 0):
         raise ValueError(f"loss_scale must be positive and finite, got {loss_scale}")
+    require_unpartitioned(model, "select()")
     reshard(model)
     rule_of = parameter_rules(model, **rules)
     parameters = shaped_parameters(model)
