@@ -32,6 +32,7 @@ SETTINGS = {
     "HSDP": "`fully_shard` over a mesh of replicas and shards",
     "TP": "tensor parallelism, `parallelize_module`",
     "FSDP2 + TP": "both on one mesh",
+    "DeepSpeed": "ZeRO of DeepSpeed, stages 0 to 2",
     "DCP": "`torch.distributed.checkpoint`",
     "offload": "parameters, or sums of gradients, on the CPU",
     "nf4": "a base in 4 bits, bitsandbytes",

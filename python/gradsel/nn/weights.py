@@ -172,7 +172,8 @@ def _set(func: Callable, weight: Tensor, value: Any) -> None:
     if tuple(value.shape) != selected.mask.shape or not value.is_floating_point():
         raise RuntimeError(
             f"{selected.name} is attached to a selection of its {list(selected.mask.shape)} entries, so it cannot "
-            f"become {value.dtype} {list(value.shape)}; call gradsel.detach(model) first, and select and attach anew"
+            f"become {value.dtype} {list(value.shape)}; call gradsel.detach(model) first, and select and attach anew. "
+            "To shard the model, use fully_shard() and not FullyShardedDataParallel"
         )
     selected.refresh(weight)
     func(weight, value)
