@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import gradsel
+from gradsel.integrations.transformers import SparseCheckpoints
+from tests.support import tiny
 from tests.support.selections import check_consistent, random_selection
 from tests.support.sharded import (
     OPTIMIZERS,
@@ -39,14 +41,12 @@ pytestmark = [
     ),
 ]
 OWN = {"type": "AdamW", "params": {"lr": 1e-2, "eps": 1e-3, "weight_decay": 1e-2, "torch_adam": True}}
-COUNT = 3
+ENVIRONMENT = {"WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "DS_ACCELERATOR": "cpu"}
 
 
 def engine_of(model: nn.Module, stage: int, optimizer: Any = None, zero: dict | None = None, **settings: Any) -> Any:
     """A DeepSpeedEngine; without an optimizer, with DeepSpeed's own of the trainable parameters."""
-    rank = str(dist.get_rank())
-    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ |= ENVIRONMENT | {"RANK": str(dist.get_rank()), "LOCAL_RANK": str(dist.get_rank())}
     import deepspeed
 
     gc.freeze()  # DeepSpeed collects garbage time and again
@@ -291,3 +291,89 @@ def test_refused(ranks):
 
 def test_zero_3_of_what_is_trained_whole(ranks):
     ranks.run(all_of_it)
+
+
+def fine_tuned(folder: str) -> None:
+    """transformers' Trainer, stopped after two steps and resumed."""
+    import transformers
+    from accelerate.state import AcceleratorState
+
+    from gradsel.integrations.transformers import masked_adamw
+
+    os.environ |= ENVIRONMENT | {"RANK": str(dist.get_rank()), "LOCAL_RANK": str(dist.get_rank())}
+    AcceleratorState._reset_state(True)
+    batch = tiny.texts()[0]
+    samples = [{name: tensor[number] for name, tensor in batch.items()} for number in range(8)]
+    settings = {
+        "zero_optimization": {"stage": 2},
+        "zero_allow_untested_optimizer": True,
+        **dict.fromkeys(("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_clipping"), "auto"),
+    }
+
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        config = tiny.bert_config(num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        model = transformers.BertForSequenceClassification(config)
+        gradsel.attach(model, gradsel.select(model, None, None, gradsel.PerNeuron(2), "magnitude"))
+        return model
+
+    for steps, resumed_from in ((2, None), (3, f"{folder}/checkpoint-2")):
+        arguments = transformers.TrainingArguments(
+            folder, max_steps=steps, per_device_train_batch_size=2, learning_rate=1e-2, adam_epsilon=1e-3,
+            lr_scheduler_type="constant", max_grad_norm=0.5, use_cpu=True, save_steps=1, disable_tqdm=True,
+            report_to="none", average_tokens_across_devices=False, deepspeed=settings,
+        )  # fmt: skip
+        trainer = transformers.Trainer(
+            made(), arguments, train_dataset=samples, optimizer_cls_and_kwargs=masked_adamw(arguments)
+        )
+        with pytest.raises(ValueError, match="the Trainer shards the model"):
+            trainer.add_callback(SparseCheckpoints(trainer))
+        trainer.train(resume_from_checkpoint=resumed_from)
+    assert type(trainer.model_wrapped).__name__ == "DeepSpeedEngine"
+    alone = made()
+    optimizer = gradsel.MaskedAdamW(gradsel.trainable_parameters(alone), lr=1e-2, eps=1e-3, weight_decay=0.0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        alone(**batch).loss.backward()
+        optimizer.clip_grad_norm_(0.5)
+        optimizer.step()
+    expected = gradsel.Delta.of(alone)
+    delta = gradsel.Delta.of(trainer.model)
+    for name, part in expected.items():
+        torch.testing.assert_close(delta[name].values, part.values, rtol=0, atol=1e-6)
+
+
+def test_trainer(ranks, tmp_path):
+    ranks.run(fine_tuned, str(tmp_path))
+
+
+def prepared() -> None:
+    from accelerate import Accelerator, DeepSpeedPlugin
+    from accelerate.state import AcceleratorState
+
+    rank = str(dist.get_rank())
+    os.environ |= ENVIRONMENT | {"RANK": rank, "LOCAL_RANK": rank, "ACCELERATE_USE_DEEPSPEED": "true"}
+    AcceleratorState._reset_state(True)
+    settings = {
+        "zero_optimization": {"stage": 2},
+        "zero_allow_untested_optimizer": True,
+        "train_micro_batch_size_per_gpu": SIZE // 4,
+        "gradient_clipping": 0.05,
+    }
+    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings))
+    model, alone, selection = models(dtype=torch.float32)
+    gradsel.attach(model, selection)
+    gradsel.attach(alone, selection)
+    own = OPTIMIZERS["MaskedAdamW"](gradsel.trainable_parameters(model))
+    engine, optimizer = accelerator.prepare(model, own)
+    assert type(engine).__name__ == "DeepSpeedEngine"
+    for batch in batches(torch.float32):
+        accelerator.backward(cross_entropy(engine, share(batch, meshes()["four"])))
+        optimizer.step()
+    train_alone(alone, OPTIMIZERS["MaskedAdamW"], batches(torch.float32), 0.05)
+    compare(model, alone)
+    del os.environ["ACCELERATE_USE_DEEPSPEED"]
+
+
+def test_accelerate(ranks):
+    ranks.run(prepared)
