@@ -113,7 +113,7 @@ def attach(model: nn.Module, selection: Selection) -> AttachReport:
 
     Values are what counts. In eager mode, whatever writes to them is in the weight before its next use, and whatever
     writes to the selected entries of the weight is taken over by the values. Under ``torch.compile`` only the steps of
-    ``torch.optim`` optimizers and ``load_state_dict()`` are; call :func:`sync` after any other change.
+    ``torch.optim`` optimizers and of DeepSpeed's ZeRO are; call :func:`sync` after any other change.
 
     ``state_dict()`` has the keys of the plain model and ``<name>_values`` beside them, so that training goes on exactly
     where it stopped; :func:`gradsel.export` writes the plain model, and so does ``model.save_pretrained()`` of
