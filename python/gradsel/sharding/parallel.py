@@ -27,7 +27,7 @@ class Part:
     def __init__(self, mask: Mask, weight: Tensor) -> None:
         self.mask = mask
         self.mesh, self.placements = mesh_of(weight), cast(Any, weight).placements
-        self.share: Share = share_of(mask.to(local_of(weight).device), weight)
+        self.share: Share = share_of(mask, weight)
         self.holds_any = bool(self.share.mask.nnz)
         self._product: Product | None = None
 
