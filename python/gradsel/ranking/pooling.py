@@ -102,15 +102,15 @@ def _run_base(model: Any, inputs: Any) -> Any:
 
 def _last_token(model: Any, inputs: Any) -> Tensor:
     hidden: Tensor = _run_base(model, inputs).last_hidden_state
-    ids = inputs["input_ids"] if isinstance(inputs, Mapping) else inputs
-    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    given = inputs if isinstance(inputs, Mapping) else {"input_ids": inputs}
+    ids, mask = given.get("input_ids"), given.get("attention_mask")
     pad = getattr(model.config, "pad_token_id", None)
     if mask is not None:
         real = mask.bool()
-    elif pad is not None:
+    elif ids is not None and pad is not None:
         real = ids != pad
     else:
-        real = torch.ones_like(ids, dtype=torch.bool)
+        real = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
     places = torch.arange(real.shape[1], device=real.device)
     return hidden[torch.arange(len(hidden), device=hidden.device), (real * places).argmax(1)]
 

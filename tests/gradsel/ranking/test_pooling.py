@@ -53,6 +53,8 @@ def test_llama_has_the_last_real_token(side):
     batch = {"input_ids": ids, "attention_mask": mask}
     found = gradsel.features(model)(model, batch)
     assert torch.allclose(model.score(found), model(**batch).logits, atol=1e-6)
+    embedded = {"inputs_embeds": model.get_input_embeddings()(ids), "attention_mask": mask}
+    assert torch.allclose(gradsel.features(model)(model, embedded), found, atol=1e-6)
 
 
 def test_any_other_model_has_the_input_of_its_head():
