@@ -134,6 +134,7 @@ ANEW: dict[tuple[str, str], Callable[[], Names]] = {
 NOT_RUN: dict[tuple[str, str], str] = {
     ("docs/distributed.md", "fully_shard(model)"): "needs several processes; tests/gradsel/sharding does the same",
     ("docs/distributed.md", "parallelize_module("): "needs several processes; tests/gradsel/sharding does the same",
+    ("docs/distributed.md", "PipelineStage("): "needs several processes; tests/gradsel/sharding does the same",
     ("docs/distributed.md", "deepspeed.initialize("): "needs DeepSpeed; tests/gradsel/sharding does the same",
     ("docs/finetune.md", 'name": "timm/vit_base_patch16_224.augreg_in21k"'): "downloads the weights of a model",
     (

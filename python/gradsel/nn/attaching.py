@@ -39,7 +39,7 @@ from gradsel.nn.quantised import Attached
 from gradsel.nn.sharding import detach_shards, link_shards, require_own_shards, restore_whole, sharded_values
 from gradsel.nn.weights import SelectedWeight
 from gradsel.parameters.claimed import require_unclaimed
-from gradsel.parameters.names import Use, parameter_uses, strip_wrappers
+from gradsel.parameters.names import Use, parameter_uses, quantised_in, strip_wrappers, uncompiled
 from gradsel.parameters.trainable import require_trainable
 from gradsel.quantised import Quantised, install, installed, uninstall, weight_parameter
 from gradsel.selection.selection import Selection, lookup
@@ -112,8 +112,9 @@ def attach(model: nn.Module, selection: Selection) -> AttachReport:
     make the optimizer afterwards. Of ``torch.compile(model)``, the model inside is attached.
 
     Values are what counts. In eager mode, whatever writes to them is in the weight before its next use, and whatever
-    writes to the selected entries of the weight is taken over by the values. Under ``torch.compile`` only the steps of
-    ``torch.optim`` optimizers and of DeepSpeed's ZeRO are; call :func:`sync` after any other change.
+    writes to the selected entries of the weight is taken over by the values. Under ``torch.compile`` only steps of
+    ``torch.optim`` optimizers, of DeepSpeed's ZeRO and ``load_state_dict()`` are; call :func:`sync` after any other
+    change.
 
     ``state_dict()`` has the keys of the plain model and ``<name>_values`` beside them, so that training goes on exactly
     where it stopped; :func:`gradsel.export` writes the plain model, and so does ``model.save_pretrained()`` of
@@ -131,6 +132,7 @@ def attach(model: nn.Module, selection: Selection) -> AttachReport:
             DistributedDataParallel or belongs to a DeepSpeed engine, or a selected parameter cannot be trained; nothing
             has changed.
     """
+    model = uncompiled(model)
     require_unclaimed(model)
     if is_attached(model):
         raise ValueError("the model is attached already; call gradsel.detach(model) first")

@@ -49,11 +49,6 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
                     selected.refresh(weight)
     hidden = _values_in(plain)
     state = plain.state_dict()
-    if sharded := [key for key, tensor in state.items() if isinstance(tensor, Tensor) and is_sharded(tensor)]:
-        raise ValueError(
-            f"{sharded[0]} is a DTensor, of which this process has a shard: apply gradsel.Delta.of(model), which all "
-            "ranks call, to the plain model, and export that"
-        )
     if absent := [key for key, tensor in state.items() if isinstance(tensor, Tensor) and tensor.is_meta]:
         raise ValueError(
             f"{len(absent)} tensors are on the meta device, first {_plain(absent[0])}: they are not loaded, or "

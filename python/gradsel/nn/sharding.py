@@ -111,7 +111,7 @@ def link_shards(selected: Selected, weight: Tensor, values: Tensor, record: Reco
     selected.shards = Shards(selected.mask)
     selected.shards.put(weight, values)
     if managed:
-        selected.shards.gathered.add("values")
+        selected.shards.gathered["values"] = None
     else:
         for module, _ in selected.alive():
             expect(module, selected, weight)
@@ -210,7 +210,7 @@ def _take_gathered(module: nn.Module, selected: Selected, is_weight: bool, param
     else:
         parameter.__class__ = SelectedValues
     vars(parameter)[LINK] = selected
-    shards.gathered.add("weight" if is_weight else "values")
+    shards.gathered["weight" if is_weight else "values"] = parameter
     if is_weight and is_sharded(parameter):
         expect(module, selected, parameter)
     elif is_weight:

@@ -278,8 +278,12 @@ def _current(weight: Tensor, selected: Selected) -> Tensor | None:
     """The values, once they and the weight agree."""
     if not torch.compiler.is_dynamo_compiling():
         return selected.refresh(weight)
-    values = selected.values()  # versions cannot be read; hooks of optimizers keep the weight up to date
-    if values is not None and selected.unseen and is_values(values):
+    values = selected.values()  # versions cannot be read; hooks keep the weight up to date
+    if values is None:
+        return None
+    if selected.shards is not None:
+        return selected.shards.in_forward(values)
+    if selected.unseen and is_values(values):
         with torch.no_grad():
             selected.mask.scatter_(weight, values)
     return values

@@ -21,7 +21,9 @@ from tests.support.every_layer import (
     inputs,
     train,
 )
-from tests.support.selections import PARTIAL, data, random_selection, toy
+from tests.support.selections import PARTIAL, check_consistent, data, random_selection, toy
+from tests.support.settings import COMPILED
+from tests.support.toy import cross_entropy
 
 
 @pytest.mark.supports("torch.compile", "attach", "MaskedAdam")

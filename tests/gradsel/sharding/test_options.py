@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -93,25 +91,14 @@ def test_accumulation(ranks):
     ranks.run(accumulated)
 
 
-def offloaded(optimizer: str) -> None:
-    """With shards on the CPU; steps after the state dict was taken are undone by loading it."""
-    mesh = meshes()["four"]
-    model, alone, selection = models()
-    both = model, alone
-    for each in both:
-        gradsel.attach(each, selection)
-    shard(model, mesh, offload_policy=CPUOffloadPolicy(pin_memory=False))
-    optimizers = [OPTIMIZERS[optimizer](gradsel.trainable_parameters(each)) for each in both]
-    steps(mesh, both, optimizers)
-    saved = copy.deepcopy(get_state_dict(model, optimizers[0]))
-    steps(mesh, (model,), optimizers[:1])
-    set_state_dict(model, optimizers[0], model_state_dict=saved[0], optim_state_dict=saved[1])
-    check(*both)
+def offloaded(optimizer: str, attach_first: bool) -> None:
+    """Trained, saved, loaded and trained on; the delta, and the plain model at the end."""
+    policy = {"offload_policy": CPUOffloadPolicy(pin_memory=False)}
+    mesh, both, optimizers = attached("per-row", optimizer, attach_first, **policy)
+    model, alone = both
+    before = {name: tensor.clone() for name, tensor in models()[0].state_dict().items()}
     steps(mesh, both, optimizers)
     check(*both)
-    assert gradsel.Delta.of(model).keys() == gradsel.Delta.of(alone).keys()
-    for part, other in zip(gradsel.Delta.of(model).values(), gradsel.Delta.of(alone).values(), strict=True):
-        torch.testing.assert_close(part.values, other.values, rtol=1e-9, atol=1e-12)
 
     folder = common_folder()
     parts = get_state_dict(model, optimizers[0])
@@ -150,10 +137,10 @@ def steps(mesh, both, optimizers) -> None:
             optimizer.step()
 
 
-@pytest.mark.supports("offload", "attach", "MaskedAdam", "other optimizers", "save/load", "delta")
-@pytest.mark.parametrize("optimizer", ["MaskedAdamW", "AdamW"])
-def test_offload(ranks, optimizer):
-    ranks.run(offloaded, optimizer)
+@pytest.mark.supports("offload", "attach", "MaskedAdam", "other optimizers", "save/load", "delta", "merge")
+@pytest.mark.parametrize(("optimizer", "attach_first"), [("MaskedAdamW", True), ("AdamW", False)])
+def test_offload(ranks, optimizer, attach_first):
+    ranks.run(offloaded, optimizer, attach_first)
 
 
 def checkpointed(attach_first: bool) -> None:
