@@ -27,12 +27,22 @@ from gradsel.attached import (
 from gradsel.nn import functional
 from gradsel.nn.converting import Conversion, adopt_values, adopt_weight
 from gradsel.nn.lending import lend, take_back
-from gradsel.nn.loading import after_load, after_root_load, after_state_dict, before_load, before_root_load
+from gradsel.nn.loading import (  # fmt: skip
+    after_load,
+    after_root_load,
+    after_root_state_dict,
+    after_state_dict,
+    before_load,
+    before_root_load,
+)
 from gradsel.nn.saving import save_as_before, save_plainly
 from gradsel.nn.sharding import check_gathered, hand_out_split, take_place, unwatch_assignments, watch_assignments
 from gradsel.nn.weights import SelectedWeight
+from gradsel.parameters.claimed import require_own_linear
 from gradsel.parameters.trainable import why_untrainable
 from gradsel.sharding import agree_over, mesh_of
+
+_LINEAR = nn.functional.linear
 
 
 def hook(module: nn.Module, attachments: Attachments) -> None:
@@ -57,7 +67,9 @@ def hook_root(root: nn.Module) -> None:
     save_plainly(root)
 
 
-_HOOKS = (before_root_load, after_root_load, before_load, after_load, after_state_dict, take_back)
+_HOOKS = (
+    after_root_state_dict, before_root_load, after_root_load, before_load, after_load, after_state_dict, take_back,
+)  # fmt: skip
 
 
 def unhook(module: nn.Module) -> None:
@@ -89,6 +101,8 @@ def before_forward(module: nn.Module, args: Any) -> None:
         return
     if not attachments.record.ranks_agree:
         _compare_ranks(attachments)
+    if nn.functional.linear is not _LINEAR:
+        require_own_linear()
     own = module._parameters
     for short, selected in attachments.partial.items():
         if selected.shards is not None:

@@ -50,3 +50,16 @@ def require_unclaimed(model: nn.Module) -> None:
             "the model belongs to a DeepSpeed engine, which has chosen the parameters that it trains already; attach() "
             "the model first, then call deepspeed.initialize() with gradsel.trainable_parameters(model)"
         )
+
+
+def require_own_linear() -> None:
+    """Refuses the function that ZeRO-3 leaves in the place of torch's: it forms no gradients for attached weights.
+
+    Raises:
+        RuntimeError: it is there.
+    """
+    if str(getattr(nn.functional.linear, "__module__", None)).startswith("deepspeed."):
+        raise RuntimeError(
+            "ZeRO-3 was used in this process, and DeepSpeed has replaced torch.nn.functional.linear since, by a "
+            "function that forms no gradients for attached weights: start a new process, or put torch's own back"
+        )

@@ -104,3 +104,17 @@ def test_flattened_values_are_trained_saved_and_loaded() -> None:
     states = [each["state"][0] for each in saved]
     assert states[1]["step"] == 2
     assert torch.equal(states[1]["exp_avg"], torch.full_like(flat, 0.9 * 0.1 + 0.1))
+
+
+def test_the_linear_function_that_zero_3_leaves_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is for the rest of the process, whatever is trained next. Other replacements may do as they like."""
+    model, selection = toy()
+    gradsel.attach(model.eval(), selection)
+    linear = nn.functional.linear
+    monkeypatch.setattr(nn.functional, "linear", lambda *args: linear(*args))
+    expected = cross_entropy(model, data()[0])
+    nn.functional.linear.__module__ = "deepspeed.runtime.zero.linear"
+    with pytest.raises(RuntimeError, match=r"replaced torch.nn.functional.linear.*start a new process"):
+        cross_entropy(model, data()[0])
+    monkeypatch.undo()
+    assert torch.equal(cross_entropy(model, data()[0]), expected)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -219,6 +221,17 @@ def test_detached(ranks):
     ranks.run(detached)
 
 
+@contextmanager
+def own_linear() -> Iterator[None]:
+    """Puts back the function that ZeRO-3 replaces for the rest of the process."""
+    linear = nn.functional.linear
+    try:
+        yield
+    finally:
+        nn.functional.linear = linear
+
+
+@own_linear()
 def all_of_it() -> None:
     """Everything whole: attach() has only said what is frozen, so that ZeRO-3 may have it."""
     import deepspeed
@@ -262,6 +275,7 @@ def masked() -> None:
             engine.destroy()
 
 
+@own_linear()
 def refused() -> None:
     plain, attached, selection = models(dtype=torch.float32)
     gradsel.attach(attached, selection)
@@ -273,6 +287,10 @@ def refused() -> None:
     with pytest.raises(ValueError, match=r"cls_token is partitioned by DeepSpeed's ZeRO-3.*select\(\)"):
         gradsel.select(plain, batches(torch.float32), cross_entropy, process_group=dist.group.WORLD)
     engine.destroy()
+    again = models(dtype=torch.float32)[0]
+    gradsel.attach(again, selection)
+    with pytest.raises(RuntimeError, match=r"replaced torch.nn.functional.linear.*start a new process"):
+        again(batches(torch.float32)[0][0])
     for stage in (0, 2):
         late, _, selection = models(dtype=torch.float32)
         engine = engine_of(late, stage, torch.optim.SGD(late.parameters(), 0.1))
