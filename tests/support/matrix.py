@@ -135,7 +135,7 @@ def one_sentence(message: str) -> str:
 INTRODUCTION = """# Support matrix
 
 Generated from test results by `pytest --matrix`: every mark below is a test that ran on a CPU, with the versions in
-`constraints.txt`.
+`constraints.txt`, and with gptqmodel 7.7.0 and DeepSpeed 0.19.8, which these do not contain.
 
 - **works**: a test does it and checks the result.
 - **refused**: a test sees an error that says why and what to do; [the messages](#refused) are below.
