@@ -13,6 +13,7 @@ from gradsel.attached.record import (
     is_attached,
     masks_in,
     require_complete,
+    require_present,
     selected_in,
 )
 from gradsel.attached.selected import (
@@ -31,6 +32,6 @@ from gradsel.attached.steps import links_of, owner_of, watch_optimizers
 __all__ = [
     "LINK", "OFFLOADED", "RECORD", "STATE", "SUFFIX", "VALUES_VERSION", "WEIGHT_VERSION", "Attachments", "Differences",
     "Original", "Record", "Selected", "SelectedValues", "attached_root", "attachments_of", "differences_in",
-    "is_attached", "is_values", "links_of", "masks_in", "no_differences", "owner_of", "require_complete", "selected_in",
-    "values_of", "watch_optimizers",
+    "is_attached", "is_values", "links_of", "masks_in", "no_differences", "owner_of", "require_complete",
+    "require_present", "selected_in", "values_of", "watch_optimizers",
 ]  # fmt: skip

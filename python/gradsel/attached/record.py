@@ -153,23 +153,36 @@ def attached_root(model: nn.Module) -> nn.Module | None:
     return roots[0] if roots else None
 
 
+def require_present(root: nn.Module) -> None:
+    """Refuses an attached model of which accelerate has offloaded trained parameters.
+
+    Raises:
+        ValueError: it names the first one.
+    """
+    absent: set[str] = set()
+    for module in root.modules():
+        attachments = attachments_of(module)
+        for short, original in {} if attachments is None else (attachments.partial | attachments.whole).items():
+            if (own := module._parameters.get(short)) is not None and own.is_meta:
+                absent.add(original.name)
+    if absent:
+        raise ValueError(f"{min(absent)} {OFFLOADED}")
+
+
 def require_complete(root: nn.Module, what: str) -> None:
     """Refuses an attached model from which trained parameters have disappeared, or that trains others.
 
     Raises:
         ValueError: it names them.
     """
+    require_present(root)
     found: set[str] = set()
-    absent: set[str] = set()
     unfrozen: set[str] = set()
     for path, module in root.named_modules():
         attachments = attachments_of(module)
         if attachments is not None:
             found |= {s.name for short, s in attachments.partial.items() if s.weight() is not None}
             found |= {d.name for short, d in attachments.differences.items() if short + SUFFIX in module._parameters}
-            for short, original in (attachments.partial | attachments.whole).items():
-                if (own := module._parameters.get(short)) is not None and own.is_meta:
-                    absent.add(original.name)
             for short, original in attachments.whole.items():
                 whole = module._parameters.get(short)
                 if whole is not None and whole.shape == original.entries.shape:
@@ -180,8 +193,6 @@ def require_complete(root: nn.Module, what: str) -> None:
                 if (parameter := module._parameters.get(short)) is not None and parameter.requires_grad
             }
     missing = [name for name in vars(root)[RECORD].trained if name not in found]
-    if absent:
-        raise ValueError(f"{min(absent)} {OFFLOADED}")
     if missing:
         raise ValueError(
             f"{what}: {len(missing)} trained parameters are no longer part of the model, or have another shape, first "

@@ -25,6 +25,7 @@ from gradsel.attached import (
     is_attached,
     no_differences,
     require_complete,
+    require_present,
     selected_in,
     values_of,
     watch_optimizers,
@@ -297,15 +298,16 @@ def detach(model: Model, restore: bool = False) -> Model:
         ``model``.
 
     Raises:
-        ValueError: the model is not attached, or was attached before ``fully_shard()``; with ``restore``, a trained
-            parameter is no longer part of it; without it, quantised weights have differences that would be lost.
-            Nothing has changed.
+        ValueError: the model is not attached, or was attached before ``fully_shard()``, or accelerate has offloaded it;
+            with ``restore``, a trained parameter is no longer part of it; without it, quantised weights have
+            differences that would be lost. Nothing has changed.
     """
     roots = [module for module in model.modules() if RECORD in vars(module)]
     if not roots:
         raise ValueError("the model is not attached, or attach() was called on a module around it; pass that one")
     for root in roots:
         require_own_shards(root)
+        require_present(root)
         if vars(root)[RECORD].sharded:
             reshard(root)
     if restore:

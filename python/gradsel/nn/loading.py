@@ -184,9 +184,13 @@ def before_load(module: nn.Module, state_dict: StateDict, prefix: str, *rest: An
 def after_load(module: nn.Module, incompatible_keys: Any) -> None:
     """Writes values that have been loaded to their weights, at which a compiled forward does not look again.
 
-    Another shard of the checkpoint may bring the weights, so it is not noted that they agree now.
+    Another shard of the checkpoint may bring the weights, so it is not noted that they agree now. Quantised weights
+    stay frozen: quanto's layers put new parameters in their place.
     """
     attachments = attachments_of(module)
+    for short in () if attachments is None else attachments.differences:
+        if (quantised := module._parameters.get(short)) is not None and quantised.requires_grad:
+            quantised.requires_grad_(False)
     with torch._C.DisableTorchFunctionSubclass():
         for selected in () if attachments is None else attachments.partial.values():
             weight, values = selected.weight(), selected.values()

@@ -91,20 +91,23 @@ def merge(model: nn.Module, dtype: torch.dtype | None) -> MergeReport:
     report, stored = MergeReport(), []
     for path, module, weight in found:
         new, merged = _stored(module, weight, dtype)
-        stored.append((path, module, weight, new))
+        stored.append((module, weight, new))
         report[strip_wrappers(f"{path}.weight".lstrip("."))] = merged
+    places: dict[int, list[str]] = {}  # more than one where a layer is shared
+    for path, module in model.named_modules(remove_duplicate=False):
+        places.setdefault(id(module), []).append(path)
     with uninterrupted():
         for _, module, _ in found:
             if (values := module._parameters.get("weight_values")) is not None and installed(module) is not None:
                 values.zero_()  # they are in what is stored
         if root is not None:
             detach(root)
-        for path, module, weight, new in stored:
+        for module, weight, new in stored:
             uninstall(module)
             if dtype is None:
                 weight.put(new)
             else:
-                _replace(model, path, module, new)
+                _replace(model, places[id(module)], module, new)
         if dtype is not None:
             _forget_quantisation(model)
     return report
@@ -143,18 +146,20 @@ def _name(weight: Quantised, dtype: torch.dtype | None) -> str:
     return weight.kind if dtype is None else str(dtype).removeprefix("torch.")
 
 
-def _replace(model: nn.Module, path: str, module: nn.Module, weight: nn.Parameter) -> None:
-    """Puts an ``nn.Linear`` in the place of a quantised layer, or its weight where the layer is one already."""
-    bias = getattr(module, "bias", None)
-    if bias is not None and not isinstance(bias, nn.Parameter):  # some libraries keep it as a buffer
-        bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
+def _replace(model: nn.Module, paths: list[str], module: nn.Module, weight: nn.Parameter) -> None:
+    """Puts an ``nn.Linear`` of the weight's dtype in all places of a quantised layer."""
     with torch.device("meta"):
         made = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     made.weight = weight
-    made.register_parameter("bias", bias)
+    bias: Tensor | None = getattr(module, "bias", None)
+    if isinstance(bias, nn.Parameter) and bias.dtype is weight.dtype:
+        made.bias = bias
+    elif bias is not None:  # some libraries keep it as a buffer
+        made.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=bias.requires_grad)
     made.training = module.training
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, made)
+    for path in paths:
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, made)
 
 
 def _forget_quantisation(model: nn.Module) -> None:

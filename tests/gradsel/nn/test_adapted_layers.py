@@ -9,7 +9,17 @@ from torch import nn
 import gradsel
 from gradsel.nn.buffers import kept_buffers
 from gradsel.quantised import quantised_weight
-from tests.support.quantised import ADAPTED, HIDDEN, INPUTS, Net, batch, loss, quantised, quantised_net
+from tests.support.quantised import (  # fmt: skip
+    ADAPTED,
+    HIDDEN,
+    INPUTS,
+    Net,
+    batch,
+    loss,
+    quantised,
+    quantised_layer,
+    quantised_net,
+)
 
 #: What layers call the tensors of a weight in their checkpoints.
 STORED = {
@@ -112,3 +122,60 @@ def test_layers_that_are_used_twice_have_one_weight() -> None:
     gradsel.attach(model, selection)
     assert {"up.weight_values", "again.up.weight_values"} <= model.state_dict().keys()
     assert sum(p.numel() for p in gradsel.trainable_parameters(model)) == selection.trainable_count()
+
+
+class Shared(nn.Module):
+    """One quantised layer in two places."""
+
+    def __init__(self, format: str) -> None:
+        super().__init__()
+        self.first = self.second = quantised_layer(format, HIDDEN, HIDDEN)
+        self.head = nn.Linear(HIDDEN, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.second(self.first(x).relu()).relu())
+
+
+@pytest.mark.parametrize("format", ["nf4", "quanto int8", "hqq int4"])
+def test_a_shared_layer_is_merged_in_all_its_places(format: str) -> None:
+    model = Shared(format)
+    x, y = torch.randn(8, HIDDEN), torch.randint(5, (8,))
+    pair = [(x, y)]
+    gradsel.attach(model, gradsel.select(model, pair, loss, gradsel.PerNeuron(3)))
+    with torch.no_grad():
+        model.first.weight_values.normal_()
+    expected = model(x)
+    gradsel.merge(model, torch.float32)
+    assert type(model.first) is nn.Linear
+    assert model.second is model.first
+    assert torch.allclose(model(x), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("format", ["nf4", "quanto int8", "hqq int4"])
+def test_a_merged_layer_has_one_dtype(format: str) -> None:
+    model = quantised_net(format)
+    gradsel.attach(model, select(model))
+    with torch.no_grad():
+        model.up.weight_values.normal_()
+    gradsel.merge(model, torch.bfloat16)
+    assert model.up.weight.dtype is model.up.bias.dtype is torch.bfloat16
+    assert model.up(torch.randn(3, INPUTS, dtype=torch.bfloat16)).isfinite().all()
+
+
+@pytest.mark.parametrize("format", ["quanto int8", "hqq int4"])
+def test_training_goes_on_with_an_optimizer_that_is_made_after_loading(format: str) -> None:
+    """quanto's layers load into new parameters, which require grad."""
+    states = []
+    for _ in range(2):
+        model = quantised_net(format)
+        gradsel.attach(model, select(model))
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        if states:
+            model.load_state_dict(states[0])
+            assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trained
+        optimizer = gradsel.MaskedAdamW(gradsel.trainable_parameters(model), lr=1e-2)
+        if states:
+            optimizer.load_state_dict(states[1])
+        loss(model, batch()).backward()
+        optimizer.step()
+        states = states or [model.state_dict(), optimizer.state_dict()]
