@@ -83,39 +83,40 @@ def merge(model: nn.Module, dtype: torch.dtype | None) -> MergeReport:
     root = attached_root(model)
     if root is not None:
         require_complete(root, "merge()")
-    found = [(path, module, weight) for path, module, weight in _quantised(model) if dtype or installed(module)]
-    if dtype is not None and found and not found[0][0]:
+    found = [(paths, module, weight) for paths, module, weight in _quantised(model) if dtype or installed(module)]
+    if dtype is not None and found and "" in found[0][0]:
         raise ValueError("the model itself is a quantised layer, and merge() replaces layers; pass a module around it")
     if not any(installed(module) for _, module, _ in found):
         raise ValueError("no quantised layer of the model has differences: attach it and train, or apply a delta")
     report, stored = MergeReport(), []
-    for path, module, weight in found:
+    for paths, module, weight in found:
         new, merged = _stored(module, weight, dtype)
-        stored.append((module, weight, new))
-        report[strip_wrappers(f"{path}.weight".lstrip("."))] = merged
-    places: dict[int, list[str]] = {}  # more than one where a layer is shared
-    for path, module in model.named_modules(remove_duplicate=False):
-        places.setdefault(id(module), []).append(path)
+        stored.append((paths, module, weight, new))
+        report[strip_wrappers(f"{paths[0]}.weight".lstrip("."))] = merged
     with uninterrupted():
         for _, module, _ in found:
             if (values := module._parameters.get("weight_values")) is not None and installed(module) is not None:
                 values.zero_()  # they are in what is stored
         if root is not None:
             detach(root)
-        for module, weight, new in stored:
+        for paths, module, weight, new in stored:
             uninstall(module)
             if dtype is None:
                 weight.put(new)
             else:
-                _replace(model, places[id(module)], module, new)
+                _replace(model, paths, module, new)
         if dtype is not None:
             _forget_quantisation(model)
     return report
 
 
-def _quantised(model: nn.Module) -> list[tuple[str, nn.Module, Quantised]]:
-    modules = [(path, module, quantised_weight(module)) for path, module in model.named_modules()]
-    return [(path, module, weight) for path, module, weight in modules if weight is not None]
+def _quantised(model: nn.Module) -> list[tuple[list[str], nn.Module, Quantised]]:
+    """Each quantised layer, with all its places: a shared one has several."""
+    places: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        places.setdefault(module, []).append(path)
+    weights = [(paths, module, quantised_weight(module)) for module, paths in places.items()]
+    return [(paths, module, weight) for paths, module, weight in weights if weight is not None]
 
 
 def _stored(module: nn.Module, weight: Quantised, dtype: torch.dtype | None) -> tuple[nn.Parameter, Merged]:
