@@ -63,9 +63,7 @@ def run(name: str, command: Callable[[], None]) -> int:
 def _short_warnings(name: str) -> Iterator[None]:
     """Shows warnings as one line without the place in the code, which says nothing to whom runs a command."""
     before = warnings.formatwarning
-    warnings.formatwarning = lambda message, *place, **more: (
-        f"gradsel {name}: warning: {' '.join(str(message).split())}\n"
-    )
+    warnings.formatwarning = lambda message, *place, **more: f"gradsel {name}: warning: {one_line(message)}\n"
     try:
         yield
     finally:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from gradsel.errors import did_you_mean
+from gradsel.errors import did_you_mean, one_line
 
 PathLike = str | os.PathLike[str]
 #: The settings in the folder of a run.
@@ -224,7 +224,7 @@ def read_config(path: PathLike) -> Config:
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path} is not YAML: {one_line(error)}") from None
     if not isinstance(values, Mapping):
         raise ValueError(f"{path} must hold settings by name, got {type(values).__name__}")
     try:
