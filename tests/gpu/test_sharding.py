@@ -13,7 +13,7 @@ import gradsel
 from gradsel.attached import Selected, selected_in
 from tests.gpu.training import moved
 from tests.support.selections import toy
-from tests.support.sharded import shard, whole_state
+from tests.support.sharded import shard_attached, whole_state
 from tests.support.toy import Toy, batches, cross_entropy
 
 
@@ -62,11 +62,7 @@ def check_devices(selected: Selected, device: str, attach_first: bool) -> None:
 def test_one_rank(device: str, mesh: DeviceMesh, kind: str, attach_first: bool, tmp_path):
     (model, selection), (alone, _) = model_of(kind), model_of(kind)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    if attach_first:
-        gradsel.attach(model, selection)
-    shard(model, mesh)
-    if not attach_first:
-        gradsel.attach(model, selection)
+    shard_attached(model, selection, mesh, attach_first)
     gradsel.attach(alone, selection)
     train(model, device)
     train(alone, "cpu")

@@ -51,6 +51,17 @@ def shard(model: nn.Module, mesh: DeviceMesh, **options: Any) -> nn.Module:
     return fully_shard(model, mesh=mesh, **options)
 
 
+def shard_attached(
+    model: nn.Module, selection: gradsel.Selection, mesh: DeviceMesh, attach_first: bool, **options: Any
+) -> None:
+    """Attaches and shards a model, in this order or in the other one."""
+    if attach_first:
+        gradsel.attach(model, selection)
+    shard(model, mesh, **options)
+    if not attach_first:
+        gradsel.attach(model, selection)
+
+
 def batches(dtype: torch.dtype = torch.float64, count: int = 3) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(5)
     return [

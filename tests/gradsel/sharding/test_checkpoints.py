@@ -25,6 +25,7 @@ from tests.support.sharded import (
     models,
     one,
     shard,
+    shard_attached,
     share,
     whole,
     whole_state,
@@ -151,11 +152,7 @@ def delta_of(kind: str, attach_first: bool, mesh_name: str) -> None:
     mesh = meshes()[mesh_name]
     model, alone, selection = models(kind)
     start = {name: tensor.clone() for name, tensor in alone.state_dict().items()}
-    if attach_first:
-        gradsel.attach(model, selection)
-    shard(model, mesh)
-    if not attach_first:
-        gradsel.attach(model, selection)
+    shard_attached(model, selection, mesh, attach_first)
     optimizer = OPTIMIZERS["MaskedAdamW"](gradsel.trainable_parameters(model))
     step(model, optimizer, mesh, 2)
     delta = gradsel.Delta.of(model)

@@ -20,6 +20,7 @@ from tests.support.sharded import (
     meshes,
     models,
     shard,
+    shard_attached,
     share,
     whole,
     whole_state,
@@ -33,11 +34,7 @@ def attached(kind: str = "per-row", optimizer: str = "MaskedAdamW", attach_first
     """The sharded model and its twin in one process, both attached, and their optimizers."""
     mesh = meshes()["four"]
     model, alone, selection = models(kind)
-    if attach_first:
-        gradsel.attach(model, selection)
-    shard(model, mesh, **options)
-    if not attach_first:
-        gradsel.attach(model, selection)
+    shard_attached(model, selection, mesh, attach_first, **options)
     gradsel.attach(alone, selection)
     both = model, alone
     return mesh, both, [OPTIMIZERS[optimizer](gradsel.trainable_parameters(each)) for each in both]
@@ -174,11 +171,7 @@ def mixed(attach_first: bool) -> None:
     for each in (model, dense):
         each.bn = torch.nn.Identity()  # on the CPU, BatchNorm does not take a mixture of dtypes
     selection = gradsel.Selection({name: mask for name, mask in selection.items() if not name.startswith("bn.")})
-    if attach_first:
-        gradsel.attach(model, selection)
-    shard(model, mesh, mp_policy=policy)
-    if not attach_first:
-        gradsel.attach(model, selection)
+    shard_attached(model, selection, mesh, attach_first, mp_policy=policy)
     shard(dense, mesh, mp_policy=policy)
     batch = share(batches(torch.float32)[0], mesh)
     for each in (model, dense):
@@ -206,11 +199,7 @@ def written(kind: str, attach_first: bool) -> None:
     """Whoever writes values or weights between two steps is heard at the next forward."""
     mesh = meshes()["four"]
     model, alone, selection = models(kind)
-    if attach_first:
-        gradsel.attach(model, selection)
-    shard(model, mesh)
-    if not attach_first:
-        gradsel.attach(model, selection)
+    shard_attached(model, selection, mesh, attach_first)
     gradsel.attach(alone, selection)
     batch = batches()[0]
     for change in ("nothing", "values", "weight"):

@@ -20,7 +20,7 @@ from tests.support.sharded import (
     common_folder,
     meshes,
     models,
-    shard,
+    shard_attached,
     share,
     whole_state,
 )
@@ -109,11 +109,7 @@ def side_by_side() -> None:
     pairs = []
     for kind, attach_first in (("per-row", True), ("irregular", False)):
         model, alone, selection = models(kind)
-        if attach_first:
-            gradsel.attach(model, selection)
-        shard(model, mesh)
-        if not attach_first:
-            gradsel.attach(model, selection)
+        shard_attached(model, selection, mesh, attach_first)
         gradsel.attach(alone, selection)
         pairs.append((model, alone))
     both = list(zip(*pairs, strict=True))

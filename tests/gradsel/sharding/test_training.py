@@ -20,6 +20,7 @@ from tests.support.sharded import (
     meshes,
     models,
     shard,
+    shard_attached,
     share,
     whole_state,
 )
@@ -33,12 +34,7 @@ def train(mesh_name: str, kind: str, optimizer_name: str, attach_first: bool, op
     mesh = meshes()[mesh_name]
     model, alone, selection = models(kind)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    if attach_first:
-        gradsel.attach(model, selection)
-        shard(model, mesh, **(options or {}))
-    else:
-        shard(model, mesh, **(options or {}))
-        gradsel.attach(model, selection)
+    shard_attached(model, selection, mesh, attach_first, **(options or {}))
     gradsel.attach(alone, selection)
     optimizers = [OPTIMIZERS[optimizer_name](gradsel.trainable_parameters(each)) for each in (model, alone)]
     for batch in batches():

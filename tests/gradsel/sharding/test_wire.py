@@ -15,7 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel
 import gradsel
 from gradsel.masks import Frozen
 from tests.support import parallel
-from tests.support.sharded import OPTIMIZERS, batches, meshes, models, shard, share
+from tests.support.sharded import OPTIMIZERS, batches, meshes, models, shard_attached, share
 from tests.support.toy import cross_entropy
 from tests.support.wire import Wire
 
@@ -33,11 +33,7 @@ def counted(kind: str, attach_first: bool, optimizer_name: str) -> None:
     mesh = meshes()["four"]
     model, _, selection = models(kind)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    if attach_first:
-        gradsel.attach(model, selection)
-    shard(model, mesh, reshard_after_forward=True)
-    if not attach_first:
-        gradsel.attach(model, selection)
+    shard_attached(model, selection, mesh, attach_first, reshard_after_forward=True)
     optimizer = OPTIMIZERS[optimizer_name](gradsel.trainable_parameters(model))
     used = {name: mask for name, mask in selection.items() if not name.startswith(("unused", "tokens"))}
     values = {name: mask.compact_shape for name, mask in used.items() if mask.nnz and not mask.is_whole}
