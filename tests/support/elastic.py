@@ -83,6 +83,9 @@ def main(folder: Path) -> None:
     _, unkilled = train(None)
     torch.save({"done": done, "restarted": restarted, "unkilled": unkilled}, folder / f"rank-{rank}.pt")
     dist.destroy_process_group()
+    # FSDP2 keeps the group and gloo's threads, and one that drops its last tensor while Python ends aborts the process.
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -173,6 +174,7 @@ def join(device: str = "auto") -> Processes:
 def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+        gc.collect()  # what still holds the group keeps gloo's threads, which can abort a process while Python ends
 
 
 def require_count(checkpoint: Path, count: int) -> None:
