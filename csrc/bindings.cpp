@@ -12,6 +12,7 @@
 #include "cpu/adam/adam.h"
 #include "cpu/bitmask/bitmask.h"
 #include "cpu/indices.h"
+#include "cpu/product/product.h"
 #include "cpu/rows/rows.h"
 #include "cpu/simd.h"
 #include "cpu/topk/topk.h"
@@ -28,7 +29,7 @@ namespace {
 using gradsel::pointer;
 
 // Raised whenever a signature or the Adam table changes; native.py refuses a module with another number.
-constexpr int kAbi = 9;
+constexpr int kAbi = 10;
 
 gradsel::Dtype dtype_of(int64_t code) { return static_cast<gradsel::Dtype>(code); }
 
@@ -115,6 +116,24 @@ void selected_weight_grad(int64_t dtype, int64_t grad_output, const Three& shape
        pointer<void>(input), strides(input_stride), pointer<int32_t>(cols), pointer<int64_t>(row_offsets), k,
        pointer<void>(out), pointer<void>(bias)},
       threads);
+}
+
+using Two = std::array<int64_t, 2>;  // tokens, features
+
+py::object selected_addmm(int64_t dtype, int64_t output, const Two& shape, const Two& output_stride, int64_t input,
+                          int64_t n, const Two& input_stride, int64_t cols, int64_t row_offsets, int64_t k,
+                          int64_t values, int threads) {
+  gradsel::Range found;
+  bool good;
+  {
+    py::gil_scoped_release release;
+    good = gradsel::selected_addmm(
+        {dtype_of(dtype), shape[0], shape[1], n, pointer<void>(output), output_stride[0], output_stride[1],
+         pointer<void>(input), input_stride[0], input_stride[1], pointer<int32_t>(cols), pointer<int64_t>(row_offsets),
+         k, pointer<void>(values)},
+        threads, &found);
+  }
+  return extremes(good, found);
 }
 
 // Size and field offsets of AdamItem, in bytes: (size, {name: offset}).
@@ -204,6 +223,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("row_offsets_ascend", &row_offsets_ascend);
   m.def("take_columns", &take_columns);
   m.def("selected_weight_grad", &selected_weight_grad);
+  m.def("selected_addmm", &selected_addmm);
   m.def("masked_adam", &masked_adam);
   m.def("topk_masked_adam", &topk_masked_adam);
   m.def("cuda_load", [](const py::bytes& fatbin) { gradsel::cuda_load(fatbin); });

@@ -140,6 +140,42 @@ def take_columns(input: Tensor, columns: Tensor) -> None:
     same_device("columns", columns, "input", input)
 
 
+def selected_addmm_(output: Tensor, input: Tensor, cols: Tensor, values: Tensor, row_offsets: Tensor | None) -> None:
+    for name, tensor, features in (("output", output, "rows"), ("input", input, "features")):
+        _matrix(name, tensor, f"tensor of activations [tokens, {features}]")
+        floating(name, tensor)
+    if input.dtype is not output.dtype:
+        raise TypeError(f"input is {input.dtype}, but output is {output.dtype}; cast one of them")
+    same_device("input", input, "output", output)
+    no_overlap("output", output)
+    if input.shape[0] != output.shape[0]:
+        raise ValueError(f"input {list(input.shape)} and output {list(output.shape)} must have the same tokens")
+    _selected_columns(cols, row_offsets, "output", output)
+    _dtype("values", values, sum_dtype(output.dtype))
+    same_device("values", values, "output", output)
+    if values.shape != cols.shape:
+        raise ValueError(f"values must have the shape of cols {list(cols.shape)}, got {list(values.shape)}")
+
+
+def _selected_columns(cols: Tensor, row_offsets: Tensor | None, name: str, activations: Tensor) -> None:
+    """``cols`` and ``row_offsets`` fit the features of ``activations``, which are the rows of a weight."""
+    rows = activations.shape[-1]
+    _dtype("cols", cols, torch.int32)
+    same_device("cols", cols, name, activations)
+    if row_offsets is None:
+        _matrix("cols", cols, "tensor of columns [rows, k]")
+        if cols.shape[0] != rows:
+            raise ValueError(
+                f"cols has {cols.shape[0]} rows, but {name} has {rows} features; one row of columns a neuron"
+            )
+    else:
+        if cols.ndim != 1:
+            raise ValueError(f"with row_offsets, cols must be [nnz], got {describe(cols)}")
+        if row_offsets.dtype is not torch.int64 or row_offsets.shape != (rows + 1,):
+            raise ValueError(f"row_offsets must be int64 [{rows + 1}] (rows + 1), got {describe(row_offsets)}")
+        same_device("row_offsets", row_offsets, name, activations)
+
+
 def selected_weight_grad(
     grad_output: Tensor, input: Tensor, cols: Tensor, row_offsets: Tensor | None, strategy: str
 ) -> None:
@@ -153,20 +189,6 @@ def selected_weight_grad(
             f"input {list(input.shape)} and grad_output {list(grad_output.shape)} must have the same tokens: "
             "every dimension but the last is equal"
         )
-    rows = grad_output.shape[-1]
-    _dtype("cols", cols, torch.int32)
-    same_device("cols", cols, "grad_output", grad_output)
-    if row_offsets is None:
-        _matrix("cols", cols, "tensor of columns [rows, k]")
-        if cols.shape[0] != rows:
-            raise ValueError(
-                f"cols has {cols.shape[0]} rows, but grad_output has {rows} features; one row of columns a neuron"
-            )
-    else:
-        if cols.ndim != 1:
-            raise ValueError(f"with row_offsets, cols must be [nnz], got {describe(cols)}")
-        if row_offsets.dtype is not torch.int64 or row_offsets.shape != (rows + 1,):
-            raise ValueError(f"row_offsets must be int64 [{rows + 1}] (rows + 1), got {describe(row_offsets)}")
-        same_device("row_offsets", row_offsets, "grad_output", grad_output)
+    _selected_columns(cols, row_offsets, "grad_output", grad_output)
     if strategy not in STRATEGIES:
         raise ValueError(f"unknown strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}")

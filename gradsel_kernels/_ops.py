@@ -33,6 +33,7 @@ SCHEMAS = {
     "selected_weight_grad_bias": (
         "(Tensor grad_output, Tensor input, Tensor cols, Tensor? row_offsets, str strategy) -> (Tensor, Tensor)"
     ),
+    "selected_addmm_": ("(Tensor(a!) output, Tensor input, Tensor cols, Tensor values, Tensor? row_offsets) -> ()"),
     "masked_adam_": (
         "(Tensor(a!)[] weights, Tensor(b!)[] values, Tensor[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, "
         "Tensor(e!)[] max_exp_avg_sqs, Tensor[] originals, Tensor(f!)[] steps, Tensor[] indices, int[] layouts, *, "
@@ -116,6 +117,11 @@ def selected_weight_grad_bias(
 ) -> tuple[Tensor, Tensor]:
     grad = selected_weight_grad(grad_output, input, cols, row_offsets, strategy)
     return grad, grad.new_empty(grad_output.shape[-1])
+
+
+@_fake
+def selected_addmm_(output: Tensor, input: Tensor, cols: Tensor, values: Tensor, row_offsets: Tensor | None) -> None:
+    _checks.selected_addmm_(output, input, cols, values, row_offsets)
 
 
 @_fake

@@ -92,6 +92,19 @@ def selected_weight_grad_bias(
     return grad, _flat_tokens(grad_output).sum(0)
 
 
+def selected_addmm_(output: Tensor, input: Tensor, cols: Tensor, values: Tensor, row_offsets: Tensor | None) -> None:
+    """``output += input @ D.T`` for D with ``values`` at ``cols``; the sum is rounded to the dtype of output once."""
+    check_range("cols", cols, input.shape[1])
+    products = input.to(values.dtype)[:, cols.long()] * values
+    if row_offsets is None:
+        sums = products.sum(-1)
+    else:
+        check_offsets(row_offsets, cols.shape[0])
+        row = torch.arange(output.shape[1], device=cols.device).repeat_interleave(row_offsets.diff())
+        sums = torch.zeros(output.shape, dtype=values.dtype, device=cols.device).index_add_(1, row, products)
+    output.copy_(output.to(values.dtype) + sums)
+
+
 def check_offsets(row_offsets: Tensor, nnz: int) -> None:
     """Refuses row offsets that do not cut 0 .. nnz into consecutive rows."""
     if int(row_offsets[0]) != 0 or int(row_offsets[-1]) != nnz or bool((row_offsets.diff() < 0).any()):

@@ -43,6 +43,7 @@ def products(dtype: torch.dtype) -> None:
     for tokens, rows, cols, k in ((1, 1, 1, 1), (33, 65, 130, 3), (70, 7, 40, 11)):
         grad_output, x = (torch.randn(tokens, size, device=DEVICE).to(dtype) for size in (rows, cols))
         index = columns(rows, cols, k)
+        gk.selected_addmm_(grad_output.clone(), x, index, torch.randn(rows, k, device=DEVICE))
         for strategy in ("gather", "tile", "union"):
             gk.selected_weight_grad(grad_output, x, index, strategy)
             gk.selected_weight_grad_bias(grad_output, x.T.contiguous().T, index, strategy)

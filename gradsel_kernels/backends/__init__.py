@@ -148,6 +148,12 @@ def _scatter_rows_(weight: Tensor, cols: Tensor, values: Tensor) -> None:
     _bump_versions([weight])
 
 
+def _selected_addmm_(output: Tensor, *others) -> None:
+    _checks.selected_addmm_(output, *others)
+    resolve(output.device).selected_addmm_(output, *others)
+    _bump_versions([output])
+
+
 def _masked_adam_(*args, numbers: Tensor | None = None, **kwargs) -> None:
     call, options = records(*args, **kwargs)
     if numbers is not None:
@@ -173,6 +179,7 @@ def _bump_versions(written: list[Tensor]) -> None:
 
 _IN_PLACE = {
     "scatter_rows_": _scatter_rows_,
+    "selected_addmm_": _selected_addmm_,
     "masked_adam_": _masked_adam_,
     "topk_masked_adam_": _topk_masked_adam_,
 }

@@ -162,6 +162,7 @@ def _borrowed(op: str) -> Callable[..., Any]:
 gather_rows = _borrowed("gather_rows")
 pack_bits = _borrowed("pack_bits")
 scatter_rows_ = _borrowed("scatter_rows_")
+selected_addmm_ = _borrowed("selected_addmm_")
 selected_weight_grad = _borrowed("selected_weight_grad")
 selected_weight_grad_bias = _borrowed("selected_weight_grad_bias")
 take_columns = _borrowed("take_columns")

@@ -19,7 +19,7 @@ from gradsel_kernels.adam_item import CODES, ITEM_LAYOUT
 from gradsel_kernels.adam_table import AdamTable, table_of
 
 #: Must equal the number compiled into the extension (csrc/bindings.cpp).
-ABI = 9
+ABI = 10
 
 _REBUILD = (
     "Install a C++17 compiler and the Python headers, then install again from the checkout: "
@@ -154,6 +154,34 @@ def _range_error(name: str, found: tuple[int, int], end: int) -> IndexError:
     return IndexError(f"{name} must lie in 0 to {end - 1}, found {found[0]} to {found[1]}")
 
 
+def selected_addmm_(output: Tensor, input: Tensor, cols: Tensor, values: Tensor, row_offsets: Tensor | None) -> None:
+    cols, values = cols.contiguous(), values.contiguous()
+    if row_offsets is not None:
+        row_offsets = row_offsets.contiguous()
+        _check_offsets(row_offsets, output.shape[1], cols.shape[0])
+    found = _C.selected_addmm(
+        CODES[output.dtype],
+        output.data_ptr(),
+        output.shape,
+        output.stride(),
+        input.data_ptr(),
+        input.shape[1],
+        input.stride(),
+        cols.data_ptr(),
+        0 if row_offsets is None else row_offsets.data_ptr(),
+        cols.shape[1] if row_offsets is None else 0,
+        values.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if found is not None:
+        raise _range_error("cols", found, input.shape[1])
+
+
+def _check_offsets(row_offsets: Tensor, rows: int, nnz: int) -> None:
+    if not _C.row_offsets_ascend(row_offsets.data_ptr(), rows, nnz):
+        raise IndexError(f"row_offsets must ascend from 0 to {nnz}, the size of cols")
+
+
 def take_columns(input: Tensor, columns: Tensor) -> Tensor:
     columns = columns.contiguous()
     _check_columns("columns", columns, input.shape[-1])
@@ -196,9 +224,7 @@ def _strategy(grad_output: Tensor, input: Tensor, cols: Tensor, row_offsets: Ten
     n = input.shape[-1]
     _check_columns("cols", cols, n)
     if row_offsets is not None:
-        offsets = row_offsets.contiguous()
-        if not _C.row_offsets_ascend(offsets.data_ptr(), grad_output.shape[-1], cols.shape[0]):
-            raise IndexError(f"row_offsets must ascend from 0 to {cols.shape[0]}, the size of cols")
+        _check_offsets(row_offsets.contiguous(), grad_output.shape[-1], cols.shape[0])
     if strategy != "auto":
         return strategy
     # Both take time in proportion to tokens and rows, so only a row's entries and columns count. "union" is never

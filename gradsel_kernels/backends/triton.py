@@ -12,6 +12,7 @@ try:
     from gradsel_kernels.triton.adam import adam_of_table, masked_adam_
     from gradsel_kernels.triton.bitmask import pack_bits, unpack_bits
     from gradsel_kernels.triton.common import INTERPRETED
+    from gradsel_kernels.triton.product import selected_addmm_
     from gradsel_kernels.triton.rows import gather_rows, scatter_rows_
     from gradsel_kernels.triton.topk_adam import topk_masked_adam_
     from gradsel_kernels.triton.weight_grad import selected_weight_grad, selected_weight_grad_bias, take_columns
@@ -27,6 +28,7 @@ __all__ = [
     "masked_adam_",
     "pack_bits",
     "scatter_rows_",
+    "selected_addmm_",
     "selected_weight_grad",
     "selected_weight_grad_bias",
     "take_columns",

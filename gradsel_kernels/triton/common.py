@@ -48,6 +48,18 @@ def pack_words(flags, WORDS: tl.constexpr):
 
 
 @triton.jit
+def entries_of(row, row_offsets, rows, k, nnz):
+    """The first of each row's entries and the one after its last, in bounds of cols whatever the offsets are."""
+    if row_offsets is None:
+        start = tl.where(row < rows, row * k, 0)
+        end = tl.where(row < rows, row * k + k, 0)
+    else:
+        start = tl.maximum(tl.load(row_offsets + row, mask=row < rows, other=0), 0)
+        end = tl.minimum(tl.load(row_offsets + row + 1, mask=row < rows, other=0), nnz)
+    return start, end
+
+
+@triton.jit
 def convert(x, DTYPE: tl.constexpr):
     """x in another float format, converted as torch does: to nearest even, and from float64 to 16 bits via float32.
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gradsel_kernels import panels
 from gradsel_kernels._checks import sum_dtype
-from gradsel_kernels.triton.common import INTERPRETED, convert, on_device
+from gradsel_kernels.triton.common import INTERPRETED, convert, entries_of, on_device
 
 # Nothing here has been measured on a GPU: these are estimates from data sheets (H100) and counts of bytes and products.
 
@@ -46,18 +46,6 @@ COPIED = 4096
 # Device ---------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
-def _entries_of(row, row_offsets, rows, k, nnz):
-    """The first of each row's entries and the one after its last, in bounds of cols whatever the offsets are."""
-    if row_offsets is None:
-        start = tl.where(row < rows, row * k, 0)
-        end = tl.where(row < rows, row * k + k, 0)
-    else:
-        start = tl.maximum(tl.load(row_offsets + row, mask=row < rows, other=0), 0)
-        end = tl.minimum(tl.load(row_offsets + row + 1, mask=row < rows, other=0), nnz)
-    return start, end
-
-
 # Both kernels take the tokens in steps: a step lies in one batch, and ``chunks`` steps make a batch. The programs of
 # split s sum steps s * steps_a_split to (s + 1) * steps_a_split and write to line s of ``out`` and ``bias``.
 
@@ -75,7 +63,7 @@ def _gather(
     split = tl.program_id(1).to(tl.int64)
     first = tl.program_id(1) * steps_a_split
     last = tl.minimum(first + steps_a_split, steps)
-    start, end = _entries_of(row, row_offsets, rows, k, nnz)
+    start, end = entries_of(row, row_offsets, rows, k, nnz)
     longest = tl.max(end - start, axis=0).to(tl.int32)
 
     # Further entries mean another pass over grad_output, mostly from cache: the K sums of one pass hold the registers.
@@ -154,7 +142,7 @@ def _tile(
         return
 
     # Each row may have entries in the chunk from its lowest-th to its highest-th: far fewer than all if cols ascend.
-    start, end = _entries_of(row, row_offsets, rows, k, nnz)
+    start, end = entries_of(row, row_offsets, rows, k, nnz)
     longest = tl.max(end - start, axis=0).to(tl.int32)
     lowest = tl.full([ROWS, LOOKED_UP], 0x7FFFFFFF, tl.int32)
     highest = tl.full([ROWS, LOOKED_UP], -1, tl.int32)

@@ -75,6 +75,7 @@ OPERATORS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, ...]]] = {
     "gather_rows": lambda x, cols: (gk.gather_rows(x, cols),),
     "scatter_rows_": lambda x, cols: (gk.scatter_rows_(x.clone(), cols, -x[:, :5]),),
     "take_columns": lambda x, cols: (gk.take_columns(x, cols[0]),),
+    "selected_addmm_": lambda x, cols: (gk.selected_addmm_(x.clone(), x, cols, gk.gather_rows(x, cols).float()),),
     "selected_weight_grad, gather": weight_grad("gather"),
     "selected_weight_grad, tile": weight_grad("tile"),
     "selected_weight_grad, union": weight_grad("union"),

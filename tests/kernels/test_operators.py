@@ -36,6 +36,10 @@ def sample_inputs(op: str, device: str):
         grad_output = torch.randn(6, 4, device=device)
         offsets = torch.tensor([0, 1, 1, 3, 3], device=device)
         return [(grad_output, weight, cols[:4], None, "auto"), (grad_output, weight, cols[0], offsets, "union")]
+    if op == "selected_addmm_":
+        output, values = torch.randn(6, 4, device=device), torch.randn(4, 3, device=device)
+        offsets = torch.tensor([0, 1, 1, 3, 3], device=device)
+        return [(output, weight, cols[:4], values, None), (output, weight, cols[0], values[0], offsets)]
     if op == "topk_masked_adam_":
         return [first_step_inputs(weight), first_step_inputs(weight.t().half())]
     return [adam_inputs(everything(torch.float32).to(device))]

@@ -21,6 +21,7 @@ from gradsel_kernels.triton import (  # fmt: skip
     adam_device,
     bitmask,
     device_tables,
+    product,
     rows,
     topk,
     topk_adam,
@@ -308,6 +309,26 @@ def take_case(dtype: str, *, input_tokens: bool = False) -> Case:
     )
 
 
+def product_case(dtype: str, tokens: int, *, ragged: bool = False, targets: tuple[int, ...] = (HOPPER,)) -> Case:
+    types = {"output": f"*{dtype}", "input": f"*{dtype}", "cols": "*i32", "values": "*fp32"}
+    types |= {"row_offsets": "*i64"} if ragged else {}
+    strides = ("output_stride_token", "input_stride_token")
+    types |= dict.fromkeys((*strides, "tokens", "rows", "n", "k", "nnz", "blocks"), "i32")
+    tile = min(product.TOKENS, tokens)
+    constants = {"output_stride_row": 1, "input_stride_col": 1, "TOKENS": tile, "ROWS": product.SUMS // tile}
+    constants |= {} if ragged else {"row_offsets": None}
+    return Case(
+        product._selected_addmm,
+        f"{dtype}-{tokens}-tokens" + "-ragged" * ragged,
+        types,
+        constants,
+        ("output", "input", "cols", "values", *strides),
+        {"num_warps": 4},
+        threads=512,
+        targets=targets,
+    )
+
+
 EVERYWHERE = (AMPERE, HOPPER, BLACKWELL)
 SIZES = dict.fromkeys(
     ("stride_row", "stride_col", "cols_stride_row", "cols_stride_col", "rows", "n", "k", "chunks"), "i32"
@@ -436,6 +457,8 @@ CASES = [
         ("bits", "mask", "stride_row", "n"),
         {"num_warps": 2},
     ),
+    product_case("bf16", 1, targets=EVERYWHERE),
+    product_case("fp32", 16, ragged=True),
     Case(
         rows._gather_rows,
         "k4-bf16",

@@ -1,4 +1,4 @@
-"""How the selected entries of a weight gradient are computed, and what forward has to keep for it.
+"""How the selected entries of a weight gradient are computed, what forward has to keep for it, and their product.
 
 A :class:`Product` serves layers that multiply by their weight (Linear, Conv), a :class:`Lookup` embeddings. Masks make
 them (:meth:`gradsel.masks.Mask.product`, :meth:`~gradsel.masks.Mask.lookup`) and the autograd functions use them.
@@ -168,6 +168,28 @@ class Product(_Movable):
         if self.order is not None:
             grad = grad[self.order]
         return grad.reshape(self.shape), bias_grad
+
+    def add_to(self, output: Tensor, input: Tensor, values: Tensor) -> None:
+        """Adds what the selected entries contribute to a layer's output, in place.
+
+        Args:
+            output: [tokens, rows].
+            input: [tokens, inputs], of the same dtype.
+            values: the entries in mask order, in float32 (float64 for float64).
+        """
+        if self.rows_are_inputs:
+            output.index_add_(1, self.rows, (input.to(values.dtype) @ values.mT).to(output.dtype))
+            return
+        if self.order is not None:
+            values = values.reshape(-1)
+            values = torch.empty_like(values).index_copy_(0, self.order, values)
+        cols = self.cols if self.used is None or self.places is not None else self.used[self.cols.long()]
+        values = values.reshape(cols.shape)
+        if self.rows is None:
+            gk.selected_addmm_(output, input, cols, values, row_offsets=self.row_offsets)
+        else:
+            few = output.index_select(1, self.rows)
+            output.index_copy_(1, self.rows, gk.selected_addmm_(few, input, cols, values))
 
 
 def _compacted(cols: Tensor, inputs: int, share: float) -> tuple[Tensor | None, Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from gradsel.quantised.formats import Quantised
 
@@ -24,10 +25,11 @@ class Adapter:
         why_not: why a layer cannot be used as it is, and what to do about it, or None.
         kind: the name of its format.
         dtype: in which the library makes its weight dense.
-        dense: the weight [out, in].
+        dense: the weight [out, in], a new tensor.
         codes: a tensor on its device.
         stored: codes first, then scales.
         own_state: as in :class:`~gradsel.quantised.formats.Quantised`.
+        multiply: of the layer and an input in ``dtype``, as in :class:`~gradsel.quantised.formats.Quantised`.
     """
 
     library: str
@@ -38,6 +40,7 @@ class Adapter:
     codes: Callable[[Any], Tensor]
     stored: Callable[[Any], list[Tensor]]
     own_state: bool = False
+    multiply: Callable[[Any, Tensor], Tensor] | None = None
 
 
 class Adapted(Quantised):
@@ -57,8 +60,11 @@ class Adapted(Quantised):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         with torch.no_grad():
-            made = self._adapter.dense(self.module)
-            return made.to(dtype, copy=True, memory_format=torch.contiguous_format)
+            return self._adapter.dense(self.module).to(dtype).contiguous()
+
+    def multiply(self, input: Tensor) -> Tensor | None:
+        multiply = self._adapter.multiply
+        return None if multiply is None or input.dtype is not self.dtype else multiply(self.module, input)
 
     def stored(self) -> list[Tensor]:
         return self._adapter.stored(self.module)
@@ -180,9 +186,10 @@ ADAPTERS: dict[tuple[str, str], Adapter] = {
         why_not=_not_of_quanto,
         kind=lambda module: f"quanto-{module.weight.qtype.name}",
         dtype=lambda module: module.weight.dtype,
-        dense=lambda module: module.weight.detach().dequantize(),
+        dense=lambda module: module.weight.dequantize(),
         codes=lambda module: module.weight,
         stored=_stored_by_quanto,
         own_state=True,
+        multiply=lambda module, input: F.linear(input, module.weight),
     ),
 }

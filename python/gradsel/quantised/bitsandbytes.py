@@ -54,6 +54,13 @@ class FourBit(Quantised):
         )
         return made.to(dtype)
 
+    def multiply(self, input: Tensor) -> Tensor:
+        from bitsandbytes import matmul_4bit
+
+        # not the layer's forward, which packs weights anew on some CPUs, and casts a bias in place
+        made: Tensor = matmul_4bit(input, self._weight, quant_state=self._state)
+        return made
+
     def stored(self) -> list[Tensor]:
         state = self._state
         found = [self._weight.data, state.absmax]
@@ -115,6 +122,16 @@ class EightBit(Quantised):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         return self._weight.data.to(dtype).mul_(self._scales.unsqueeze(1).mul(1 / 127))
+
+    def multiply(self, input: Tensor) -> Tensor:
+        from bitsandbytes import matmul
+
+        if self.module.weight.CB is not None:
+            self.module.init_8bit_state()
+        state = self.module.state
+        state.is_training = False
+        made: Tensor = matmul(input, self._weight, state=state)
+        return made
 
     def stored(self) -> list[Tensor]:
         return [self._weight.data, self._scales]

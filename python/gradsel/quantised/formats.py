@@ -46,6 +46,17 @@ class Quantised(ABC):
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The dequantised weight, a new contiguous tensor [out, in]."""
 
+    def multiply(self, input: Tensor) -> Tensor | None:
+        """``input @ weight.T`` as the library computes it for inference, without a dense weight.
+
+        Args:
+            input: [tokens, in], in what :meth:`compute_dtype` returns.
+
+        Returns:
+            [tokens, out] in the same dtype; None where the library cannot do so, or would make the weight dense, too.
+        """
+        return None
+
     @abstractmethod
     def stored(self) -> list[Tensor]:
         """The tensors that the weight is stored in: codes first, then scales."""

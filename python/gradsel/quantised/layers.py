@@ -2,11 +2,13 @@
 
 The weight is made dense for each product, gets the differences at its selected entries, and is freed again, in forward
 and in backward. A product of its own for the sparse differences would cost time for each token and selected entry;
-adding them costs once for each entry (figures: docs/quantised.md).
+adding them costs once for each entry (figures: docs/quantised.md). Inference on few tokens is another matter: there the
+library multiplies without a dense weight, and the sparse product is added to the result.
 """
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from typing import Any
 
@@ -19,6 +21,7 @@ from gradsel.masks import Mask
 from gradsel.masks.weight_grad import once
 from gradsel.quantised.finding import require_known
 from gradsel.quantised.formats import Quantised
+from gradsel.views import NeuronView
 
 
 def linear(
@@ -45,9 +48,26 @@ def linear(
     tokens = input.reshape(-1, input.shape[-1]).to(dtype)
     bias = None if bias is None else bias.to(dtype)
     with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
-        output = _Linear.apply(tokens, bias, values, weight, mask, product)
+        output = _inferred(tokens, bias, values, weight, mask, product)
+        if output is None:
+            output = _Linear.apply(tokens, bias, values, weight, mask, product)
     output = output.view(*input.shape[:-1], weight.shape[0])
     return output.to(input.dtype) if weight.returns_input_dtype else output
+
+
+def _inferred(
+    tokens: Tensor, bias: Tensor | None, values: Tensor | None, weight: Quantised, mask: Mask | None, product: Any
+) -> Tensor | None:
+    """The output in ``eval()`` mode without gradients, if that is to be had without a dense weight."""
+    if weight.module.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    if values is None or mask is None or len(tokens) * mask.nnz > math.prod(weight.shape):
+        return None  # the sparse product would take more multiplications than the weight has entries
+    output = weight.multiply(tokens)
+    if output is None:
+        return None
+    product.add_to(output, tokens, values)
+    return output if bias is None else output.add_(bias)
 
 
 class _Linear(Function):
@@ -114,12 +134,13 @@ class Fixed(Forward):
 
     def __init__(self, module: nn.Module, name: str, mask: Mask, values: Tensor) -> None:
         super().__init__(module, name)
-        self.mask, self.values = mask, values
+        self.mask, self.values, self.product = mask, values, mask.product(NeuronView())
 
     def trained(self, device: torch.device) -> tuple[Tensor | None, Mask | None, Any]:
         if self.values.device != device:
             self.mask, self.values = self.mask.to(device), self.values.to(device)
-        return self.values, self.mask, None
+            self.product = self.mask.product(NeuronView())
+        return self.values, self.mask, self.product
 
 
 class Ranked(Forward):

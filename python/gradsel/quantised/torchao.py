@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from gradsel.quantised.formats import Quantised
 
@@ -45,8 +46,13 @@ class OfTorchao(Quantised):
         self.dtype = weight.dtype
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        made: Tensor = self.module.weight.detach().dequantize()
-        return made.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        with torch.no_grad():  # detach() of its tensors fails in inference mode
+            made: Tensor = self.module.weight.dequantize()
+            return made.to(dtype).contiguous()
+
+    def multiply(self, input: Tensor) -> Tensor | None:
+        weight = self.module.weight
+        return F.linear(input, weight) if input.dtype is weight.dtype else None
 
     def stored(self) -> list[Tensor]:
         weight = self.module.weight.detach()

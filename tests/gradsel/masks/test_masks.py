@@ -157,6 +157,20 @@ def test_places_lead_the_kernel_from_values_to_their_weight(shape, view):
             assert torch.equal((mask.gather(weight) - mask.gather(before)).sign(), -grad.sign())
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0], ids=["whole input", "used columns"])
+@pytest.mark.parametrize(("shape", "view"), VIEWS, ids=str)
+def test_the_product_with_selected_entries_is_that_of_the_masked_weight(shape, view, share):
+    rows, cols = view.shape(shape)
+    for mask in masks_for(shape, view):
+        if isinstance(mask, Frozen):
+            continue  # has no product
+        weight = torch.where(mask.to_dense(), torch.randn(shape), 0.0)
+        output, input = torch.randn(3, rows), torch.randn(3, cols)
+        expected = output + input @ view.of(weight).T
+        mask.product(view, share=share).add_to(output, input, mask.gather(weight))
+        torch.testing.assert_close(output, expected)
+
+
 @pytest.mark.parametrize(("shape", "view"), VIEWS, ids=str)
 def test_parts_round_trip(shape, view):
     for mask in masks_for(shape, view):
