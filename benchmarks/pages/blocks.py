@@ -42,6 +42,7 @@ BLOCKS: Mapping[str, Callable[[Path], str]] = {
     "task sizes": tasks.sizes,
     "task times": tasks.times,
     "adding differences": quantised.adding,
+    "quantised inference": quantised.inference,
     "quantised training": quantised.against_qlora,
     "selecting within memory": tasks.selecting_within_memory,
     "bytes sent": wire.traffic,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.harness.results import Row
-from benchmarks.pages.figures import duration, paragraph, rows_of, table, where
+from benchmarks.harness.results import Row, latest, load
+from benchmarks.pages.figures import duration, paragraph, table, where
 
 
 def _rows(results: Path, part: str) -> list[Row]:
-    found = [row for row in rows_of(results / "quantised-cpu.csv") if row["part"] == part]
+    found = latest([row for row in load(results / "quantised-cpu.csv") if row["part"] == part])
     if not found:
         raise ValueError(f"quantised-cpu.csv has no part {part!r}; run python -m benchmarks.training.quantised {part}")
     return found
@@ -20,16 +20,33 @@ def adding(results: Path) -> str:
     sizes = sorted({row["model"] for row in rows}, key=lambda size: [int(n) for n in size.split(" x ")])
     providers = [
         "dequantise", "matrix product", "read and write the output",
-        *(f"{way}, K = {k}" for way in ("add to the dense weight", "sparse product (CSR)") for k in (1, 8)),
+        *(
+            f"{way}, K = {k}"
+            for way in ("add to the dense weight", "sparse product", "sparse product (CSR)")
+            for k in (1, 8)
+        ),
     ]  # fmt: skip
     times = {(row["model"], row["provider"]): duration(float(row["p50_ms"])) for row in rows}
     source = paragraph(
         f"One layer in nf4, {rows[0]['tokens']} tokens in bfloat16, medians, measured on {where(rows)} "
         "([all numbers](../benchmarks/results/quantised-cpu.csv), `python -m benchmarks.training.quantised adding`). A "
-        "sparse product has to read and write the output at least once; torch's works in float32."
+        "sparse product has to read and write the output at least once; torch's (CSR) works in float32."
     )
     head = ["", *(size.replace(" x ", " × ") for size in sizes)]  # noqa: RUF001
     return f"{source}\n\n{table(head, [[name, *(times[size, name] for size in sizes)] for name in providers])}"
+
+
+def inference(results: Path) -> str:
+    rows = _rows(results, "inference")
+    times = {(row["model"], row["provider"]): float(row["p50_ms"]) for row in rows}
+    providers = ["the library's layer", "attached, K = 1", "attached, K = 8", "attached, K = 1, as in training"]
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    lines = [[name.replace(" x ", " × "), *(duration(times[name, each]) for each in providers)] for name in names]  # noqa: RUF001
+    source = paragraph(
+        f"One token through one layer, bfloat16, medians, measured on {where(rows)} "
+        "([all numbers](../benchmarks/results/quantised-cpu.csv), `python -m benchmarks.training.quantised inference`)."
+    )
+    return f"{source}\n\n{table(['', *providers], lines)}"
 
 
 def against_qlora(results: Path) -> str:

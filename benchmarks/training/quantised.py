@@ -10,7 +10,10 @@ torch's AdamW), without activation checkpointing.
 - ``step``: four blocks, with the vocabulary of 4,096 that a loss needs, in one process; methods take steps in turn.
 - ``adding``: what the differences of one layer cost in a forward of 512 tokens: added to the dense weight that is made
   for the product anyway, or as a sparse product, which has to read and write the output at least once. That bound is
-  measured, and torch's product of a sparse matrix in rows (CSR), which works in float32.
+  measured, and so are our product and torch's of a sparse matrix in rows (CSR), which works in float32.
+- ``inference``: one token through one layer in ``eval()`` mode without gradients: the library's own layer, and the
+  attached one, in which the library multiplies and the sparse product is added, or which makes the weight dense, as it
+  does in training.
 
 Results go to ``benchmarks/results/quantised-cpu.csv``; rows of an earlier run with the same key are replaced.
 """
@@ -33,6 +36,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gradsel
+import gradsel_kernels as gk
 from benchmarks.harness.environment import MACHINE, RESULTS, ROOT, machine
 from benchmarks.harness.results import merge
 from benchmarks.harness.timing import interleaved
@@ -223,6 +227,10 @@ def adding(rounds: int, small: bool) -> list[dict[str, Any]]:
                 densely,
                 lambda dense, mask=mask, values=values: mask.scatter_(dense, mask.gather(dense) + values),
             )
+            contenders[f"sparse product, K = {k}"] = (
+                product,
+                lambda output, x=x, cols=cols, values=values: gk.selected_addmm_(output, x, cols, values),
+            )
             contenders[f"sparse product (CSR), K = {k}"] = (
                 product,
                 lambda _, sparse=sparse, transposed=transposed: torch.mm(sparse, transposed),
@@ -242,9 +250,66 @@ def adding(rounds: int, small: bool) -> list[dict[str, Any]]:
     return rows
 
 
+def _layers(inputs: int, outputs: int) -> dict[str, Callable[[], nn.Module]]:
+    """Layers with random weights by the names of their formats."""
+
+    def dense() -> nn.Linear:
+        return nn.Linear(inputs, outputs, bias=False, dtype=torch.bfloat16)
+
+    def of_torchao() -> nn.Module:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        layer = dense()
+        quantize_(layer, Int8WeightOnlyConfig())
+        return layer
+
+    def of_quanto() -> nn.Module:
+        from optimum.quanto import QLinear, qint8
+
+        layer = QLinear.from_module(dense(), weights=qint8)
+        layer.freeze()
+        return layer
+
+    return {
+        "nf4, bitsandbytes": lambda: _nf4(inputs, outputs),
+        "int8, bitsandbytes": lambda: bitsandbytes.nn.Linear8bitLt(
+            inputs, outputs, bias=False, has_fp16_weights=False
+        ).to("cpu"),
+        "int8, torchao": of_torchao,
+        "int8, quanto": of_quanto,
+    }
+
+
+def inference(rounds: int, small: bool) -> list[dict[str, Any]]:
+    """One token through one layer, in the library's own layer and in attached ones."""
+    outputs, inputs = (256, 256) if small else LAYERS[1]
+    x = torch.randn(1, inputs, dtype=torch.bfloat16)
+    rows = []
+    for name, make in _layers(inputs, outputs).items():
+        made = {"the library's layer": (nn.Sequential(make()), False)}
+        for k in (1, 8):
+            model = nn.Sequential(make())
+            selection = gradsel.select(model, [x], lambda model, x: model(x).float().sum(), gradsel.PerNeuron(k))
+            gradsel.attach(model, selection)
+            made[f"attached, K = {k}"] = model, False
+        made["attached, K = 1, as in training"] = made["attached, K = 1"][0], True
+
+        def maker(model: nn.Module, training: bool) -> Callable[[], Any]:
+            return partial(model.train(training), x)
+
+        with torch.no_grad():
+            seconds = interleaved({each: partial(maker, *made[each]) for each in made}, rounds, warm_up=2)
+        rows += [
+            {"part": "inference", "model": f"{name}, {outputs} x {inputs}", "tokens": 1, "provider": provider,
+             "phase": "forward", **_percentiles(taken)}
+            for provider, taken in seconds.items()
+        ]  # fmt: skip
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", help="memory, step, adding; default: all")
+    parser.add_argument("parts", nargs="*", help="memory, step, adding, inference; default: all")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--small", action="store_true", help="tiny models; results are only printed")
@@ -257,6 +322,7 @@ def main() -> None:
         "memory": lambda: memory(arguments.tokens, arguments.small),
         "step": lambda: times(arguments.tokens, arguments.rounds, arguments.small),
         "adding": lambda: adding(4 * arguments.rounds, arguments.small),
+        "inference": lambda: inference(4 * arguments.rounds, arguments.small),
     }
     if unknown := set(arguments.parts) - parts.keys():
         parser.error(f"unknown parts {', '.join(sorted(unknown))}; there are {', '.join(parts)}")

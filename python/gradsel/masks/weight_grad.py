@@ -178,6 +178,7 @@ class Product(_Movable):
             values: the entries in mask order, in float32 (float64 for float64).
         """
         if self.rows_are_inputs:
+            assert self.rows is not None
             output.index_add_(1, self.rows, (input.to(values.dtype) @ values.mT).to(output.dtype))
             return
         if self.order is not None:
