@@ -141,6 +141,7 @@ reveal_type(gk.pack_bits(gradient > 0))  # Tensor
 reveal_type(gk.unpack_bits(bits, 32))  # Tensor
 reveal_type(gk.gather_rows(weight, columns))  # Tensor
 gk.scatter_rows_(weight, columns, torch.zeros(8, 2))
+reveal_type(gk.selected_addmm_(torch.zeros(5, 8), torch.randn(5, 32), columns, torch.zeros(8, 2)))  # Tensor
 reveal_type(gk.take_columns(torch.randn(5, 32), torch.arange(4, dtype=torch.int32)))  # Tensor
 reveal_type(gk.selected_weight_grad(torch.randn(5, 8), torch.randn(5, 32), columns))  # Tensor
 reveal_type(gk.selected_weight_grad_bias(torch.randn(5, 8), torch.randn(5, 32), columns))  # tuple[Tensor, Tensor]
