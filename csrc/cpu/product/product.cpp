@@ -11,6 +11,7 @@ namespace gradsel {
 namespace {
 
 constexpr int kTokens = 16;
+constexpr int kRows = 16;  // whose sums are added to the output together: one cache line of a token
 
 // Packs inputs of `count` tokens as [n, width]; tokens that do not exist are zero.
 template <int width, class T, class Sum>
@@ -25,18 +26,28 @@ void pack(const SelectedProduct& p, int64_t first, int count, int64_t begin, int
 template <int width, class T, class Sum>
 void add(const SelectedProduct& p, int64_t first, int count, int64_t begin, int64_t end, const Sum* packed) {
   const Sum* values = static_cast<const Sum*>(p.values);
-  T* output = static_cast<T*>(p.output) + first * p.output_token_stride;
-  for (int64_t r = begin; r < end; ++r) {
-    const int64_t from = p.row_offsets ? p.row_offsets[r] : r * p.k;
-    const int64_t to = p.row_offsets ? p.row_offsets[r + 1] : from + p.k;
-    Sum sums[width] = {};
-    for (int64_t j = from; j < to; ++j) {
-      const Sum* inputs = packed + p.cols[j] * static_cast<int64_t>(width);
-      for (int t = 0; t < width; ++t) sums[t] += values[j] * inputs[t];
+  for (int64_t row = begin; row < end; row += kRows) {
+    const int rows = static_cast<int>(std::min<int64_t>(kRows, end - row));
+    Sum sums[width][kRows];
+    for (int i = 0; i < rows; ++i) {
+      const int64_t from = p.row_offsets ? p.row_offsets[row + i] : (row + i) * p.k;
+      const int64_t to = p.row_offsets ? p.row_offsets[row + i + 1] : from + p.k;
+      Sum own[width] = {};
+      for (int64_t j = from; j < to; ++j) {
+        const Sum* inputs = packed + p.cols[j] * static_cast<int64_t>(width);
+        for (int t = 0; t < width; ++t) own[t] += values[j] * inputs[t];
+      }
+      for (int t = 0; t < width; ++t) sums[t][i] = own[t];
     }
     for (int t = 0; t < count; ++t) {
-      T& out = output[t * p.output_token_stride + r * p.output_row_stride];
-      out = convert<T>(convert<Sum>(out) + sums[t]);
+      T* out = static_cast<T*>(p.output) + (first + t) * p.output_token_stride + row * p.output_row_stride;
+      if (p.output_row_stride == 1)
+        for (int i = 0; i < rows; ++i) out[i] = convert<T>(convert<Sum>(out[i]) + sums[t][i]);
+      else
+        for (int i = 0; i < rows; ++i) {
+          T& to = out[i * p.output_row_stride];
+          to = convert<T>(convert<Sum>(to) + sums[t][i]);
+        }
     }
   }
 }
