@@ -11,7 +11,7 @@ from torch import Tensor
 import gradsel_kernels as gk
 from gradsel.masks import Mask, PerRow, fingerprint
 from gradsel.optim.call import refuse_sparse, version_of
-from gradsel.optim.groups import check_anchor, check_options, check_parameter, plain_name, replaced_by_hand
+from gradsel.optim.groups import check_options, check_parameter, plain_name, replaced_by_hand
 from gradsel.optim.selector import Selector, fingerprints_of, require_agreement, silent_rows
 from gradsel.optim.state import FINGERPRINT
 from gradsel.views import NeuronView
@@ -33,13 +33,15 @@ def select_in_step(optimizer: Optimizer, selector: Selector) -> frozenset[Tensor
     """What has to be done about the selection before a step.
 
     Returns:
-        The parameters whose step has been done; None if there is no selection yet, so that there is no step either.
+        The parameters that the step has to leave alone, because theirs has been done or they cannot be trained yet;
+        None if there is no step.
     """
     selected = optimizer._selection is not None
     if selected and selector.every is None:
         return frozenset()
     found_inf = optimizer.found_inf if hasattr(optimizer, "found_inf") else None
-    overflowed = found_inf is not None and found_inf.item() != 0
+    if found_inf is not None and found_inf.item() != 0:  # a step that will be skipped does not count
+        return frozenset() if selected else None
 
     def grads() -> dict[str, Tensor]:
         found = {
@@ -50,12 +52,16 @@ def select_in_step(optimizer: Optimizer, selector: Selector) -> frozenset[Tensor
         refuse_sparse(found.values())
         return found
 
-    if not selector.is_due(selected, overflowed, grads):
+    if not selected and selector.criterion.needs_gradient and not any(bool(grad.any()) for grad in grads().values()):
+        return _before_ranking(optimizer, selector)
+    if not selector.is_due(selected, grads):
         return frozenset() if selected else None
     trained = {each.name: each for each in _trained(optimizer)}
     parameters = {name: each.parameter for name, each in trained.items()}
     try:
-        if selector.ranks_as_they_are and not selected and not optimizer.state:
+        _check(optimizer, selector)
+        is_new = not any(parameters[name] in optimizer.state for name in grads())
+        if selector.ranks_as_they_are and not selected and is_new:
             return _fused(optimizer, selector, trained, grads(), parameters)
         selection = selector.choose(parameters, grads(), {}, fingerprints_of(parameters))
         require_agreement(selection)
@@ -81,6 +87,33 @@ def _trained(optimizer: Optimizer) -> Iterator[Trained]:
             place += 1
 
 
+def _before_ranking(optimizer: Optimizer, selector: Selector) -> frozenset[Tensor] | None:
+    """What to do without a gradient to rank: a head that starts at zero, for example, has to move first.
+
+    So what is trained whole is trained alone. If its gradients are zero, too, there is no step: checkpointing tools
+    make such steps to create states.
+    """
+    trained = list(_trained(optimizer))
+    whole = {each.parameter for each in trained if selector.rules[each.name].action == "whole"}
+    found = [parameter.grad for parameter in whole if parameter.grad is not None]
+    refuse_sparse(found)
+    if selector.steps or not any(bool(grad.any()) for grad in found):
+        return None
+    return frozenset(each.parameter for each in trained if each.parameter not in whole)
+
+
+def _check(optimizer: Optimizer, selector: Selector) -> None:
+    """Refuses what the rest of the step would refuse, before anything has changed."""
+    for group in optimizer.param_groups:
+        check_options(group)
+    trained = [each for each in _trained(optimizer) if selector.rules[each.name].action != "freeze"]
+    selector.check([each.name for each in trained], [each.parameter for each in trained])
+    for each in trained:
+        if each.parameter.grad is not None:
+            refuse_sparse([each.parameter.grad])
+            check_parameter(each.parameter, each.group["capturable"])
+
+
 class _Fused(NamedTuple):
     """A call of the fused operator: its parameters, their views and gradients, and what it has made."""
 
@@ -102,8 +135,6 @@ def _fused(
     for name, grad in grads.items():
         each = trained[name]
         view = selector.rules[name].view
-        check_options(each.group)
-        check_parameter(each.parameter, each.group["capturable"])
         matrix, ranked = _matrix(view, each.parameter), _matrix(view, grad)
         if matrix is not None and ranked is not None:
             calls.setdefault((id(each.group), grad.device), []).append((each, matrix, ranked))
@@ -140,7 +171,6 @@ def _matrix(view: NeuronView, tensor: Tensor) -> Tensor | None:
 def _run(optimizer: Optimizer, selector: Selector, members: list[tuple[Trained, Tensor, Tensor]]) -> _Fused:
     trained, matrices, grads = (list(part) for part in zip(*members, strict=True))
     group = trained[0].group
-    check_anchor(group)
     beta1, beta2 = group["betas"]
     low_precision = group["low_precision"]
     seeds = None

@@ -99,7 +99,7 @@ def bind(group: dict[str, Any], masks: Mapping[str, Mask] | None) -> dict[Tensor
 def check_names(group: dict[str, Any]) -> None:
     if "param_names" not in group:
         raise ValueError(
-            "masks are keyed by parameter name, but the parameters have no names; "
+            "masks and policy go by parameter name, but the parameters have no names; "
             "pass model.named_parameters() instead of model.parameters()"
         )
 
@@ -199,6 +199,15 @@ def check_parameter(parameter: Tensor, capturable: bool) -> None:
         raise AssertionError(
             "If capturable=True, params and state_steps must be on supported devices: "
             f"{_get_capturable_supported_devices()}."
+        )
+
+
+def check_shape(mask: Mask, parameter: Tensor) -> None:
+    """Refuses a parameter that has been given another shape since its mask was made."""
+    if not mask.is_whole and owner_of(parameter) is None and mask.shape != tuple(parameter.shape):
+        raise ValueError(
+            f"a parameter has the shape {list(parameter.shape)} now, but its mask is for {list(mask.shape)}: "
+            "make a new optimizer after a layer has been resized"
         )
 
 

@@ -86,7 +86,8 @@ class MaskedAdam(Stepping):
         policy: instead of ``masks``, lets the first step select: it ranks the dense gradients that it is given, by the
             rules of :func:`gradsel.select`, and trains the selected entries from then on, biases and heads included.
             ``PerNeuron`` with the criterion ``"gradient"`` selects and updates in one kernel call. Unselected entries
-            never change by a bit, and non-finite gradients are refused. Needs ``model.named_parameters()`` itself as
+            never change by a bit, and non-finite gradients are refused. Until a ranked parameter has a gradient other
+            than zero, only what is trained whole is updated. Needs ``model.named_parameters()`` itself as
             ``params``, or ``model``. Processes must step with the same gradients, as under DistributedDataParallel.
         criterion: with ``policy``, what makes an entry worth training; see :func:`gradsel.select`.
         rules: with ``policy``, a dict of keyword arguments ``head``, ``kinds``, ``blocks``, ``skip_blocks``, ``rank``,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from gradsel.attached import is_attached
 from gradsel.dtypes import trained_dtype
 from gradsel.masks import Frozen, Mask, fingerprint, from_parts
+from gradsel.optim.groups import names_of, plain_name
 from gradsel.parameters import fingerprints as weights
 from gradsel.parameters.names import shaped_parameters
 from gradsel.parameters.rules import Rule, RuleOptions, parameter_rules
@@ -23,6 +25,10 @@ from gradsel.ranking.policies import PerNeuron, Policy
 from gradsel.ranking.selecting import Ranker, report_missing, require_ranked, require_uneven, unranked
 from gradsel.selection.selection import Selection
 from gradsel.sharding import is_sharded
+from gradsel_kernels._warnings import user_stacklevel
+
+#: Why a parameter was left out that could have been selected.
+_NOT_GIVEN, _NOT_TRAINABLE = "not in the optimizer", "requires_grad is False"
 
 
 class Selector:
@@ -63,12 +69,15 @@ class Selector:
         self.policy, self._given, self.criterion = policy, criterion, criterion_of(criterion)
         self.rules: dict[str, Rule] = parameter_rules(model, **(rules or {}))
         require_ranked(self.rules, parameters)
+        if all(rule.action == "freeze" for rule in self.rules.values()):
+            raise ValueError("nothing would be trained: the rules leave no parameter to rank or to train whole")
         _require_gradients(self.rules, parameters)
         self.shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         self.after, self.every = after, every
         #: Steps since the last selection, or since the start if there is none.
         self.steps = 0
         self._sums: dict[str, Tensor] = {}
+        self._reported: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "criterion": None}  # a criterion holds functions, which cannot be pickled
@@ -98,24 +107,16 @@ class Selector:
                     "pass the named_parameters() of the model that policy= selects in"
                 )
 
-    def is_due(self, selected: bool, found_inf: bool, grads: Callable[[], Mapping[str, Tensor]]) -> bool:
+    def is_due(self, selected: bool, grads: Callable[[], Mapping[str, Tensor]]) -> bool:
         """Counts a step, adds its gradients if they are to be ranked, and says whether the selection is due.
 
         Args:
             selected: there is a selection already.
-            found_inf: the step will be skipped, so it does not count.
             grads: the gradients of ranked parameters, by name.
         """
-        if found_inf or (selected and self.every is None):
-            return False
         steps = self.after if not selected else (self.every or 0)
-        if self.steps + 1 > steps - self.after:
-            found = grads()
-            # Checkpointing tools step with gradients of zero to create states: these say nothing about the weights.
-            if self.criterion.needs_gradient and not selected and not any(bool(grad.any()) for grad in found.values()):
-                return False
-            if self.after > 1:
-                self._add(found)
+        if self.after > 1 and self.steps + 1 > steps - self.after:
+            self._add(grads())
         self.steps += 1
         return self.steps >= steps
 
@@ -165,19 +166,39 @@ class Selector:
             ranker.add(name, ranked_by[name] if self.criterion.needs_gradient else None)
         notes = {"policy": str(self.policy), "criterion": self.criterion.name, "steps": self.after, **ranker.report()}
         found = {**given, **ranker.masks()}
-        if any(rule.action == "rank" for rule in self.rules.values()) and not any(mask.nnz for mask in found.values()):
+        if wanted and not any(mask.nnz for mask in found.values()):
             raise ValueError(f"{self.policy} selects nothing of the ranked parameters; ask for more entries")
         masks: dict[str, Mask] = {}
         for name, shape in self.shapes.items():
             if name in found:
                 masks[name] = found[name]
             elif name not in parameters:
-                masks[name] = Frozen(shape, "not in the optimizer")
+                masks[name] = Frozen(shape, _NOT_GIVEN)
             elif not parameters[name].requires_grad:
-                masks[name] = Frozen(shape, "requires_grad is False")
+                masks[name] = Frozen(shape, _NOT_TRAINABLE)
             else:
                 masks[name] = unranked(self.rules[name], shape)
         return Selection(masks, notes, base)
+
+    def report_late(self, group: Mapping[str, Any], masks: Mapping[Tensor, Mask]) -> None:
+        """Warns, once, of parameters that have gradients, but were not in the optimizer or frozen when it selected."""
+        late = [
+            name
+            for name, parameter in zip(map(plain_name, names_of(group) or ()), group["params"], strict=False)
+            if parameter.grad is not None
+            and masks[parameter].label in (_NOT_GIVEN, _NOT_TRAINABLE)
+            and self.rules[name].action != "freeze"
+            and name not in self._reported
+        ]
+        if not late or self.every is not None:  # then they are ranked next time
+            return
+        self._reported.update(late)
+        warnings.warn(
+            f"{len(late)} parameters have gradients but are not trained, first {late[0]}: when the optimizer selected, "
+            "they were not in it, or did not require gradients. Call optimizer.reselect() with a selection that has "
+            "them, or make the optimizer when they are to be trained",
+            stacklevel=user_stacklevel(),
+        )
 
     def chosen(self) -> None:
         """Starts to count anew, once a selection is in use."""
@@ -216,6 +237,9 @@ class Selector:
             found = {name: mask.shape for name, mask in selection.items()}
             if found != self.shapes:
                 raise ValueError("the selection of the state_dict is for another model")
+        for name, total in saved["sums"].items():
+            if name not in parameters or tuple(total.shape) != self.shapes.get(name):
+                raise ValueError(f"the gradients added up in the state_dict are for another model, first {name}")
         self.steps = saved["steps"]
         self._sums = {name: total.to(parameters[name].device, copy=True) for name, total in saved["sums"].items()}
         return selection

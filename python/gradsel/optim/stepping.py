@@ -20,7 +20,7 @@ from gradsel.optim import compiling
 from gradsel.optim.call import Call, Plan, State, Target, calls_by_device, refuse_sparse, target_of, version_of
 from gradsel.optim.completing import complete
 from gradsel.optim.first_step import select_in_step
-from gradsel.optim.groups import check_anchor, check_options, check_parameter, replaced_by_hand
+from gradsel.optim.groups import check_anchor, check_options, check_parameter, check_shape, replaced_by_hand
 from gradsel.optim.rates import host_number, rates_on
 from gradsel.optim.selector import Selector
 from gradsel.selection.selection import Selection
@@ -206,6 +206,9 @@ class Stepping(Optimizer):
         refuse_sparse(grads[n] for n, _ in targets)  # type: ignore[misc]
         for _, target in targets:
             check_parameter(target.parameter, group["capturable"])
+            check_shape(target.mask, target.parameter)
+        if self._selector is not None and self._selection is not None:
+            self._selector.report_late(group, self._masks)
         seed = None
         if group["low_precision"] == "stochastic":  # a different one for each parameter, by its place in the optimizer
             seed = (group["seed"] << 32) + sum(len(earlier["params"]) for earlier in self.param_groups[:number])
