@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from gradsel.attached import SUFFIX
@@ -26,6 +27,7 @@ def attach_with(optimizer: Stepping, model: nn.Module, selection: Selection | No
     if optimizer._selector is not None and optimizer._selector.every is not None:
         raise ValueError("reselect_every ranks dense gradients, which an attached model does not form; leave it out")
     parameters = named_parameters(model)
+    _require_unwrapped(optimizer, model)
     for group in optimizer.param_groups:
         for name, parameter in zip(group.get("param_names", ()), group["params"], strict=True):
             if parameters.get(plain_name(name)) is not parameter:
@@ -64,3 +66,16 @@ def attach_with(optimizer: Stepping, model: nn.Module, selection: Selection | No
     optimizer._forget_calls()
     optimizer._selector = None
     return report
+
+
+def _require_unwrapped(optimizer: Stepping, model: nn.Module) -> None:
+    """Refuses the model inside DistributedDataParallel, which would not reduce gradients of parameters that are new."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    given = (name for group in optimizer.param_groups for name in group.get("param_names", ()))
+    own = {name for name, _ in model.named_parameters()}
+    if any(name.removeprefix("_orig_mod.").startswith("module.") and name not in own for name in given):
+        raise ValueError(
+            "the optimizer was made for a model in DistributedDataParallel, which has registered its parameters "
+            "already and would not reduce the gradients of others: attach() before wrapping the model"
+        )

@@ -69,7 +69,6 @@ def select_in_step(optimizer: Optimizer, selector: Selector) -> frozenset[Tensor
         selector.failed(selected)
         raise
     optimizer.reselect(selection)
-    selector.chosen()
     return frozenset()
 
 
@@ -94,11 +93,13 @@ def _before_ranking(optimizer: Optimizer, selector: Selector) -> frozenset[Tenso
     make such steps to create states.
     """
     trained = list(_trained(optimizer))
+    ranked = [each for each in trained if selector.rules[each.name].action == "rank"]
     whole = {each.parameter for each in trained if selector.rules[each.name].action == "whole"}
     found = [parameter.grad for parameter in whole if parameter.grad is not None]
     refuse_sparse(found)
     if selector.steps or not any(bool(grad.any()) for grad in found):
         return None
+    selector.report_waiting([each.parameter for each in ranked])
     return frozenset(each.parameter for each in trained if each.parameter not in whole)
 
 
@@ -154,7 +155,6 @@ def _fused(
                 gk.scatter_rows_(matrix, cols, original)
         raise
     optimizer.reselect(selection)
-    selector.chosen()
     for call in done:
         _take_over(optimizer, call, masks)
     return frozenset(each.parameter for call in done for each in call.trained)

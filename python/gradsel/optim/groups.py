@@ -207,7 +207,7 @@ def check_shape(mask: Mask, parameter: Tensor) -> None:
     if not mask.is_whole and owner_of(parameter) is None and mask.shape != tuple(parameter.shape):
         raise ValueError(
             f"a parameter has the shape {list(parameter.shape)} now, but its mask is for {list(mask.shape)}: "
-            "make a new optimizer after a layer has been resized"
+            "make a new optimizer after a layer has been resized, or the model detached"
         )
 
 

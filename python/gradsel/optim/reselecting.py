@@ -42,6 +42,8 @@ def reselect_with(optimizer: Stepping, selection: Selection | Mapping[str, Mask]
     optimizer._selection = selection
     optimizer._masks.update(masks)
     optimizer._forget_calls()
+    if optimizer._selector is not None:
+        optimizer._selector.chosen()
 
 
 def load_selection(optimizer: Stepping, state_dict: dict[str, Any]) -> None:

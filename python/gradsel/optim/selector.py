@@ -78,6 +78,7 @@ class Selector:
         self.steps = 0
         self._sums: dict[str, Tensor] = {}
         self._reported: set[str] = set()
+        self._waits = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "criterion": None}  # a criterion holds functions, which cannot be pickled
@@ -179,6 +180,18 @@ class Selector:
             else:
                 masks[name] = unranked(self.rules[name], shape)
         return Selection(masks, notes, base)
+
+    def report_waiting(self, ranked: list[Tensor]) -> None:
+        """Warns, once, that none of the ranked parameters in the optimizer can be ranked yet."""
+        if not ranked or self._waits:
+            return
+        self._waits = True
+        frozen = sum(not parameter.requires_grad for parameter in ranked)
+        warnings.warn(
+            f"none of the {len(ranked)} ranked parameters has a gradient other than zero ({frozen} have requires_grad "
+            "False): until one has, nothing is selected, and only parameters that are trained whole change",
+            stacklevel=user_stacklevel(),
+        )
 
     def report_late(self, group: Mapping[str, Any], masks: Mapping[Tensor, Mask]) -> None:
         """Warns, once, of parameters that have gradients, but were not in the optimizer or frozen when it selected."""

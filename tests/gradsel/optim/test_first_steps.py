@@ -66,11 +66,18 @@ def test_until_there_is_something_to_rank_the_rest_is_trained(frozen, select_aft
     optimizer = optimizer_for(model, select_after=select_after)
     whole = [parameter for name, parameter in twin.named_parameters() if name in early]
     dense = torch.optim.AdamW(whole, lr=1e-2, foreach=False)
+    reports: list[str] = []
     for _ in range(3 if frozen else 1):
         for each in (model, twin):
             gradients(each)
-        optimizer.step()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.step()
+        reports += map(str, [each.message for each in caught])
         dense.step()
+    count = 2 if frozen else 0
+    assert len(reports) == 1
+    assert f"none of the 2 ranked parameters has a gradient other than zero ({count} have requires_grad" in reports[0]
     assert optimizer.selection is None
     assert moved(model, before) == early
     for parameter, expected in zip(model.parameters(), twin.parameters(), strict=True):
@@ -100,6 +107,7 @@ def test_until_there_is_something_to_rank_the_rest_is_trained(frozen, select_aft
         assert same_bits(model.get_parameter(name).detach()[unselected], before[name][unselected]), name
 
 
+@pytest.mark.filterwarnings("error")
 def test_an_optimizer_for_every_parameter():
     """As in training with the optimizer in backward: most of them have nothing to rank."""
     model, twin = net(), net()
@@ -203,3 +211,16 @@ def test_gradients_added_up_for_another_model_are_refused():
     gradients(model, 1)
     optimizer.step()
     assert optimizer.selection is not None
+
+
+def test_a_selection_that_is_given_ends_the_sums():
+    model = net()
+    selection = optimizer_for(model)
+    gradients(model)
+    selection.step()
+    optimizer = optimizer_for(model, select_after=3)
+    gradients(model)
+    optimizer.step()
+    assert optimizer.state_dict()["selection"]["sums"]
+    optimizer.reselect(selection.selection)
+    assert not optimizer.state_dict()["selection"]["sums"]

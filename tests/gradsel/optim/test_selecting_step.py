@@ -430,6 +430,9 @@ def run_rank(rank, world, folder):
         if reduced:
             optimizer.step()
             optimizer.selection.save(f"{folder}/{rank}.safetensors")
+            with pytest.raises(ValueError, match="made for a model in DistributedDataParallel"):
+                optimizer.attach(model)
+            optimizer.step()
         else:
             with pytest.raises(
                 RuntimeError, match="ranks 0 and 1 have selected different entries, first in patch_embed"
