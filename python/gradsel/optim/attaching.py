@@ -22,8 +22,6 @@ def attach_with(optimizer: Stepping, model: nn.Module, selection: Selection | No
     """See :meth:`gradsel.MaskedAdam.attach`."""
     if selection is None:
         raise ValueError("nothing has been selected yet; call attach() after the step that selects")
-    if optimizer._own_masks:
-        raise ValueError("groups have masks of their own, which the selection does not contain; attach by hand")
     if optimizer._selector is not None and optimizer._selector.every is not None:
         raise ValueError("reselect_every ranks dense gradients, which an attached model does not form; leave it out")
     parameters = named_parameters(model)
@@ -62,6 +60,7 @@ def attach_with(optimizer: Stepping, model: nn.Module, selection: Selection | No
         group["params"] = [parameter for _, parameter in kept]
     optimizer._masks = own
     optimizer._own_masks = {}
+    optimizer._selection = selection
     optimizer._versions = {}
     optimizer._forget_calls()
     optimizer._selector = None

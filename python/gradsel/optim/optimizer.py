@@ -21,6 +21,7 @@ from gradsel.optim.groups import (  # fmt: skip
     check_options,
     check_torch_options,
     complete_options,
+    names_of,
     plain_name,
     warn_of_rounded_moments,
 )
@@ -182,9 +183,21 @@ class MaskedAdam(Stepping):
 
     @property
     def selection(self) -> Selection | None:
-        """What is trained: ``masks``, or what ``policy`` has selected; None before that, and without either."""
+        """What is trained: ``masks``, or what ``policy`` has selected, with the masks that groups have of their own.
+
+        None before ``policy`` has selected, and without either.
+        """
         masks = self._selection
-        return masks if masks is None or isinstance(masks, Selection) else Selection(masks)
+        if masks is None:
+            return None
+        selection = masks if isinstance(masks, Selection) else Selection(masks)
+        own = {
+            plain_name(name): self._own_masks[parameter]
+            for group in self.param_groups
+            for name, parameter in zip(names_of(group) or (), group["params"], strict=False)
+            if parameter in self._own_masks
+        }
+        return Selection({**selection, **own}, selection.notes, selection.base) if own else selection
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -196,9 +209,10 @@ class MaskedAdam(Stepping):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch, except that the group may have its own ``"masks"``. If they do not fit, it is not added."""
-        masks = self._selection
+        masks, is_own = self._selection, False
         if isinstance(param_group, dict) and "masks" in param_group:
             masks = param_group["masks"]
+            is_own = masks is not self._selection or self._selector is not None
             param_group = {key: value for key, value in param_group.items() if key != "masks"}
             check_masks(masks)
         super().add_param_group(param_group)
@@ -206,14 +220,14 @@ class MaskedAdam(Stepping):
         try:
             check_options(group)
             bound = bind(group, masks)
-            if self._selector is not None and masks is self._selection:
+            if self._selector is not None and not is_own:
                 check_names(group)
                 self._selector.check(list(map(plain_name, group["param_names"])), group["params"])
         except Exception:
             self.param_groups.pop()
             raise
         self._masks.update(bound)
-        if masks is not self._selection:
+        if is_own:
             self._own_masks.update(bound)
         warn_of_rounded_moments(group)
 
@@ -293,8 +307,8 @@ class MaskedAdam(Stepping):
             What :func:`gradsel.attach` did.
 
         Raises:
-            ValueError: nothing has been selected yet; groups have masks of their own; ``reselect_every`` needs dense
-                gradients; it is another model; or as from :func:`gradsel.attach`. Nothing has changed.
+            ValueError: nothing has been selected yet; ``reselect_every`` needs dense gradients; it is another model; or
+                as from :func:`gradsel.attach`. Nothing has changed.
         """
         return attach_with(self, model, self.selection)
 
@@ -303,7 +317,7 @@ class MaskedAdam(Stepping):
         """As in torch; with ``policy`` it also holds the selection, or the gradients added up for it so far."""
         state_dict = super().state_dict()
         if self._selector is not None:
-            state_dict["selection"] = self._selector.saved(self.selection)
+            state_dict["selection"] = self._selector.saved(self._selection)
         return state_dict
 
     @torch._disable_dynamo

@@ -221,7 +221,7 @@ class Selector:
         """Drops gradients that could not be ranked."""
         self.steps, self._sums = (self.every or 0) - self.after if selected else 0, {}
 
-    def saved(self, selection: Selection | None) -> dict[str, Any]:
+    def saved(self, selection: Mapping[str, Mask] | None) -> dict[str, Any]:
         """What a state_dict holds, in types that ``torch.load(weights_only=True)`` reads."""
         found: dict[str, Any] | None = None
         if selection is not None:
@@ -229,7 +229,8 @@ class Selector:
                 name: {"kind": m.kind, "shape": list(m.shape), "description": m.describe(), "tensors": m.packed()}
                 for name, m in selection.items()
             }
-            found = {"masks": masks, "notes": dict(selection.notes), "base": dict(selection.base)}
+            known = selection if isinstance(selection, Selection) else Selection(selection)
+            found = {"masks": masks, "notes": dict(known.notes), "base": dict(known.base)}
         return {"selection": found, "steps": self.steps, "sums": dict(self._sums)}
 
     def restore(self, saved: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> Selection | None:

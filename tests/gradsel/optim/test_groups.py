@@ -89,6 +89,48 @@ def test_groups_have_masks_of_their_own():
         gradsel.MaskedAdam([{"params": list(model.named_parameters()), "masks": [1]}])
 
 
+@pytest.mark.parametrize("how", ["masks", "policy"])
+def test_the_selection_has_the_masks_of_all_groups(how, tmp_path):
+    """Deltas are made of it, and models attached to it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 5), nn.Linear(5, 3))
+    base, selected = copy.deepcopy(model), random_masks(model, 0)
+    own = {"1.weight": PerRow(torch.full((5, 1), 3, dtype=torch.int32), (5, 4)), "1.bias": Frozen((5,))}
+    groups = [{"params": list(layer.named_parameters(prefix=str(i)))} for i, layer in enumerate(model)]
+    groups[1]["masks"], groups[2]["masks"] = own, None
+    options = {"masks": selected} if how == "masks" else {"policy": gradsel.PerNeuron(2), "model": model}
+    optimizer = gradsel.MaskedAdamW(groups, lr=1e-2, **options)
+
+    def train(net, optimizer, steps):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            net(torch.linspace(-1, 1, 12).view(2, 6)).square().sum().backward()
+            optimizer.step()
+
+    train(model, optimizer, 2)
+    found = {name: mask.to_dense() for name, mask in optimizer.selection.items()}
+    for (name, parameter), before in zip(model.named_parameters(), base.parameters(), strict=True):
+        assert not (parameter != before)[~found[name]].any(), name
+    assert found["2.weight"].all()
+    assert torch.equal(found["1.weight"], own["1.weight"].to_dense())
+    assert found["0.weight"].sum() == 8
+    optimizer.load_state_dict(optimizer.state_dict())
+    gradsel.save_delta(model, tmp_path / "delta", selection=optimizer.selection, base=base)
+    tuned = copy.deepcopy(base)
+    gradsel.load_delta(tuned, tmp_path / "delta")
+    assert all(map(torch.equal, model.state_dict().values(), tuned.state_dict().values()))
+    twin, (other,) = copy.deepcopy((model, [optimizer]))
+    optimizer.attach(model)
+    assert {name: mask.to_dense().tolist() for name, mask in optimizer.selection.items()} == {
+        name: mask.tolist() for name, mask in found.items()
+    }
+    train(model, optimizer, 3)
+    train(twin, other, 3)
+    gradsel.detach(model)
+    for parameter, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected, rtol=1e-5, atol=1e-7)
+
+
 def test_names_with_wrapper_prefixes():
     model = Toy()
     selection = selection_for(model)
