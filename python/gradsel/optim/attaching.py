@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ from gradsel.attached import SUFFIX
 from gradsel.masks import Mask
 from gradsel.nn import AttachReport, attach
 from gradsel.optim.groups import plain_name
+from gradsel.optim.selector import NOT_GIVEN
 from gradsel.optim.stepping import Stepping
 from gradsel.parameters.names import named_parameters
 from gradsel.selection.selection import Selection
+from gradsel_kernels._warnings import user_stacklevel
 
 
 @torch.no_grad()
@@ -30,7 +33,18 @@ def attach_with(optimizer: Stepping, model: nn.Module, selection: Selection | No
         for name, parameter in zip(group.get("param_names", ()), group["params"], strict=True):
             if parameters.get(plain_name(name)) is not parameter:
                 raise ValueError(f"the optimizer trains {name}, which is not a parameter of this model; pass its model")
+    left = [
+        name
+        for name, mask in selection.items()
+        if mask.label == NOT_GIVEN and name in parameters and parameters[name].requires_grad
+    ]
     report = attach(model, selection)
+    if left:
+        warnings.warn(
+            f"{len(left)} parameters that this optimizer does not have are frozen now, first {left[0]}. If another "
+            'optimizer trains them, give them to this one instead, in a group with "masks": None',
+            stacklevel=user_stacklevel(),
+        )
     attached = named_parameters(model)
     state, masks = optimizer.state, optimizer._masks
     own: dict[Tensor, Mask] = {}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import gradsel_kernels as gk
+from gradsel.dtypes import trained_dtype
 from gradsel.masks import Mask, PerRow, fingerprint
 from gradsel.optim.call import refuse_sparse, version_of
 from gradsel.optim.groups import check_options, check_parameter, plain_name, replaced_by_hand
@@ -43,14 +45,18 @@ def select_in_step(optimizer: Optimizer, selector: Selector) -> frozenset[Tensor
     if found_inf is not None and found_inf.item() != 0:  # a step that will be skipped does not count
         return frozenset() if selected else None
 
+    @cache
     def grads() -> dict[str, Tensor]:
+        """Of ranked parameters: as they are where their scale does not matter, otherwise without a scaler's."""
         found = {
             each.name: each.parameter.grad
             for each in _trained(optimizer)
             if selector.rules[each.name].action == "rank" and each.parameter.grad is not None
         }
         refuse_sparse(found.values())
-        return found
+        if selector.ranks_as_they_are or getattr(optimizer, "grad_scale", None) is None:
+            return found
+        return {name: _unscaled(optimizer, grad) for name, grad in found.items()}
 
     if not selected and selector.criterion.needs_gradient and not any(bool(grad.any()) for grad in grads().values()):
         return _before_ranking(optimizer, selector)
@@ -70,6 +76,12 @@ def select_in_step(optimizer: Optimizer, selector: Selector) -> frozenset[Tensor
         raise
     optimizer.reselect(selection)
     return frozenset()
+
+
+def _unscaled(optimizer: Optimizer, grad: Tensor) -> Tensor:
+    """A copy of a gradient without its scale, as GradScaler.unscale_ makes it: steps may have different scales."""
+    scale = optimizer._from_scaler("grad_scale", grad.device)
+    return grad.detach().to(trained_dtype(grad)) * scale.double().reciprocal().float()
 
 
 def _trained(optimizer: Optimizer) -> Iterator[Trained]:

@@ -28,7 +28,7 @@ from gradsel.sharding import is_sharded
 from gradsel_kernels._warnings import user_stacklevel
 
 #: Why a parameter was left out that could have been selected.
-_NOT_GIVEN, _NOT_TRAINABLE = "not in the optimizer", "requires_grad is False"
+NOT_GIVEN, NOT_TRAINABLE = "not in the optimizer", "requires_grad is False"
 
 
 class Selector:
@@ -174,9 +174,9 @@ class Selector:
             if name in found:
                 masks[name] = found[name]
             elif name not in parameters:
-                masks[name] = Frozen(shape, _NOT_GIVEN)
+                masks[name] = Frozen(shape, NOT_GIVEN)
             elif not parameters[name].requires_grad:
-                masks[name] = Frozen(shape, _NOT_TRAINABLE)
+                masks[name] = Frozen(shape, NOT_TRAINABLE)
             else:
                 masks[name] = unranked(self.rules[name], shape)
         return Selection(masks, notes, base)
@@ -199,7 +199,7 @@ class Selector:
             name
             for name, parameter in zip(map(plain_name, names_of(group) or ()), group["params"], strict=False)
             if parameter.grad is not None
-            and masks[parameter].label in (_NOT_GIVEN, _NOT_TRAINABLE)
+            and masks[parameter].label in (NOT_GIVEN, NOT_TRAINABLE)
             and self.rules[name].action != "freeze"
             and name not in self._reported
         ]

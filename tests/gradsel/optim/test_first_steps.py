@@ -224,3 +224,46 @@ def test_a_selection_that_is_given_ends_the_sums():
     assert optimizer.state_dict()["selection"]["sums"]
     optimizer.reselect(selection.selection)
     assert not optimizer.state_dict()["selection"]["sums"]
+
+
+def magnitudes(weight, grad):
+    return weight.abs() + grad.abs()
+
+
+@pytest.mark.parametrize(("criterion", "select_after"), [("gradient", 2), (magnitudes, 1)])
+def test_the_scale_of_a_scaler_ranks_nothing(criterion, select_after):
+    """With fused=True the optimizer gets scaled gradients, and after an overflow by another scale."""
+    found = []
+    for fused in (None, True):
+        model = net()
+        optimizer = optimizer_for(model, criterion=criterion, select_after=select_after, fused=fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, backoff_factor=2.0**-8)
+        for step in range(3):
+            gradients(model, step)
+            for parameter in model.parameters():
+                parameter.grad *= scaler.get_scale()
+            scaler.scale(torch.zeros(()))
+            if step == 1:
+                model.head.bias.grad[0] = float("inf")
+            scaler.step(optimizer)
+            scaler.update()
+        found.append(optimizer.selection)
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_attach_tells_what_it_takes_from_other_optimizers(requires_grad):
+    model = net()
+    model.head.requires_grad_(requires_grad)
+    optimizer = optimizer_for(model, list(model.body.named_parameters("body")))
+    gradients(model)
+    optimizer.step()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.attach(model)
+    reports = [str(each.message) for each in caught]
+    if requires_grad:
+        (report,) = reports
+        assert "2 parameters that this optimizer does not have are frozen now, first head.weight" in report
+    else:
+        assert not reports
