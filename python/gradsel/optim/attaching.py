@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from gradsel.attached import SUFFIX
 from gradsel.masks import Mask
 from gradsel.nn import AttachReport, attach
-from gradsel.optim.groups import plain_name
 from gradsel.optim.selector import NOT_GIVEN
 from gradsel.optim.stepping import Stepping
-from gradsel.parameters.names import named_parameters
+from gradsel.parameters.names import named_parameters, strip_wrappers
 from gradsel.selection.selection import Selection
 from gradsel_kernels._warnings import user_stacklevel
 
@@ -31,7 +30,7 @@ def attach_with(optimizer: Stepping, model: nn.Module, selection: Selection | No
     _require_unwrapped(optimizer, model)
     for group in optimizer.param_groups:
         for name, parameter in zip(group.get("param_names", ()), group["params"], strict=True):
-            if parameters.get(plain_name(name)) is not parameter:
+            if parameters.get(strip_wrappers(name)) is not parameter:
                 raise ValueError(f"the optimizer trains {name}, which is not a parameter of this model; pass its model")
     left = [
         name
@@ -59,7 +58,7 @@ def attach_with(optimizer: Stepping, model: nn.Module, selection: Selection | No
             known: dict[str, Any] = state.pop(parameter, {})
             if not mask.nnz:
                 continue
-            values = attached[plain_name(name) + SUFFIX]
+            values = attached[strip_wrappers(name) + SUFFIX]
             exact = known.pop("master", None)
             lost = known.pop("compensation", None)
             if exact is not None:

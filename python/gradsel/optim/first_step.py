@@ -13,9 +13,10 @@ import gradsel_kernels as gk
 from gradsel.dtypes import trained_dtype
 from gradsel.masks import Mask, PerRow, fingerprint
 from gradsel.optim.call import refuse_sparse, version_of
-from gradsel.optim.groups import check_options, check_parameter, plain_name, replaced_by_hand
+from gradsel.optim.groups import check_options, check_parameter, replaced_by_hand
 from gradsel.optim.selector import Selector, fingerprints_of, require_agreement, silent_rows
 from gradsel.optim.state import FINGERPRINT
+from gradsel.parameters.names import strip_wrappers
 from gradsel.views import NeuronView
 
 #: A :class:`gradsel.MaskedAdam`, whose module imports this one.
@@ -94,7 +95,7 @@ def _trained(optimizer: Optimizer) -> Iterator[Trained]:
         names = group.get("param_names") or [""] * len(group["params"])
         for name, parameter in zip(names, group["params"], strict=True):
             if parameter not in optimizer._own_masks:
-                yield Trained(plain_name(name), parameter, group, place)
+                yield Trained(strip_wrappers(name), parameter, group, place)
             place += 1
 
 

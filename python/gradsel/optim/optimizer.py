@@ -22,13 +22,13 @@ from gradsel.optim.groups import (  # fmt: skip
     check_torch_options,
     complete_options,
     names_of,
-    plain_name,
     warn_of_rounded_moments,
 )
 from gradsel.optim.loading import dense_state_dict, loaded
 from gradsel.optim.reselecting import load_selection, reselect_with
 from gradsel.optim.selector import Selector, model_of
 from gradsel.optim.stepping import Stepping
+from gradsel.parameters.names import strip_wrappers
 from gradsel.parameters.rules import RuleOptions
 from gradsel.ranking.criteria import Criterion, Score
 from gradsel.ranking.policies import Policy
@@ -192,7 +192,7 @@ class MaskedAdam(Stepping):
             return None
         selection = masks if isinstance(masks, Selection) else Selection(masks)
         own = {
-            plain_name(name): self._own_masks[parameter]
+            strip_wrappers(name): self._own_masks[parameter]
             for group in self.param_groups
             for name, parameter in zip(names_of(group) or (), group["params"], strict=False)
             if parameter in self._own_masks
@@ -222,7 +222,7 @@ class MaskedAdam(Stepping):
             bound = bind(group, masks)
             if self._selector is not None and not is_own:
                 check_names(group)
-                self._selector.check(list(map(plain_name, group["param_names"])), group["params"])
+                self._selector.check(list(map(strip_wrappers, group["param_names"])), group["params"])
         except Exception:
             self.param_groups.pop()
             raise

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from gradsel.attached import owner_of
 from gradsel.masks import Mask
-from gradsel.optim.groups import bind, check_masks, plain_name
+from gradsel.optim.groups import bind, check_masks
 from gradsel.optim.state import migrated
 from gradsel.optim.stepping import Stepping
+from gradsel.parameters.names import strip_wrappers
 from gradsel.selection.selection import Selection
 
 
@@ -52,7 +53,9 @@ def load_selection(optimizer: Stepping, state_dict: dict[str, Any]) -> None:
     if optimizer._selector is None or saved is None:
         return
     groups = _groups(optimizer)
-    named = {plain_name(n): p for group in groups for n, p in zip(group["param_names"], group["params"], strict=True)}
+    named = {
+        strip_wrappers(n): p for group in groups for n, p in zip(group["param_names"], group["params"], strict=True)
+    }
     optimizer._selection = optimizer._selector.restore(saved, named)
     for group in groups:
         optimizer._masks.update(bind(group, optimizer._selection))

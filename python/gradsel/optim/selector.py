@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from gradsel.attached import is_attached
 from gradsel.dtypes import trained_dtype
 from gradsel.masks import Frozen, Mask, fingerprint, from_parts
-from gradsel.optim.groups import names_of, plain_name
+from gradsel.optim.groups import names_of
 from gradsel.parameters import fingerprints as weights
-from gradsel.parameters.names import shaped_parameters
+from gradsel.parameters.names import shaped_parameters, strip_wrappers
 from gradsel.parameters.rules import Rule, RuleOptions, parameter_rules
 from gradsel.parameters.trainable import has_memory
 from gradsel.quantised import StandIn
@@ -197,7 +197,7 @@ class Selector:
         """Warns, once, of parameters that have gradients, but were not in the optimizer or frozen when it selected."""
         late = [
             name
-            for name, parameter in zip(map(plain_name, names_of(group) or ()), group["params"], strict=False)
+            for name, parameter in zip(map(strip_wrappers, names_of(group) or ()), group["params"], strict=False)
             if parameter.grad is not None
             and masks[parameter].label in (NOT_GIVEN, NOT_TRAINABLE)
             and self.rules[name].action != "freeze"

@@ -267,3 +267,27 @@ def test_attach_tells_what_it_takes_from_other_optimizers(requires_grad):
         assert "2 parameters that this optimizer does not have are frozen now, first head.weight" in report
     else:
         assert not reports
+
+
+def test_names_that_end_like_those_of_values():
+    """As in a layer of memory, with keys and values: such parameters are ranked, saved and attached like all others."""
+
+    def memory():
+        torch.manual_seed(0)
+        model = net()
+        model.body[2].register_parameter("slot_values", nn.Parameter(torch.randn(5, 8)))
+        model.body[2].register_parameter("slot", nn.Parameter(torch.randn(5, 8)))
+        model.body[2].forward = lambda x: x @ (model.body[2].slot_values + 2 * model.body[2].slot).T
+        return model
+
+    model, before = memory(), bits_of(memory())
+    optimizer = optimizer_for(model)
+    gradients(model)
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    gradients(model, 1)
+    optimizer.step()
+    for name in ("body.2.slot", "body.2.slot_values"):
+        assert optimizer.selection[name].nnz == 10
+        different = model.get_parameter(name) != before[name]
+        assert torch.equal(different, optimizer.selection[name].to_dense()), name
