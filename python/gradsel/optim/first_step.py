@@ -59,8 +59,8 @@ def select_in_step(optimizer: Optimizer, selector: Selector) -> frozenset[Tensor
             return found
         return {name: _unscaled(optimizer, grad) for name, grad in found.items()}
 
-    if not selected and selector.criterion.needs_gradient and not any(bool(grad.any()) for grad in grads().values()):
-        return _before_ranking(optimizer, selector)
+    if selector.reads_gradients(selected) and not any(bool(grad.any()) for grad in grads().values()):
+        return frozenset() if selected else _before_ranking(optimizer, selector)
     if not selector.is_due(selected, grads):
         return frozenset() if selected else None
     trained = {each.name: each for each in _trained(optimizer)}

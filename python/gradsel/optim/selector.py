@@ -108,6 +108,13 @@ class Selector:
                     "pass the named_parameters() of the model that policy= selects in"
                 )
 
+    def reads_gradients(self, selected: bool) -> bool:
+        """Whether the gradients of the next step are ranked, alone or with others."""
+        return self.criterion.needs_gradient and self.steps + 1 > self._steps(selected) - self.after
+
+    def _steps(self, selected: bool) -> int:
+        return self.after if not selected else (self.every or 0)
+
     def is_due(self, selected: bool, grads: Callable[[], Mapping[str, Tensor]]) -> bool:
         """Counts a step, adds its gradients if they are to be ranked, and says whether the selection is due.
 
@@ -115,7 +122,7 @@ class Selector:
             selected: there is a selection already.
             grads: the gradients of ranked parameters, by name.
         """
-        steps = self.after if not selected else (self.every or 0)
+        steps = self._steps(selected)
         if self.after > 1 and self.steps + 1 > steps - self.after:
             self._add(grads())
         self.steps += 1

@@ -269,6 +269,7 @@ def test_attach_tells_what_it_takes_from_other_optimizers(requires_grad):
         assert not reports
 
 
+@pytest.mark.filterwarnings("ignore:1 ranked parameters got no gradient")
 def test_names_that_end_like_those_of_values():
     """As in a layer of memory, with keys and values: such parameters are ranked, saved and attached like all others."""
 
@@ -291,3 +292,25 @@ def test_names_that_end_like_those_of_values():
         assert optimizer.selection[name].nnz == 10
         different = model.get_parameter(name) != before[name]
         assert torch.equal(different, optimizer.selection[name].to_dense()), name
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("zero", [False, True], ids=["no gradients", "gradients of zero"])
+def test_steps_without_gradients_do_not_count_to_the_next_selection(zero):
+    model = net()
+    optimizer = optimizer_for(model, reselect_every=2)
+    gradients(model)
+    optimizer.step()
+    gradients(model, 1)
+    optimizer.step()
+    first, before = optimizer.selection, bits_of(model)
+    optimizer.zero_grad()
+    if zero:
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert optimizer.selection is first
+    assert moved(model, before) == ({name for name, mask in first.items() if mask.nnz} if zero else set())
+    gradients(model, 2)
+    optimizer.step()
+    assert optimizer.selection != first
