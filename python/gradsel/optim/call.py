@@ -17,7 +17,7 @@ from torch import Tensor
 from gradsel.attached import VALUES_VERSION, WEIGHT_VERSION, Selected, links_of, owner_of
 from gradsel.dtypes import trained_dtype
 from gradsel.masks import Mask, Whole
-from gradsel.sharding import is_sharded, local_of
+from gradsel.sharding import is_sharded, local_of, placed_like
 from gradsel_kernels.adam_call import AdamOptions
 from gradsel_kernels.adam_repeat import RepeatedAdam, Source, Written, can_repeat
 
@@ -148,7 +148,7 @@ class Call:
     def _grad(self, j: int, grad: Any) -> Tensor:
         """The gradient of a target in the form that the kernel takes."""
         target, place = self._here[j], self._places[j]
-        grad = local_of(grad)
+        grad = local_of(placed_like(grad, self.targets[j].parameter))
         if target.is_compact:
             return grad.contiguous()
         if place.weight is target.weight and target.weight.ndim <= 2:

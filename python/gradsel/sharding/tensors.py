@@ -97,6 +97,15 @@ def sharded_as(whole: Tensor, mesh: DeviceMesh, placements: Any, box: Box | None
     return DTensor.from_local(part, mesh, placements, run_check=False, shape=whole.shape, stride=stride)
 
 
+def placed_like(grad: Tensor, tensor: Tensor) -> Tensor:
+    """A gradient with the placements of its DTensor; torch leaves sums that ranks have yet to add up, for example.
+
+    A collective call, unless they are placed alike.
+    """
+    placements = getattr(tensor, "placements", None)
+    return grad if getattr(grad, "placements", None) == placements else cast(Any, grad).redistribute(None, placements)
+
+
 def group_of(mesh: DeviceMesh) -> dist.ProcessGroup:
     """All ranks of a mesh."""
     if mesh.ndim == 1:
