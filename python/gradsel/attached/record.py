@@ -99,6 +99,7 @@ class Record:
         resuming: the last load_state_dict() brought values: shards of the same checkpoint may follow.
         loading: the kind of checkpoint that is being loaded, "attached" or "plain".
         rebased: names of the parameters whose originals it has replaced so far.
+        values_alone: names of the sharded weights of which it has the values only.
         ranks_agree: the masks of all ranks have been compared.
         converting: the model or a part of it is being cast or moved.
         sharded: those trained in part whose weights FSDP has sharded, by name.
@@ -108,6 +109,7 @@ class Record:
     resuming: bool = False
     loading: str | None = None
     rebased: list[str] = field(default_factory=list)
+    values_alone: set[str] = field(default_factory=set)
     ranks_agree: bool = False
     converting: bool = False
     sharded: dict[str, Selected] = field(default_factory=dict)

@@ -53,6 +53,7 @@ def before_root_load(root: nn.Module, state_dict: StateDict, prefix: str, *rest:
     record = vars(root)[RECORD]
     metadata = getattr(state_dict, "_metadata", None) or {}
     brought, continues, matches = False, True, False
+    record.values_alone = set()
     for path, module in root.named_modules():
         attachments = attachments_of(module)
         own_metadata = metadata.get((prefix + path).removesuffix("."), {})
@@ -66,7 +67,10 @@ def before_root_load(root: nn.Module, state_dict: StateDict, prefix: str, *rest:
         for short, selected in {} if attachments is None else attachments.partial.items():
             start = prefix + (f"{path}." if path else "") + short
             if selected.shards is not None:
-                brought |= _brings_shards(state_dict, start, selected, own_metadata.get(METADATA, {}).get(short))
+                has_values = _brings_shards(state_dict, start, selected, own_metadata.get(METADATA, {}).get(short))
+                brought |= has_values
+                if has_values and start not in state_dict:
+                    record.values_alone.add(selected.name)
                 continue
             values, weight = (_given(state_dict, key, selected) for key in (start + SUFFIX, start))
             known = own_metadata.get(METADATA, {}).get(short)
@@ -140,7 +144,9 @@ def _brings_shards(state_dict: Mapping[str, Any], name: str, selected: Selected,
 def after_root_load(root: nn.Module, incompatible_keys: Any) -> None:
     record = vars(root)[RECORD]
     for name, selected in record.sharded.items():
-        if selected.shards is not None and not selected.shards.agree():
+        if selected.shards is not None and name in record.values_alone:
+            selected.shards.write()
+        elif selected.shards is not None and not selected.shards.agree():
             raise RuntimeError(f"the checkpoint has {name}{SUFFIX} with the {_OTHER}")
     rebased, record.rebased, record.loading = record.rebased, [], None
     _report_rebased(rebased)

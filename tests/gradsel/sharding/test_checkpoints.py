@@ -9,6 +9,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
@@ -116,6 +117,29 @@ def full_states() -> None:
     expected = whole_state(model)
     for name, tensor in whole_state(other).items():
         assert torch.equal(tensor, expected[name]), name
+
+
+def values_alone(attach_first: bool) -> None:
+    """A checkpoint of what is trained, loaded into the plain weights."""
+    model, _, mesh = trained("four", "per-row", "MaskedAdamW", steps=2)
+    expected, folder = whole_state(model), common_folder()
+    options = StateDictOptions(ignore_frozen_params=True)
+    saved = get_model_state_dict(model, options=options)
+    assert "blocks.0.fc1.weight_values" in saved
+    assert "blocks.0.fc1.weight" not in saved
+    dcp.save(saved, checkpoint_id=folder)
+    other, _, selection = models("per-row")
+    shard_attached(other, selection, mesh, attach_first)
+    into = get_model_state_dict(other, options=options)
+    dcp.load(into, checkpoint_id=folder)
+    set_model_state_dict(other, into, options=StateDictOptions(strict=False))
+    for name, tensor in whole_state(other).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("attach_first", [True, False], ids=["attach-shard", "shard-attach"])
+def test_values_without_their_weights(ranks, attach_first):
+    ranks.run(values_alone, attach_first)
 
 
 def test_full_state_dicts(ranks):
