@@ -65,6 +65,8 @@ def collect(
     replay = Replay(model, batches, len(plan.groups))
     # Compiled code would be made anew for each pass, since other parameters require grad.
     running = eagerly if len(plan.groups) > 1 else nullcontext
+    # Backward of a sharded model communicates, so all ranks have to know before it whether it is run.
+    agreeing = any(map(is_sharded, ranked.values()))
     for number, names in enumerate(plan.groups):
         for parameter in (*model.parameters(), *ranked.values()):  # stand-ins are not in the model
             parameter.requires_grad_(False)
@@ -79,8 +81,10 @@ def collect(
                 count += 1
                 if plan.streaming and count > 1:
                     raise ValueError(NOT_ONE)
-                value = _checked_loss(loss(model, batch), count)
-                replay.check(batch, value)
+                returned = loss(model, batch)
+                with failing_together(group if agreeing else None):
+                    value = _checked_loss(returned, count)
+                    replay.check(batch, value)
                 if value.requires_grad:
                     sums.backward(value)
                 elif len(plan.groups) == 1:

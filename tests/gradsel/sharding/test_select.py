@@ -9,6 +9,7 @@ import torch
 from torch.distributed.tensor import Replicate, Shard, distribute_module, distribute_tensor
 
 import gradsel
+from gradsel.errors import OtherRankFailed
 from tests.support.sharded import batches, meshes, models, one, shard, share
 from tests.support.toy import cross_entropy
 
@@ -94,6 +95,9 @@ def not_finite() -> None:
 
     with pytest.raises(ValueError, match="loss of batch 1 is inf"):
         gradsel.select(model, [share(batch, mesh) for batch in batches()], loss)
+    factor = 1e308 * 10 if mesh.get_local_rank() == 1 else 1.0
+    with pytest.raises((ValueError, OtherRankFailed), match=r"loss of batch 1 is inf"):
+        gradsel.select(model, [share(batch, mesh) for batch in batches()], lambda *a: cross_entropy(*a) * factor)
     model.reset_iter_state()
     with torch.no_grad():
         local = model.head.weight.to_local()
