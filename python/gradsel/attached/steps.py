@@ -32,7 +32,7 @@ def owner_of(parameter: Tensor) -> tuple[Tensor, Selected] | None:
             raise RuntimeError(
                 f"the optimizer holds {selected.name}{SUFFIX} as it was before FSDP sharded it, or gathered for a "
                 "forward, so training would have no effect. Make the optimizer after fully_shard(), and not between a "
-                "forward and its backward"
+                "forward and its backward; after a forward without backward, call model.reshard() first"
             )
         return selected.shards.both[0], selected
     current = selected.values()

@@ -24,6 +24,7 @@ from gradsel.optim.groups import check_anchor, check_options, check_parameter, c
 from gradsel.optim.rates import host_number, rates_on
 from gradsel.optim.selector import Selector
 from gradsel.selection.selection import Selection
+from gradsel.sharding import is_sharded
 from gradsel_kernels.adam_call import AdamOptions
 
 #: Options of a group that decide which tensors its kernel calls take, so that a plan holds for their values only.
@@ -112,7 +113,7 @@ class Stepping(Optimizer):
                 anchored = True if group["anchor"] != 0 else False  # noqa: SIM210  # compiled anew if it changes
                 into: tuple[list, ...] = tuple([] for _ in compiling.LISTS)
                 devices = self._init_group(number, self._epoch, anchored, *into)
-                if devices > 1:
+                if devices is None or devices > 1:
                     self._update_eagerly()
                     return
                 if devices:
@@ -123,7 +124,7 @@ class Stepping(Optimizer):
                 compiling.step(group, into, scaler)
 
     @torch._disable_dynamo
-    def _init_group(self, number: int, epoch: str, anchored: bool, *into: list) -> int:
+    def _init_group(self, number: int, epoch: str, anchored: bool, *into: list) -> int | None:
         """Fills lists for :func:`compiling.step`. Not traced: see :mod:`gradsel.optim.compiling`.
 
         Args:
@@ -131,11 +132,13 @@ class Stepping(Optimizer):
             epoch, anchored: what is compiled holds for these only.
 
         Returns:
-            On how many devices there is something to do.
+            On how many devices there is something to do; None if there are DTensors, which are updated eagerly.
         """
         group = self.param_groups[number]
         with _as_plain_tensors():
             calls = self._calls(number, [parameter.grad for parameter in group["params"]])
+            if any(is_sharded(target.weight) or target.is_sharded for call in calls for target in call.targets):
+                return None
             for call in calls:
                 compiling.fill(call, call.lists(group["amsgrad"], anchored), into, self._entries)
         return len(calls)
