@@ -14,6 +14,7 @@ from gradsel.delta.sites import FORCE, require_base
 from gradsel.masks import same
 from gradsel.parameters.names import parameter_uses, quantised_in
 from gradsel.quantised import Fixed, Quantised, install, installed, require_known, uninstall
+from gradsel.sharding import whole_of
 from gradsel.tables import shape_text
 
 
@@ -125,7 +126,7 @@ def part_of(differences: Differences, dtype: torch.dtype | None) -> Part:
     assert values is not None
     module, _ = differences.alive()[0]
     weight = require_known(module, differences.name)
-    copied: Tensor = values.detach().to("cpu", dtype or values.dtype, copy=True).contiguous()
+    copied: Tensor = whole_of(values).to("cpu", dtype or values.dtype, copy=True).contiguous()
     return Part(
         differences.mask.to(torch.device("cpu")),
         copied,

@@ -13,6 +13,7 @@ from gradsel.nn.attaching import detach
 from gradsel.parameters.names import strip_wrappers
 from gradsel.quantised import Quantised, installed, quantised_weight, uninstall
 from gradsel.quantised.layers import with_differences
+from gradsel.sharding import is_sharded
 from gradsel.tables import grouped, shape_text, table
 
 
@@ -80,6 +81,11 @@ def merge(model: nn.Module, dtype: torch.dtype | None) -> MergeReport:
     """
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating-point dtype, or None to quantise anew, got {dtype}")
+    if sharded := [name for name, parameter in model.named_parameters() if is_sharded(parameter)]:
+        raise ValueError(
+            f"{sharded[0]} is sharded, and merge() makes whole models: save gradsel.Delta.of(model), which all ranks "
+            "call, and merge the quantised base with the delta applied in one process"
+        )
     root = attached_root(model)
     if root is not None:
         require_complete(root, "merge()")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from gradsel.attached import SUFFIX, Differences
 from gradsel.masks import Mask
 from gradsel.quantised import Forward
+from gradsel.sharding import is_sharded
 
 
 class Attached(Forward):
@@ -23,6 +24,11 @@ class Attached(Forward):
         values = self.module._parameters.get("weight" + SUFFIX)
         if values is None:
             raise RuntimeError(f"{self.name}{SUFFIX} has been taken out of its layer; call gradsel.detach(model) first")
+        if is_sharded(values):
+            raise RuntimeError(
+                f"{self.name} is quantised and a DTensor in its layer's forward: FSDP has not gathered it (call the "
+                "module that is given to fully_shard()), or tensor parallelism has split it, which is not supported"
+            )
         if values.dtype is not torch.float32:
             raise RuntimeError(
                 f"{self.name}{SUFFIX} has become {values.dtype}: differences are trained in float32. Cast the model "

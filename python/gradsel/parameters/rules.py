@@ -26,6 +26,7 @@ from gradsel.parameters.names import (
 )
 from gradsel.parameters.trainable import is_reduced, why_untrainable
 from gradsel.quantised import opaque_layers, quantised_weight, weight_parameter, why_opaque, why_unknown
+from gradsel.sharding import is_sharded
 from gradsel.views import NeuronView
 
 #: Modules with one of these names anywhere in their path are the head.
@@ -327,7 +328,9 @@ def _default(kind: str, uses: list[Use], actions: Mapping[str, str]) -> Rule:
 
 def _obstacle(module: nn.Module, short: str, parameter: Tensor) -> str | None:
     """Why no entries of a parameter can be ranked or trained; None if they can, if need be as differences."""
-    if quantised_weight(module, short) is not None or (found := why_untrainable(parameter, sharded=True)) is None:
+    if quantised_weight(module, short) is not None:
+        return "quantised and sharded" if is_sharded(parameter) else None
+    if (found := why_untrainable(parameter, sharded=True)) is None:
         return None
     hint = why_unknown(module, parameter)
     return found if hint is None else f"{found}; {hint}"
