@@ -37,7 +37,14 @@ from gradsel.nn.buffers import BUFFERS, keep_buffers, restore_buffers
 from gradsel.nn.direct import direct_route, needed_by
 from gradsel.nn.hooks import hook, hook_root, unhook
 from gradsel.nn.quantised import Attached
-from gradsel.nn.sharding import detach_shards, link_shards, require_own_shards, restore_whole, sharded_values
+from gradsel.nn.sharding import (
+    detach_shards,
+    link_shards,
+    require_alike,
+    require_own_shards,
+    restore_whole,
+    sharded_values,
+)
 from gradsel.nn.weights import SelectedWeight
 from gradsel.parameters.claimed import require_unclaimed
 from gradsel.parameters.names import Use, parameter_uses, quantised_in, strip_wrappers, uncompiled
@@ -143,6 +150,7 @@ def attach(model: nn.Module, selection: Selection) -> AttachReport:
     parameters = _parameters_of(uses)
     quantised = quantised_in(uses)
     _check(masks, parameters, uses, selection, quantised)
+    require_alike(masks, parameters)
 
     routes: dict[str, Route] = {}
     values: dict[str, nn.Parameter] = {}
@@ -245,6 +253,7 @@ def _check(
             f"the selection has {len(unknown)} parameters that the model lacks (the first is {unknown[0]!r}); "
             "it was made for another model"
         )
+    is_managed_here = any(is_managed(module) for found in uses.values() for _, module, _ in found)
     for name, mask in masks.items():
         parameter = parameters[name]
         shape = quantised[name].shape if name in quantised else tuple(parameter.shape)
@@ -256,10 +265,18 @@ def _check(
         if not mask.nnz:
             continue
         if name in quantised:
-            _check_quantised(name, mask, uses[name])
-            continue
-        require_trainable(name, parameter)
+            _check_quantised(name, mask, uses[name], parameter)
+        else:
+            require_trainable(name, parameter)
         if mask.is_whole:
+            continue
+        if is_managed_here and not is_sharded(parameter):
+            raise ValueError(
+                f"{name} is no part of what FSDP shards of this model (ignored_params, or a module outside), so the "
+                "gradient of its values would not be reduced: "
+                + ("attach() before fully_shard()" if name in quantised else "let fully_shard() shard it, or freeze it")
+            )
+        if name in quantised:
             continue
         for _, module, short in uses[name]:
             if hasattr(module, short + SUFFIX):
@@ -270,7 +287,9 @@ def _check(
                 raise ValueError(f"{name}: its module is TorchScript, which cannot be attached; use the Python module")
 
 
-def _check_quantised(name: str, mask: Mask, uses: list[Use]) -> None:
+def _check_quantised(name: str, mask: Mask, uses: list[Use], parameter: Tensor) -> None:
+    if is_sharded(parameter):
+        raise ValueError(f"{name} is quantised and a DTensor already: attach() before fully_shard()")
     if mask.is_whole:
         raise ValueError(f"{name} is quantised, so a choice of its entries can be trained, but not all of them")
     for _, module, short in uses:

@@ -18,7 +18,6 @@ from gradsel.attached import (
     STATE,
     SUFFIX,
     Attachments,
-    Record,
     Selected,
     SelectedValues,
     attachments_of,
@@ -36,11 +35,18 @@ from gradsel.nn.loading import (  # fmt: skip
     before_root_load,
 )
 from gradsel.nn.saving import save_as_before, save_plainly
-from gradsel.nn.sharding import check_gathered, hand_out_split, take_place, unwatch_assignments, watch_assignments
+from gradsel.nn.sharding import (
+    check_gathered,
+    hand_out_split,
+    refuse_different,
+    take_place,
+    unwatch_assignments,
+    watch_assignments,
+)
 from gradsel.nn.weights import SelectedWeight
 from gradsel.parameters.claimed import require_own_linear
 from gradsel.parameters.trainable import why_untrainable
-from gradsel.sharding import agree_over, mesh_of
+from gradsel.sharding import is_sharded
 
 _LINEAR = nn.functional.linear
 
@@ -52,6 +58,7 @@ def hook(module: nn.Module, attachments: Attachments) -> None:
         module.register_forward_pre_hook(before_forward)
     if attachments.partial:
         vars(module).setdefault("_apply", Conversion(attachments))
+    if attachments.partial or attachments.differences:
         watch_assignments(module, attachments)
     if attachments.partial or attachments.whole or attachments.differences:
         module.register_state_dict_post_hook(after_state_dict)
@@ -196,6 +203,10 @@ def _registered(module: nn.Module, short: str, parameter: nn.Parameter | None) -
 def _assign(module: nn.Module, attachments: Attachments, short: str, parameter: nn.Parameter) -> None:
     if take_place(module, attachments, short, parameter):
         return
+    if is_sharded(parameter) and short in attachments.frozen():
+        before = module._parameters.get(short)
+        if before is not None and not before.requires_grad:
+            parameter.requires_grad_(False)  # SequenceParallel makes parameters that require grad
     plain = short.removesuffix(SUFFIX)
     selected = attachments.partial.get(plain)
     original = attachments.whole.get(short) if selected is None else selected
@@ -239,11 +250,10 @@ def _take_place(short: str, plain: str, selected: Selected, parameter: nn.Parame
 
 
 def _compare_ranks(attachments: Attachments) -> None:
-    """At the first forward in DistributedDataParallel or under FSDP: all ranks must train the same entries."""
+    """At the first forward in DistributedDataParallel: all ranks must train the same entries."""
     if sharded := attachments.record.sharded:
-        mesh = mesh_of(next(iter(sharded.values())).shards.both[0])  # type: ignore[union-attr]
-        different = agree_over(mesh, {name: selected.fingerprint() for name, selected in sharded.items()})
-        _refuse_different(attachments.record, different)
+        _require_sharded_weights(sharded)
+        attachments.record.ranks_agree = True  # they were compared when values became DTensors
         return
     parallel = DistributedDataParallel._active_ddp_module
     if parallel is None or not dist.is_initialized():
@@ -259,15 +269,15 @@ def _compare_ranks(attachments: Attachments) -> None:
     dist.all_gather_object(everywhere, own, group=group)
     different = [name for name in own if any(other.get(name) != own[name] for other in everywhere)]
     different += [name for other in everywhere for name in other if name not in own]
-    _refuse_different(attachments.record, different)
+    refuse_different(different)
+    attachments.record.ranks_agree = True
 
 
-def _refuse_different(record: Record, different: list[str]) -> None:
-    record.ranks_agree = not different
-    if different:
-        first = f", first {different[0]}"
-        raise RuntimeError(
-            f"ranks are attached to different selections ({len(different)} parameters differ{first}), so they would "
-            "train different models. Pass process_group=torch.distributed.group.WORLD to gradsel.select(), or save the "
-            "selection on one rank and load it on all"
-        )
+def _require_sharded_weights(sharded: Mapping[str, Selected]) -> None:
+    """Refuses values that FSDP shards without their weight, to which each rank would write a part of them only."""
+    for name, selected in sharded.items():
+        if not is_sharded(selected.shards.both[0]):  # type: ignore[union-attr]
+            raise RuntimeError(
+                f"FSDP shards {name}{SUFFIX}, and {name} is among its ignored_params: take it out of them, or freeze "
+                "it in the selection"
+            )

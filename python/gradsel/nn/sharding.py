@@ -11,19 +11,31 @@ DTensors on fewer dimensions of a mesh (:mod:`gradsel.nn.tensor_parallel`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gradsel.attached import LINK, SUFFIX, Attachments, Original, Record, Selected, SelectedValues, selected_in
+from gradsel.attached import (
+    LINK,
+    SUFFIX,
+    Attachments,
+    Differences,
+    Original,
+    Record,
+    Selected,
+    SelectedValues,
+    selected_in,
+)
 from gradsel.dtypes import trained_dtype
-from gradsel.masks import Mask
+from gradsel.masks import Mask, fingerprint
 from gradsel.nn.lending import expect_no_loans
 from gradsel.nn.tensor_parallel import expect, hand_out
 from gradsel.nn.weights import SelectedWeight
 from gradsel.sharding import (
     Shards,
+    agree_over,
     by_rows,
     entries_of,
     is_managed,
@@ -62,6 +74,11 @@ def take_place(module: nn.Module, attachments: Attachments, short: str, paramete
     """Handles a parameter that FSDP assigns; False if it is assigned by somebody else."""
     plain = short.removesuffix(SUFFIX)
     selected = attachments.partial.get(plain)
+    if selected is None and short != plain and plain in attachments.differences:
+        if is_sharded(parameter):
+            _compare(attachments.differences[plain], parameter, attachments.record)
+            unwatch_assignments(module)
+        return is_sharded(parameter)
     if selected is None:
         original = attachments.whole.get(short)
         return original is not None and _is_shard_or_gathered(module, short, original, parameter)
@@ -116,6 +133,40 @@ def link_shards(selected: Selected, weight: Tensor, values: Tensor, record: Reco
         for module, _ in selected.alive():
             expect(module, selected, weight)
     record.sharded[selected.name] = selected
+
+
+def require_alike(masks: Mapping[str, Mask], parameters: Mapping[str, Tensor]) -> None:
+    """Refuses to attach ranks of a sharded model to different selections. A collective call for such a model.
+
+    Raises:
+        RuntimeError: on all ranks.
+    """
+    if sharded := {name: parameter for name, parameter in parameters.items() if is_sharded(parameter)}:
+        partial = {name: masks[name] for name in sharded if masks[name].nnz and not masks[name].is_whole}
+        mesh = max(map(mesh_of, sharded.values()), key=lambda each: each.ndim)
+        refuse_different(agree_over(mesh, {name: fingerprint(mask) for name, mask in partial.items()}))
+
+
+def _compare(masked: Selected | Differences, values: Tensor, record: Record) -> None:
+    """Here and not in a forward: FSDP's first gather of values of different sizes would wait forever."""
+    own = {masked.name: (masked.fingerprint(), len(record.trained))}
+    refuse_different(agree_over(mesh_of(values), own))
+
+
+def refuse_different(names: Sequence[str]) -> None:
+    """
+    Args:
+        names: of the parameters whose masks are not the same on all ranks.
+
+    Raises:
+        RuntimeError: there are some.
+    """
+    if names:
+        raise RuntimeError(
+            f"ranks are attached to different selections ({len(names)} parameters differ, first {names[0]}), so they "
+            "would train different models. Pass process_group=torch.distributed.group.WORLD to gradsel.select(), or "
+            "save the selection on one rank and load it on all"
+        )
 
 
 def require_own_shards(root: nn.Module) -> None:
@@ -181,6 +232,8 @@ def _take_shard(module: nn.Module, selected: Selected, is_weight: bool, paramete
     known = shards.weight if is_weight else shards.values
     if known is parameter or (is_managed(module) and known is not None and _is_resharded(known, parameter)):
         return
+    if not is_weight:
+        _compare(selected, parameter, record)
     vars(parameter)[LINK] = selected
     if is_weight:
         parameter.requires_grad_(False)
@@ -230,6 +283,11 @@ def check_gathered(module: nn.Module, short: str, selected: Selected) -> None:
         raise RuntimeError(
             f"{selected.name} is a DTensor that FSDP has not gathered, so its {type(module).__name__} runs outside the "
             "forward of its FSDP module: call that one, or fully_shard() the module that is called"
+        )
+    if weight is not shards.weight and weight is not shards.gathered.get("weight"):
+        raise RuntimeError(
+            f"{selected.name} is shared by several modules, and parallelize_module has given each of them a weight of "
+            "its own, as it does: tie them again, then select and attach"
         )
     changed = shards.refresh()
     with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -10,6 +12,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
 import gradsel
+from gradsel.masks import from_dense
 from tests.support.sharded import (
     OPTIMIZERS,
     batches,
@@ -226,25 +229,22 @@ def test_writing_by_hand(ranks, kind, attach_first):
     ranks.run(written, kind, attach_first)
 
 
-def other_masks() -> None:
+def other_masks(kind: str, attach_first: bool) -> None:
+    """One rank has other entries of one weight: as many of a mask by rows, another number of an irregular one."""
     mesh = meshes()["four"]
-    model, _, selection = models()
+    model, _, selection = models(kind)
     if mesh.get_local_rank() == 2:
-        masks = dict(selection)
-        mask = masks["blocks.0.fc1.weight"]
-        other = ((mask.cols + 1) % mask.shape[1]).sort(1).values
-        masks["blocks.0.fc1.weight"] = type(mask)(other, mask.shape, mask.view)
-        selection = gradsel.Selection(masks)
-    gradsel.attach(model, selection)
-    shard(model, mesh)
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match=r"1 parameters differ, first blocks.0.fc1.weight"):
-            model(share(batches()[0], mesh)[0])
-        model.reset_iter_state()
+        mask = selection["blocks.0.fc1.weight"].to_dense()
+        other = mask.roll(1, 1) if kind == "per-row" else mask | (torch.arange(mask.shape[1]) == 1)
+        selection = gradsel.Selection(dict(selection) | {"blocks.0.fc1.weight": from_dense(other)})
+    with pytest.raises(RuntimeError, match=r"1 parameters differ, first blocks.0.fc1.weight"):
+        shard_attached(model, selection, mesh, attach_first)
 
 
-def test_ranks_with_different_masks(ranks):
-    ranks.run(other_masks)
+@pytest.mark.parametrize("attach_first", [True, False], ids=["attach-shard", "shard-attach"])
+@pytest.mark.parametrize("kind", ["per-row", "irregular"])
+def test_ranks_with_different_masks(ranks, kind, attach_first):
+    ranks.run(other_masks, kind, attach_first)
 
 
 def early_optimizer() -> None:
@@ -260,6 +260,60 @@ def early_optimizer() -> None:
 
 def test_an_optimizer_made_too_early(ranks):
     ranks.run(early_optimizer)
+
+
+def evaluated_first() -> None:
+    """FSDP does not free what it gathers for the root before backward."""
+    mesh, (model, _), _ = attached()
+    with torch.no_grad():
+        model(share(batches()[0], mesh)[0])
+    for ready in (False, True):
+        if ready:
+            model.reshard()
+        optimizer = OPTIMIZERS["MaskedAdamW"](gradsel.trainable_parameters(model))
+        cross_entropy(model, share(batches()[0], mesh)).backward()
+        with nullcontext() if ready else pytest.raises(RuntimeError, match=r"call model.reshard\(\) first"):
+            optimizer.step()
+
+
+def test_an_optimizer_made_after_an_evaluation(ranks):
+    ranks.run(evaluated_first)
+
+
+def compiled_step(kind: str) -> None:
+    mesh, both, optimizers = attached(kind)
+    compiled = torch.compile(lambda: optimizers[0].step())
+    for batch in batches():
+        for each, optimizer, part in zip(both, optimizers, (share(batch, mesh), batch), strict=True):
+            optimizer.zero_grad()
+            cross_entropy(each, part).backward()
+        compiled()
+        optimizers[1].step()
+    check(*both)
+
+
+def test_a_compiled_step(ranks):
+    ranks.run(compiled_step, "per-row")
+
+
+def ignored(attach_first: bool) -> None:
+    mesh = meshes()["four"]
+    model, _, selection = models()
+    if attach_first:
+        gradsel.attach(model, selection)
+    shard(model, mesh, ignored_params={model.blocks[0].fc1.weight})
+    if not attach_first:
+        with pytest.raises(ValueError, match=r"blocks.0.fc1.weight is no part of what FSDP shards.*freeze it"):
+            gradsel.attach(model, selection)
+        assert not gradsel.attached.is_attached(model)
+    else:
+        with pytest.raises(RuntimeError, match=r"blocks.0.fc1.weight is among its ignored_params: take it out"):
+            model(share(batches()[0], mesh)[0])
+
+
+@pytest.mark.parametrize("attach_first", [True, False], ids=["attach-shard", "shard-attach"])
+def test_a_weight_that_fsdp_ignores(ranks, attach_first):
+    ranks.run(ignored, attach_first)
 
 
 def half_precision() -> None:

@@ -150,6 +150,89 @@ def test_embeddings_and_norms(ranks):
     ranks.run(small)
 
 
+def sequences(order: str, optimizer_name: str) -> None:
+    """Norms of parts of sequences, of which torch leaves gradients that the ranks have yet to add up.
+
+    One is trained whole. The other one is frozen, and torch makes a parameter of it that requires grad.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 8), nn.Linear(8, 6), nn.LayerNorm(6)).double()
+    alone, frozen = copy.deepcopy(model), model[0].weight.detach().clone()
+    selection = random_selection(model, whole=["3.*"])
+    assert not selection["0.weight"].nnz
+    assert selection["3.weight"].is_whole
+    plan = {
+        "0": SequenceParallel(),
+        "1": ColwiseParallel(input_layouts=Shard(1)),
+        "2": RowwiseParallel(output_layouts=Shard(1)),
+        "3": SequenceParallel(use_local_output=True),
+    }
+    steps = {
+        "p": lambda: parallelize_module(model, meshes()["four"], plan),
+        "a": lambda: gradsel.attach(model, selection),
+    }
+    for letter in order:
+        steps[letter]()
+    gradsel.attach(alone, selection)
+    optimizers = [OPTIMIZERS[optimizer_name](gradsel.trainable_parameters(each)) for each in (model, alone)]
+    inputs, targets = torch.randn(2, 3, 8, 6, dtype=torch.float64)
+    first = 2 * meshes()["four"].get_local_rank()
+    own = slice(first, first + 2)
+    for _ in range(3):
+        for each, optimizer, part in ((model, optimizers[0], own), (alone, optimizers[1], slice(8))):
+            optimizer.zero_grad()
+            (each(inputs[:, part]) * targets[:, part]).sum().backward()
+            optimizer.step()
+    state = whole_state(model)
+    check_equal(state, alone.state_dict())
+    check_alike(state)
+    assert torch.equal(state["0.weight"], frozen)
+
+
+@pytest.mark.parametrize("optimizer", ["MaskedAdamW", "AdamW"])
+@pytest.mark.parametrize("order", ["pa", "ap"])
+def test_norms_of_parts_of_sequences(ranks, order, optimizer):
+    ranks.run(sequences, order, optimizer)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.head = nn.Embedding(8, 6), nn.Linear(6, 8, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.tokens(tokens))
+
+
+def tied() -> None:
+    """parallelize_module gives the modules that share a weight one each."""
+    model = Tied()
+    alone, tokens = copy.deepcopy(model), torch.arange(8).view(2, 4)
+    selection = random_selection(model, kinds={"embedding": "rank"})
+    assert selection["tokens.weight"].nnz
+    plan = {
+        "tokens": RowwiseParallel(input_layouts=Replicate()),
+        "head": ColwiseParallel(output_layouts=Replicate()),
+    }
+    late = copy.deepcopy(model)
+    gradsel.attach(model, selection)
+    parallelize_module(model, meshes()["four"], plan)
+    with pytest.raises(RuntimeError, match=r"tokens.weight is shared.*tie them again, then select and attach"):
+        model(tokens)
+    parallelize_module(late, meshes()["four"], plan)
+    late.head.weight = late.tokens.weight
+    for each in (late, alone):
+        gradsel.attach(each, selection)
+        each(tokens).square().sum().backward()
+        OPTIMIZERS["MaskedAdamW"](gradsel.trainable_parameters(each)).step()
+    check_equal(whole_state(late), alone.state_dict(), 1e-6)
+
+
+def test_tied_weights(ranks):
+    ranks.run(tied)
+
+
 def saved(order: str) -> None:
     """A checkpoint, from which all ranks and one process go on; the delta; and the plain model again."""
     folder = common_folder()
