@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -54,6 +55,7 @@ from gradsel.selection.selection import Selection, lookup
 from gradsel.sharding import is_managed, is_sharded, reshard
 from gradsel.tables import grouped, shape_text, table
 from gradsel.views import NeuronView
+from gradsel_kernels._warnings import user_stacklevel
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -396,7 +398,23 @@ def _detach_module(module: nn.Module, attachments: Attachments, restore: bool) -
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters to give to an optimizer: values and whole parameters, each once."""
+    """The parameters to give to an optimizer: values and whole parameters, each once.
+
+    Warns of values that somebody has frozen.
+    """
+    frozen = [
+        each.name
+        for module in model.modules()
+        for short, each in (selected_in(module) | differences_in(module)).items()
+        if (values := module._parameters.get(short + SUFFIX)) is not None and not values.requires_grad
+    ]
+    if frozen:
+        warnings.warn(
+            f"values of {len(frozen)} attached weights do not require gradients and will not be trained, first "
+            f"{frozen[0]}{SUFFIX}. PEFT's get_peft_model and prepare_model_for_kbit_training freeze all parameters: "
+            "call them before attach()",
+            stacklevel=user_stacklevel(),
+        )
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 

@@ -52,6 +52,14 @@ def test_adapters_are_merged_into_weights_and_values(kind: str, safe: bool) -> N
         assert set(gradsel.Delta.of(merged)) == {name for name, mask in selection.items() if mask.nnz}
 
 
+def test_values_that_peft_freezes_are_reported() -> None:
+    peft = pytest.importorskip("peft")
+    model, *_ = attached("per-row")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["linear"]))
+    with pytest.warns(UserWarning, match=r"values of \d+ attached weights do not require gradients.*before attach\(\)"):
+        assert not any(map(gradsel.attached.is_values, gradsel.trainable_parameters(adapted)))
+
+
 # --- Replicas --------------------------------------------------------------------------------------------------------
 
 
