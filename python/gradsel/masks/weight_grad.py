@@ -36,14 +36,30 @@ def once(backward: Callable) -> Callable:
 
     @wraps(backward)
     def checked(ctx: Any, *grads: Any) -> Any:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "gradients of an attached model cannot be differentiated again (create_graph=True, as for Hessians and "
-                "gradient penalties): for those, call gradsel.detach(model) first"
-            )
+        if torch.compiler.is_compiling():
+            return backward(ctx, *map(_without_history, grads))
+        if torch.is_grad_enabled():
+            raise RuntimeError(_TWICE)
         return backward(ctx, *grads)
 
     return checked
+
+
+_TWICE = (
+    "gradients of an attached model cannot be differentiated again (create_graph=True, as for Hessians and gradient "
+    "penalties): for those, call gradsel.detach(model) first"
+)
+
+
+@torch.compiler.allow_in_graph
+def _without_history(grad: Tensor) -> Tensor:
+    """The same gradient, which ``backend="eager"`` may differentiate again; other backends of torch.compile refuse.
+
+    Compiled backwards have no grad mode to ask. Tracing, whose fake tensors may require grad, leaves no node of it.
+    """
+    if type(grad) is Tensor and grad.requires_grad:
+        raise RuntimeError(_TWICE)
+    return grad
 
 
 class _Movable:

@@ -82,6 +82,18 @@ def test_metadata_of_weights_is_read_in_a_compiled_forward() -> None:
     assert model.layer.weight_values.grad is not None
 
 
+@pytest.mark.parametrize("layer", [nn.Conv1d(3, 4, 1), nn.Linear(5, 4), nn.ConvTranspose1d(3, 4, 1)])
+def test_second_derivatives_are_refused_by_a_backend_that_would_form_a_part_of_them(layer: nn.Module) -> None:
+    gradsel.attach(layer, random_selection(layer))
+    torch.compiler.reset()
+    x = torch.randn(2, 3, 5, requires_grad=True)
+    loss = torch.compile(layer, backend="eager")(x).square().sum()
+    loss.backward(retain_graph=True)
+    assert layer.weight_values.grad.any()
+    with pytest.raises(RuntimeError, match=r"create_graph=True.*gradsel\.detach\(model\)"):
+        torch.autograd.grad(loss, (x, layer.weight_values), create_graph=True)
+
+
 @pytest.mark.parametrize("grad", [True, False])
 def test_exported_and_traced_models_are_those_of_the_values(grad: bool, tmp_path: Path) -> None:
     model, _, _ = attached()
