@@ -21,6 +21,8 @@ from gradsel.tensor_files import save_file
 #: By these, readers of a folder find its weights.
 _INDEX = ("model.safetensors", "model.safetensors.index.json")
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+#: Suffixes by which others know files of torch.save().
+_PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 
 
 def export(model: nn.Module, path: str | os.PathLike[str], *, max_shard_size: int | str | None = None) -> None:
@@ -31,7 +33,7 @@ def export(model: nn.Module, path: str | os.PathLike[str], *, max_shard_size: in
 
     Args:
         model: attached or not, wrapped or not. Its weights are written, not their float32 values in training.
-        path: the file; or a folder, if there is one or ``max_shard_size`` is given. A folder gets
+        path: the file, ``*.safetensors``; or a folder, if there is one or ``max_shard_size`` is given. A folder gets
             ``model.safetensors``, or shards with their index ``model.safetensors.index.json``; a model of transformers
             is written as by ``save_pretrained``, with its ``config.json`` and the names that its checkpoints have.
             Everything is written atomically: a crash leaves the old files, or at worst no index.
@@ -39,11 +41,17 @@ def export(model: nn.Module, path: str | os.PathLike[str], *, max_shard_size: in
 
     Raises:
         OSError: a file cannot be written.
-        ValueError: ``max_shard_size`` is not a size; adapters of PEFT are in a model of transformers; quantised layers
-            have differences.
+        ValueError: the file has a suffix of ``torch.save``; ``max_shard_size`` is not a size; adapters of PEFT are in a
+            model of transformers; quantised layers have differences.
         RuntimeError: the model is sharded, and the first rank could not write; its own error says why.
     """
     if max_shard_size is None and not os.path.isdir(path):
+        if (suffix := Path(path).suffix.lower()) in _PICKLES:
+            raise ValueError(
+                f"path is {os.fspath(path)}, and {suffix} stands for files of torch.save(), but a safetensors file is "
+                "written: name it *.safetensors, or pass a folder. For a file of torch.save(), call "
+                "gradsel.detach(model) and torch.save(model.state_dict(), path)"
+            )
         with whole_state(model) as state:
             if state is not None:
                 with replacing(path) as unfinished:

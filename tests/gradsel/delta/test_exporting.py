@@ -37,6 +37,16 @@ def test_tied_weights_are_exported_under_each_name(tmp_path):
     assert load_file(tmp_path / "f").keys() == {"0.weight", "1.weight"}
 
 
+@pytest.mark.parametrize("name", ["full.pt", "full.PTH", "pytorch_model.bin"])
+def test_suffixes_of_pickles_are_refused(name, tmp_path):
+    with pytest.raises(ValueError, match=rf"{name}.*torch\.save.*\*\.safetensors"):
+        export(nn.Linear(4, 4), tmp_path / name)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / name).mkdir()
+    export(nn.Linear(4, 4), tmp_path / name)  # a folder may have any name
+    assert (tmp_path / name / "model.safetensors").exists()
+
+
 def test_a_base_given_for_an_attached_model_is_compared():
     model = nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 4))
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
