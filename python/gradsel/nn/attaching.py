@@ -50,7 +50,7 @@ from gradsel.nn.weights import SelectedWeight
 from gradsel.parameters.claimed import require_unclaimed
 from gradsel.parameters.names import Use, parameter_uses, quantised_in, strip_wrappers, uncompiled
 from gradsel.parameters.trainable import require_trainable
-from gradsel.quantised import Quantised, install, installed, uninstall, weight_parameter
+from gradsel.quantised import Quantised, install, installed, uninstall, weight_parameter, why_unknown
 from gradsel.selection.selection import Selection, lookup
 from gradsel.sharding import is_managed, is_sharded, reshard
 from gradsel.tables import grouped, shape_text, table
@@ -267,9 +267,9 @@ def _check(
         if not mask.nnz:
             continue
         if name in quantised:
-            _check_quantised(name, mask, uses[name], parameter)
-        else:
-            require_trainable(name, parameter)
+            _check_quantised(name, mask, uses[name])
+            continue
+        require_trainable(name, parameter, why_unknown(uses[name][0][1], parameter))
         if mask.is_whole:
             continue
         if is_managed_here and not is_sharded(parameter):

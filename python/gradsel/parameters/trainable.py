@@ -55,14 +55,20 @@ def is_reduced(parameter: Tensor, short: str) -> bool:
     return small or stored or _is_wrapper(parameter) or is_sharded(parameter)
 
 
-def require_trainable(name: str, parameter: Tensor) -> None:
+def require_trainable(name: str, parameter: Tensor, hint: str | None = None) -> None:
     """
+    Args:
+        hint: what else to do about such a parameter.
+
     Raises:
         ValueError: entries of this parameter cannot be trained.
     """
     reason = why_untrainable(parameter, sharded=True)
     if reason is not None:
-        raise ValueError(f"{name} is {reason}, which cannot be trained; freeze it, as in select(freeze=[{name!r}])")
+        first = "" if hint is None else f"{hint}; or "
+        raise ValueError(
+            f"{name} is {reason}, which cannot be trained; {first}freeze it, as in select(freeze=[{name!r}])"
+        )
     if parameter.is_meta:
         raise ValueError(
             f"{name} is on the meta device, where it has no entries: it is not loaded, or offloaded by accelerate; "

@@ -61,7 +61,13 @@ def _by_its_library(module: nn.Module) -> str | None:
             "compressed-tensors makes it dense at the first forward in any case: load the model with "
             "CompressedTensorsConfig(dequantize=True), and train the dense weights"
         )
-    return _PACKAGES.get(type(module).__module__.partition(".")[0])
+    kind = type(module)
+    if kind.__module__.startswith("optimum.quanto"):  # QConv2d; a QLinear has an adapter
+        return (
+            f"of quanto's layers only QLinear can be trained: leave every {kind.__name__} out when the model is "
+            "quantised, quantize(model, weights=..., exclude=[...])"
+        )
+    return _PACKAGES.get(kind.__module__.partition(".")[0])
 
 
 def _is_compressed(module: nn.Module) -> bool:

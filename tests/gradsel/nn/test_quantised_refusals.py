@@ -113,6 +113,20 @@ def test_layers_of_quanto_that_quantise_inputs_are_refused() -> None:
         select(model)
 
 
+def test_convolutions_of_quanto_are_refused_by_name() -> None:
+    reason = "optimum-quanto is not installed: pip install optimum-quanto"
+    quanto = pytest.importorskip("optimum.quanto", reason=reason)
+    model = nn.Sequential(nn.Conv1d(3, 4, 1), nn.Conv2d(3, 4, 1))
+    selection = gradsel.select(model, None, None, criterion="random")
+    quanto.quantize(model, weights=quanto.qint8)
+    quanto.freeze(model)
+    advice = r"1\.weight.*only QLinear can be trained: leave every QConv2d out.*exclude=.*freeze"
+    with pytest.raises(ValueError, match=advice):
+        gradsel.select(model, None, None, criterion="random")
+    with pytest.raises(ValueError, match=advice):
+        gradsel.attach(model, selection)
+
+
 def test_layers_of_compressed_tensors_are_refused_before_and_after_they_are_made_dense() -> None:
     reason = "compressed-tensors is not installed: pip install compressed-tensors"
     quantization = pytest.importorskip("compressed_tensors.quantization", reason=reason)
