@@ -111,15 +111,28 @@ def _require_own(differences: Differences, key: str, state_dict: StateDict, meta
 
 
 def _load_differences(
-    differences: Differences, key: str, state_dict: StateDict, metadata: Any, strict: bool, missing: list[str], *_: Any
+    differences: Differences,
+    key: str,
+    state_dict: StateDict,
+    metadata: Any,
+    strict: bool,
+    missing: list[str],
+    unexpected: list[str],
+    errors: list[str],
 ) -> None:
-    """Loads those of a layer that loads its own tensors only."""
+    """Loads those of a layer that loads its own tensors only, and reports what torch reports of others."""
     given, values = state_dict.get(key), differences.values()
-    if isinstance(given, Tensor) and values is not None and given.shape == values.shape:
+    if not isinstance(given, Tensor) or values is None:
+        if strict:
+            missing.append(key)
+    elif given.shape != values.shape:
+        errors.append(
+            f"size mismatch for {key}: copying a param with shape {given.shape} from checkpoint, the shape in current "
+            f"model is {values.shape}."
+        )
+    else:
         with torch.no_grad():
             values.copy_(given)
-    elif strict:
-        missing.append(key)
 
 
 _OTHER = (

@@ -286,6 +286,25 @@ def test_a_checkpoint_of_another_selection_is_refused() -> None:
         other.load_state_dict(model.state_dict())
 
 
+@pytest.mark.parametrize("format", ["torchao int8", "hqq int4", "quanto int8"])
+@pytest.mark.parametrize("strict", [True, False])
+def test_differences_of_another_size_are_reported_as_torch_does(format: str, strict: bool) -> None:
+    model, _ = trained_net(format)
+    before = model.up.weight_values.detach().clone()
+    state = dict(model.state_dict())  # without metadata, as from a file of safetensors
+    state["up.weight_values"] = torch.ones(HIDDEN, 7)
+    with pytest.raises(RuntimeError, match=r"size mismatch for up\.weight_values:.*\[96, 7\].*\[96, 3\]") as error:
+        model.load_state_dict(state, strict=strict)
+    assert "Missing" not in str(error.value)
+    assert torch.equal(model.up.weight_values, before)
+    del state["up.weight_values"]
+    if strict:
+        with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"up\.weight_values\""):
+            model.load_state_dict(state)
+    else:
+        assert model.load_state_dict(state, strict=False).missing_keys == ["up.weight_values"]
+
+
 def test_attach_reports_the_route() -> None:
     model = quantised_net("nf4")
     report = gradsel.attach(model, select(model))
