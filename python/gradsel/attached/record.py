@@ -102,6 +102,7 @@ class Record:
         values_alone: names of the sharded weights of which it has the values only.
         ranks_agree: the masks of all ranks have been compared.
         converting: the model or a part of it is being cast or moved.
+        keep_vars: what the state_dict() that is being made was asked for.
         sharded: those trained in part whose weights FSDP has sharded, by name.
     """
 
@@ -112,6 +113,7 @@ class Record:
     values_alone: set[str] = field(default_factory=set)
     ranks_agree: bool = False
     converting: bool = False
+    keep_vars: bool = False
     sharded: dict[str, Selected] = field(default_factory=dict)
 
 

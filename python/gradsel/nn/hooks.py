@@ -33,6 +33,7 @@ from gradsel.nn.loading import (  # fmt: skip
     after_state_dict,
     before_load,
     before_root_load,
+    before_root_state_dict,
 )
 from gradsel.nn.saving import save_as_before, save_plainly
 from gradsel.nn.sharding import (
@@ -68,6 +69,7 @@ def hook(module: nn.Module, attachments: Attachments) -> None:
 
 def hook_root(root: nn.Module) -> None:
     """Registers those of the module that attach() was called on."""
+    root.register_state_dict_pre_hook(before_root_state_dict)
     root.register_state_dict_post_hook(after_root_state_dict)
     root.register_load_state_dict_pre_hook(before_root_load)
     root.register_load_state_dict_post_hook(after_root_load)
@@ -75,7 +77,8 @@ def hook_root(root: nn.Module) -> None:
 
 
 _HOOKS = (
-    after_root_state_dict, before_root_load, after_root_load, before_load, after_load, after_state_dict, take_back,
+    before_root_state_dict, after_root_state_dict, before_root_load, after_root_load, before_load, after_load,
+    after_state_dict, take_back,
 )  # fmt: skip
 
 
@@ -84,6 +87,7 @@ def unhook(module: nn.Module) -> None:
     for hooks in (
         module._forward_pre_hooks,
         module._forward_hooks,
+        module._state_dict_pre_hooks,
         module._state_dict_hooks,
         module._load_state_dict_pre_hooks,
         module._load_state_dict_post_hooks,

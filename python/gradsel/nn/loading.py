@@ -30,6 +30,10 @@ def after_state_dict(module: nn.Module, state_dict: StateDict, prefix: str, loca
         local_metadata[METADATA] = masks_in(attachments)
 
 
+def before_root_state_dict(root: nn.Module, prefix: str, keep_vars: bool) -> None:
+    vars(root)[RECORD].keep_vars = keep_vars  # which hooks after it are not told
+
+
 def after_root_state_dict(root: nn.Module, state_dict: StateDict, prefix: str, local_metadata: StateDict) -> None:
     """Adds the differences of layers that save their own tensors only."""
     for path, module in root.named_modules(remove_duplicate=False):
@@ -39,7 +43,7 @@ def after_root_state_dict(root: nn.Module, state_dict: StateDict, prefix: str, l
         for short, differences in attachments.differences.items():
             values, start = differences.values(), prefix + (f"{path}." if path else "")
             if values is not None and keeps_own_state(module):
-                state_dict[start + short + SUFFIX] = values.detach()
+                state_dict[start + short + SUFFIX] = values if vars(root)[RECORD].keep_vars else values.detach()
                 own_metadata = getattr(state_dict, "_metadata", {}).setdefault(start.removesuffix("."), {})
                 own_metadata[METADATA] = masks_in(attachments)
 

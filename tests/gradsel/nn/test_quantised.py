@@ -287,6 +287,18 @@ def test_a_checkpoint_of_another_selection_is_refused() -> None:
 
 
 @pytest.mark.parametrize("format", ["torchao int8", "hqq int4", "quanto int8"])
+def test_a_state_dict_has_the_parameters_themselves_if_asked_to(format: str) -> None:
+    model, _ = trained_net(format)
+    state = nn.Sequential(model).state_dict(keep_vars=True)
+    assert state["0.up.weight_values"] is model.up.weight_values
+    plain = model.state_dict()["up.weight_values"]
+    assert not plain.requires_grad
+    assert plain.data_ptr() == model.up.weight_values.data_ptr()
+    gradsel.detach(model, restore=True)
+    assert not model._state_dict_pre_hooks
+
+
+@pytest.mark.parametrize("format", ["torchao int8", "hqq int4", "quanto int8"])
 @pytest.mark.parametrize("strict", [True, False])
 def test_differences_of_another_size_are_reported_as_torch_does(format: str, strict: bool) -> None:
     model, _ = trained_net(format)
