@@ -82,6 +82,17 @@ def test_from_loading_to_a_merged_checkpoint(original: Path, tmp_path: Path) -> 
     assert float(loss(loaded, IDS)) == pytest.approx(trained, abs=5e-3)
 
 
+def test_a_model_that_has_not_been_trained_is_exported(original: Path, tmp_path: Path) -> None:
+    model, _ = attached(original)
+    gradsel.export(in_nf4(original), tmp_path / "base", max_shard_size="20KB")
+    gradsel.export(model, tmp_path / "attached", max_shard_size="20KB")
+    files = sorted(file.name for file in (tmp_path / "base").iterdir())
+    assert "model.safetensors.index.json" in files
+    assert files == sorted(file.name for file in (tmp_path / "attached").iterdir())
+    for file in files:
+        assert (tmp_path / "attached" / file).read_bytes() == (tmp_path / "base" / file).read_bytes(), file
+
+
 def test_in_the_trainer(original: Path, tmp_path: Path) -> None:
     model, _ = attached(original)
     data = [{"input_ids": ids, "labels": ids} for ids in IDS]

@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gradsel.attached import is_values
+from gradsel.attached import differences_in, is_values
 from gradsel.files import filling, replacing
-from gradsel.nn.saving import whole_state
+from gradsel.nn.saving import answering, whole_state
 from gradsel.parameters.names import unwrapped
 from gradsel.tensor_files import save_file
 
@@ -118,10 +118,13 @@ def _transformers_writer(
         )
 
     def write(folder: Path, state: dict[str, Tensor], max_shard_size: int | str) -> None:
-        plain.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size, **kwargs)  # type: ignore[operator]
+        with answering(plain, state):
+            plain.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size, **kwargs)  # type: ignore[operator]
         if (index := folder / _INDEX[1]).exists():  # it counts all parameters, values too
             found = json.loads(index.read_text(encoding="utf-8"))
-            found["metadata"]["total_parameters"] -= sum(p.numel() for p in plain.parameters() if is_values(p))
+            added = [p.numel() for p in plain.parameters() if is_values(p)]
+            added += [d.mask.nnz for module in plain.modules() for d in differences_in(module).values()]
+            found["metadata"]["total_parameters"] -= sum(added)
             _write_index(found, folder)
 
     return write

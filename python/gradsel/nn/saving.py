@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradsel.attached import SUFFIX, selected_in
+from gradsel.attached import SUFFIX, differences_in, selected_in
 from gradsel.parameters.names import WRAPPERS, unwrapped
 from gradsel.quantised import installed
 from gradsel.sharding import is_sharded, on_first_rank, whole_of
@@ -34,7 +34,7 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
         ValueError: quantised layers have differences.
     """
     plain = unwrapped(model)
-    added = [name for name, module in plain.named_modules() if installed(module) is not None]
+    added = [name for name, module in plain.named_modules() if installed(module) is not None and _adds(module)]
     if added:
         raise ValueError(
             f"{len(added)} quantised layers add differences to their weights, first {added[0]}, and a checkpoint of "
@@ -47,7 +47,7 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
                     selected.shards.refresh()
                 elif (weight := selected.weight()) is not None:
                     selected.refresh(weight)
-    hidden = _values_in(plain)
+    hidden = _values_in(plain) | _values_in(plain, differences_in)
     state = plain.state_dict()
     if absent := [key for key, tensor in state.items() if isinstance(tensor, Tensor) and tensor.is_meta]:
         raise ValueError(
@@ -83,12 +83,18 @@ def whole_state(model: nn.Module) -> Iterator[dict[str, Tensor] | None]:
         yield {key: gathered[one.get(key, key)] for key in state} if is_first else None
 
 
-def _values_in(model: nn.Module) -> set[str]:
-    """The keys of values in its state_dict."""
+def _adds(module: nn.Module) -> bool:
+    """Whether a layer with differences, of attach() or of a delta, computes something else than the quantised one."""
+    own = [differences.values() for differences in differences_in(module).values()]
+    return not own or any(values is None or (not values.is_meta and bool(values.any())) for values in own)
+
+
+def _values_in(model: nn.Module, held: Callable[[nn.Module], Mapping[str, Any]] = selected_in) -> set[str]:
+    """The keys of values, or of differences, in its state_dict."""
     return {
         f"{prefix}.{short}{SUFFIX}".lstrip(".")
         for prefix, module in model.named_modules(remove_duplicate=False)
-        for short in selected_in(module)
+        for short in held(module)
     }
 
 
@@ -103,6 +109,16 @@ def save_as_before(root: nn.Module) -> None:
     """Takes that back, also of a copied model."""
     if isinstance(vars(root).get(_NAME), _PlainSaving):
         del vars(root)[_NAME]
+
+
+@contextmanager
+def answering(model: nn.Module, state: dict[str, Tensor]) -> Iterator[None]:
+    """Lets ``model.state_dict()`` return a state: transformers drops the one it is given if the model is quantised."""
+    vars(model)["state_dict"] = lambda *args, **kwargs: state
+    try:
+        yield
+    finally:
+        del vars(model)["state_dict"]
 
 
 class _PlainSaving:
@@ -126,7 +142,8 @@ class _PlainSaving:
                 "all ranks, or pass the gathered state_dict"
             )
         kwargs["state_dict"] = plain_state(self._root)
-        result = save(self._root, save_directory, *args, **kwargs)
+        with answering(self._root, kwargs["state_dict"]):
+            result = save(self._root, save_directory, *args, **kwargs)
         if (args[0] if args else kwargs.get("is_main_process", True)) and folder.is_dir():
             for write in BESIDE:
                 write(self._root, folder)

@@ -263,6 +263,21 @@ def test_what_cannot_be_merged_is_refused() -> None:
         gradsel.merge(model, torch.int8)
 
 
+@pytest.mark.parametrize("format", ["nf4 nested", "int8", "hqq int4", "quanto int8"])
+def test_a_model_that_has_not_been_trained_is_exported_as_before_attach(format: str, tmp_path: Path) -> None:
+    model, _ = trained_net(format)
+    with torch.no_grad():
+        for layer in (model.up, model.down):
+            layer.weight_values.zero_()
+    base = quantised_net(format)
+    base.head.load_state_dict(model.head.state_dict())
+    for path, bias in (("up.bias", model.up.bias), ("down.bias", model.down.bias)):
+        base.get_submodule(path[:-5]).bias.data.copy_(bias.detach())
+    for each, file in ((base, "base"), (model, "attached")):
+        gradsel.export(each, tmp_path / file)
+    assert (tmp_path / "attached").read_bytes() == (tmp_path / "base").read_bytes()
+
+
 def test_export_refuses_to_lose_differences(tmp_path: Path) -> None:
     model, _ = trained_net()
     with pytest.raises(ValueError, match=r"2 quantised layers add differences .* gradsel\.merge"):
