@@ -314,7 +314,11 @@ class MaskedAdam(Stepping):
 
     @torch._disable_dynamo
     def state_dict(self) -> dict[str, Any]:
-        """As in torch; with ``policy`` it also holds the selection, or the gradients added up for it so far."""
+        """As in torch; with ``policy`` it also holds the selection, or the gradients added up for it so far.
+
+        Its tensors are in mask order. ``torch.optim.Adam`` compares no shapes when it loads them for dense parameters,
+        and fails at its next step: give it :meth:`dense_state_dict`.
+        """
         state_dict = super().state_dict()
         if self._selector is not None:
             state_dict["selection"] = self._selector.saved(self._selection)
