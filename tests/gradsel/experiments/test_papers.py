@@ -158,6 +158,27 @@ def test_what_was_measured_is_read_the_next_time(tmp_path, monkeypatch):
     assert again.rows == first.rows
 
 
+def test_finished_runs_of_other_data_are_refused(tmp_path):
+    birds = data_roots.cub(tmp_path / "data" / "CUB_200_2011")
+    out, asked = tmp_path / "out", ["cub", "linear"]
+
+    def once():
+        return run(experiment("gps/table2"), tmp_path / "data", out, asked, given=VIT, quiet=True)
+
+    first = once()
+    assert once().rows == first.rows
+    image = next((birds / "images").rglob("*.jpg"))
+    before = image.read_bytes()
+    data_roots.picture(image, 1000)
+    with pytest.raises(RunError, match=r"data\.path: .*CUB.* has changed since the run in .* ended: the \w+ set"):
+        once()
+    image.write_bytes(before)
+    assert once().rows == first.rows
+    kept = next(out.rglob("measured.json"))
+    kept.write_text(json.dumps({key: value for key, value in json.loads(kept.read_text()).items() if key != "data"}))
+    assert once().rows == first.rows  # an older version's
+
+
 def test_few_shots_are_as_many_of_each_class_for_every_method(root, tmp_path):
     run(experiment("gps/fig5"), root, tmp_path / "out", ["linear", "bias", "shots=2"], given=VIT, quiet=True)
     drawn = [list(csv.DictReader(path.open())) for path in sorted((tmp_path / "out").glob("data/*/train.csv"))]

@@ -19,6 +19,7 @@ from gradsel.experiments.papers.memory import MemoryOverTime
 from gradsel.experiments.papers.selections import Measured
 from gradsel.experiments.working import run_or_continue
 from gradsel.training import evaluate
+from gradsel.training.changed import Fingerprint, difference, fingerprint
 from gradsel.training.config import Config
 from gradsel.training.folder import write_text
 from gradsel.training.tasks import task_of
@@ -136,11 +137,24 @@ MEASURES: Mapping[str, Callable[[Job], Measured]] = {
 }
 
 
-def completed(job: Job, measure: str) -> Measured:
-    """What a measure says, which is kept in the folder of the run and read the next time."""
+def completed(job: Job, measure: str, data: dict[str, Fingerprint]) -> Measured:
+    """What a measure says, which is kept in the folder of the run and read the next time.
+
+    Args:
+        data: fingerprints of the data of other jobs, by their settings, to which this one's is added.
+
+    Raises:
+        ValueError: the measure does not fit, or what was kept is about other data.
+    """
     path = job.folder / "measured.json"
     if path.is_file():
-        return Measured(**json.loads(path.read_text(encoding="utf-8")))
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if "data" in before and (told := difference(before["data"], _data_of(job, data))):
+            raise RunError(
+                f"data.path: {job.config.data.path} has changed since the run in {job.folder} ended: {told}; put the "
+                "data back, or begin anew with another --output"
+            )
+        return Measured(before["values"], before["results"])
     job.folder.mkdir(parents=True, exist_ok=True)
     found = MEASURES[measure](job)
     kept: dict[str, Any] = {
@@ -149,5 +163,17 @@ def completed(job: Job, measure: str) -> Measured:
         if name in found.results
     }
     found = Measured(found.values, kept)
-    write_text(path, json.dumps({"values": found.values, "results": found.results}, indent=1) + "\n")
+    written = {"values": found.values, "results": found.results, "data": _data_of(job, data)}
+    write_text(path, json.dumps(written, indent=1) + "\n")
     return found
+
+
+def _data_of(job: Job, known: dict[str, Fingerprint]) -> Fingerprint:
+    """The fingerprint of a job's data; empty if it has none."""
+    config = job.config
+    if not config.data.path:
+        return {}
+    key = json.dumps([config.to_dict()["data"], config.seed], default=str)
+    if key not in known:
+        known[key] = fingerprint(task_of(config).read(config), config.data.path)
+    return known[key]

@@ -17,6 +17,7 @@ from gradsel.experiments.papers.planning import config_of
 from gradsel.experiments.papers.results import Row, rows_of, table_of
 from gradsel.experiments.papers.sources import SOURCES
 from gradsel.experiments.tidy import folder_of_runs, write_rows
+from gradsel.training.changed import Fingerprint
 from gradsel.training.folder import write_text
 
 SETTINGS, ROWS, TABLE, RUNS, DATA = "experiment.yaml", "results.csv", "table.md", "runs", "data"
@@ -94,9 +95,10 @@ def _run(experiment: Experiment, folder: Path, jobs: Mapping[Cell, tuple[Job, st
     rows: list[Row] = []
     failed: list[str] = []
     last: ValueError | None = None
+    data: dict[str, Fingerprint] = {}
     for number, (cell, (job, note)) in enumerate(jobs.items(), 1):
         try:
-            found = completed(job, experiment.measure)
+            found = completed(job, experiment.measure, data)
         except ValueError as error:  # what does not fit, or a result that is not finite; the other runs go on
             failed, last = [*failed, f"{cell}: {one_line(error)}"], error
             shown = f"failed, {one_line(error)}"
