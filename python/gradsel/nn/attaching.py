@@ -267,9 +267,9 @@ def _check(
         if not mask.nnz:
             continue
         if name in quantised:
-            _check_quantised(name, mask, uses[name])
-            continue
-        require_trainable(name, parameter, why_unknown(uses[name][0][1], parameter))
+            _check_quantised(name, mask, uses[name], parameter)
+        else:
+            require_trainable(name, parameter, why_unknown(uses[name][0][1], parameter))
         if mask.is_whole:
             continue
         if is_managed_here and not is_sharded(parameter):
