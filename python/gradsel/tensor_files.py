@@ -137,7 +137,14 @@ def save_file(
 
     Raises:
         OSError: it cannot be written.
+        ValueError: a tensor is one of several in disguise, such as a quantised weight of torchao.
     """
+    for name, tensor in tensors.items():
+        if hasattr(type(tensor), "__tensor_flatten__"):
+            raise ValueError(
+                f"{name} is a {type(tensor).__name__}, which a safetensors file does not hold as one tensor: make the "
+                "model dense by gradsel.merge(model, dtype) first, or save it by the library that quantised it"
+            )
     entries = {name: (name_of(t.dtype), tuple(t.shape), t.nbytes) for name, t in tensors.items()}
     with open(path, "wb") as stream:
         for name in write_header(stream, entries, metadata or {}):

@@ -42,7 +42,7 @@ def export(model: nn.Module, path: str | os.PathLike[str], *, max_shard_size: in
     Raises:
         OSError: a file cannot be written.
         ValueError: the file has a suffix of ``torch.save``; ``max_shard_size`` is not a size; adapters of PEFT are in a
-            model of transformers; quantised layers have differences.
+            model of transformers; quantised layers have differences, or are of torchao.
         RuntimeError: the model is sharded, and the first rank could not write; its own error says why.
     """
     if max_shard_size is None and not os.path.isdir(path):

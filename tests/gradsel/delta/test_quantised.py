@@ -278,6 +278,13 @@ def test_a_model_that_has_not_been_trained_is_exported_as_before_attach(format: 
     assert (tmp_path / "attached").read_bytes() == (tmp_path / "base").read_bytes()
 
 
+def test_export_refuses_weights_of_torchao(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    with pytest.raises(ValueError, match=r"up\.weight is a .*Tensor, which a safetensors file.*merge"):
+        gradsel.export(quantised_net("torchao int8"), file)
+    assert not file.exists()
+
+
 def test_export_refuses_to_lose_differences(tmp_path: Path) -> None:
     model, _ = trained_net()
     with pytest.raises(ValueError, match=r"2 quantised layers add differences .* gradsel\.merge"):
