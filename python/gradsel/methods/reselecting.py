@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradsel.delta.delta import Delta
-from gradsel.nn.attaching import attach, detach
+from gradsel.nn.attaching import attach
+from gradsel.nn.detaching import detach
 from gradsel.selection.selection import Selection
 
 

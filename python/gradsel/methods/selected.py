@@ -26,7 +26,8 @@ from gradsel.methods.additions import (
     require_linear,
 )
 from gradsel.methods.base import ADDITIONS, DELTA, NO_PARTS, SELECTION, Context, Method, Parts, Prepared, count
-from gradsel.nn.attaching import attach, detach
+from gradsel.nn.attaching import attach
+from gradsel.nn.detaching import detach
 from gradsel.optim.adamw import MaskedAdamW
 from gradsel.optim.optimizer import MaskedAdam
 from gradsel.parameters.names import shaped_parameters

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gradsel.attached import attached_root, require_complete
 from gradsel.interrupts import uninterrupted
-from gradsel.nn.attaching import detach
+from gradsel.nn.detaching import detach
 from gradsel.parameters.names import strip_wrappers
 from gradsel.quantised import Quantised, installed, quantised_weight, uninstall
 from gradsel.quantised.layers import with_differences

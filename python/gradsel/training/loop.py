@@ -18,7 +18,7 @@ from gradsel.attached import is_attached
 from gradsel.errors import RunError
 from gradsel.methods import Context, Prepared
 from gradsel.methods.base import SELECTION
-from gradsel.nn.attaching import detach
+from gradsel.nn.detaching import detach
 from gradsel.selection.selection import Selection
 from gradsel.training.card import write_card
 from gradsel.training.config import Config

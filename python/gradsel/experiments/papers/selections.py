@@ -16,7 +16,7 @@ from gradsel.errors import RunError
 from gradsel.experiments.working import run_or_continue
 from gradsel.methods import Context, method
 from gradsel.methods.base import SELECTION
-from gradsel.nn.attaching import detach
+from gradsel.nn.detaching import detach
 from gradsel.ranking.pooling import features
 from gradsel.selection.selection import Selection
 from gradsel.training.config import Config
