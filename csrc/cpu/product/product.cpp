@@ -41,13 +41,10 @@ void add(const SelectedProduct& p, int64_t first, int count, int64_t begin, int6
     }
     for (int t = 0; t < count; ++t) {
       T* out = static_cast<T*>(p.output) + (first + t) * p.output_token_stride + row * p.output_row_stride;
-      if (p.output_row_stride == 1)
-        for (int i = 0; i < rows; ++i) out[i] = convert<T>(convert<Sum>(out[i]) + sums[t][i]);
-      else
-        for (int i = 0; i < rows; ++i) {
-          T& to = out[i * p.output_row_stride];
-          to = convert<T>(convert<Sum>(to) + sums[t][i]);
-        }
+      for (int i = 0; i < rows; ++i) {
+        T& to = out[i * p.output_row_stride];
+        to = convert<T>(convert<Sum>(to) + sums[t][i]);
+      }
     }
   }
 }
