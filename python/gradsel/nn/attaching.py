@@ -33,11 +33,7 @@ from gradsel.nn.buffers import keep_buffers
 from gradsel.nn.direct import direct_route, needed_by
 from gradsel.nn.hooks import hook, hook_root
 from gradsel.nn.quantised import Attached
-from gradsel.nn.sharding import (
-    link_shards,
-    require_alike,
-    sharded_values,
-)
+from gradsel.nn.sharding import link_shards, require_alike, sharded_values
 from gradsel.nn.weights import SelectedWeight
 from gradsel.parameters.claimed import require_unclaimed
 from gradsel.parameters.names import Use, parameter_uses, quantised_in, strip_wrappers, uncompiled

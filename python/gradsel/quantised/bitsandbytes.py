@@ -57,7 +57,8 @@ class FourBit(Quantised):
     def multiply(self, input: Tensor) -> Tensor:
         from bitsandbytes import matmul_4bit
 
-        # not the layer's forward, which packs weights anew on some CPUs, and casts a bias in place
+        # Not the layer's forward, which packs weights anew on some CPUs, and casts a bias in place. On a CPU a weight
+        # that is not packed is made dense.
         made: Tensor = matmul_4bit(input, self._weight, quant_state=self._state)
         return made
 

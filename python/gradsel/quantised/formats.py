@@ -47,13 +47,13 @@ class Quantised(ABC):
         """The dequantised weight, a new contiguous tensor [out, in]."""
 
     def multiply(self, input: Tensor) -> Tensor | None:
-        """``input @ weight.T`` as the library computes it for inference, without a dense weight.
+        """``input @ weight.T`` as the library computes it for inference, if it can do so without a dense weight.
 
         Args:
             input: [tokens, in], in what :meth:`compute_dtype` returns.
 
         Returns:
-            [tokens, out] in the same dtype; None where the library cannot do so, or would make the weight dense, too.
+            [tokens, out] in the same dtype; None where the library always makes the weight dense.
         """
         return None
 

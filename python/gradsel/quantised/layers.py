@@ -8,7 +8,6 @@ library multiplies without a dense weight, and the sparse product is added to th
 
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
 from typing import Any
 
@@ -61,7 +60,7 @@ def _inferred(
     """The output in ``eval()`` mode without gradients, if that is to be had without a dense weight."""
     if weight.module.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
-    if values is None or mask is None or len(tokens) * mask.nnz > math.prod(weight.shape):
+    if values is None or mask is None or len(tokens) * mask.nnz > mask.numel:
         return None  # the sparse product would take more multiplications than the weight has entries
     output = weight.multiply(tokens)
     if output is None:
